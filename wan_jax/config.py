@@ -1,0 +1,163 @@
+"""Frozen descriptions of every model, and the presets by name.
+
+A default lives here and nowhere else. Presets carry the values of the official release (Wan-Video/Wan2.2,
+`wan/configs/`); `dataclasses.replace` makes variants.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+
+from wan_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class DenoiserConfig:
+    """The diffusion transformer (one expert)."""
+
+    num_layers: int = 40
+    dim: int = 5120
+    num_heads: int = 40
+    ffn_dim: int = 13824
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # frames, height, width of latents in one token
+    text_dim: int = 4096  # width of the text encoder's output
+    text_length: int = 512  # tokens of context; shorter prompts are padded with zero vectors, which are attended
+    freq_dim: int = 256  # width of the timestep sinusoid
+    eps: float = 1e-6
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise InputError(
+                f"denoiser dim {self.dim} does not split into {self.num_heads} heads of an even width; check the config"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+@dataclass(frozen=True)
+class TextEncoderConfig:
+    """The UMT5 encoder."""
+
+    vocab_size: int = 256384
+    dim: int = 4096
+    num_layers: int = 24
+    num_heads: int = 64
+    head_dim: int = 64
+    ffn_dim: int = 10240
+    num_buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+
+
+# Normalisation of the Wan2.1 VAE's 16 latent channels (wan/modules/vae2_1.py).
+WAN21_LATENTS_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+WAN21_LATENTS_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The causal 3-D video VAE of Wan2.1."""
+
+    z_dim: int = 16
+    base_dim: int = 96
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)  # per spatial halving: is time halved too
+    latents_mean: tuple[float, ...] = WAN21_LATENTS_MEAN
+    latents_std: tuple[float, ...] = WAN21_LATENTS_STD
+
+    def __post_init__(self):
+        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            raise InputError(
+                f"VAE config has {len(self.temporal_downsample)} temporal_downsample flags for {len(self.dim_mult)} stages; "
+                "it needs one fewer than stages"
+            )
+        if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
+            raise InputError(f"VAE config needs {self.z_dim} latents_mean and latents_std values (its z_dim)")
+
+    @property
+    def spatial_stride(self) -> int:
+        return 2 ** len(self.temporal_downsample)
+
+    @property
+    def temporal_stride(self) -> int:
+        return 2 ** sum(self.temporal_downsample)
+
+
+# wan/configs/shared_config.py: sample_neg_prompt.
+OFFICIAL_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"  # noqa: RUF001
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
+)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """What a run uses where the user says nothing."""
+
+    size: tuple[int, int] = (1280, 720)  # width, height in pixels
+    frames: int = 81
+    fps: int = 16
+    steps: int = 40
+    shift: float = 12.0
+    guidance: tuple[float, float] = (3.0, 4.0)  # low-noise expert, high-noise expert
+    boundary: float | None = 0.875  # timesteps >= 1000 * boundary go to the high-noise expert; None: one expert
+    solver: str = "unipc"
+    schedule: str = "official"
+    negative_prompt: str = OFFICIAL_NEGATIVE_PROMPT
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Everything that defines one member of the family."""
+
+    name: str = "t2v-a14b"
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """Names of the denoisers in the order in which sampling uses them."""
+        return ("high_noise", "low_noise") if self.sampling.boundary is not None else ("denoiser",)
+
+    @property
+    def size_multiple(self) -> tuple[int, int]:
+        """(height, width) in pixels covered by one token: sizes must be multiples of these."""
+        _, patch_height, patch_width = self.denoiser.patch_size
+        return patch_height * self.vae.spatial_stride, patch_width * self.vae.spatial_stride
+
+
+_WAN21_SAMPLING = SamplingConfig(steps=50, shift=5.0, guidance=(5.0, 5.0), boundary=None)
+
+PRESETS: dict[str, WanConfig] = {
+    preset.name: preset
+    for preset in (
+        WanConfig(name="t2v-a14b"),
+        WanConfig(name="t2v-14b", sampling=_WAN21_SAMPLING),
+        WanConfig(
+            name="t2v-1.3b",
+            denoiser=DenoiserConfig(num_layers=30, dim=1536, num_heads=12, ffn_dim=8960),
+            sampling=dataclasses.replace(_WAN21_SAMPLING, size=(832, 480)),
+        ),
+    )
+}
+
+
+def get_preset(name: str) -> WanConfig:
+    """Returns the preset called `name`; raises InputError naming the nearest one."""
+    if name not in PRESETS:
+        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
+        raise InputError(f"unknown preset {name!r}; did you mean {nearest[0]!r}? (known: {', '.join(PRESETS)})")
+    return PRESETS[name]

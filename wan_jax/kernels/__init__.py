@@ -1,0 +1,1 @@
+"""Kernels: each a public function, a reference, and one file a backend."""
