@@ -1,0 +1,13 @@
+"""Wan2.2-T2V-A14B at 832x480, 81 frames."""
+
+from ml_collections import ConfigDict
+
+from wan_jax.recipes import recipe
+
+
+def get_config() -> ConfigDict:
+    config = recipe()
+    config.checkpoint = "Wan-AI/Wan2.2-T2V-A14B"
+    config.prompt = "Two anthropomorphic cats in comfy boxing gear and bright gloves fight intensely on a spotlighted stage."
+    config.size = "832x480"
+    return config

@@ -1,0 +1,141 @@
+"""The `wan-jax` command: reads arguments, calls the library, prints. No logic lives here."""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from wan_jax.errors import InputError
+from wan_jax.generate import Options
+from wan_jax.settings import DTYPES
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code (0 done, 2 bad input, 130 interrupted)."""
+    parser = _parser()
+    values, rest = parser.parse_known_args(arguments)
+    if rest and values.run is not _sample:
+        parser.error(f"unknown argument {rest[0]!r}; see wan-jax {values.command} --help")
+    _use_compile_cache()
+    try:
+        if values.run is _sample:
+            _sample(values, rest)
+        else:
+            values.run(values)
+    except InputError as error:
+        print(f"wan-jax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("wan-jax: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="wan-jax", description="Wan text-to-video models in JAX.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("generate", help="make videos from prompts", allow_abbrev=False)
+    _add_options(command, [option.name for option in dataclasses.fields(Options)])
+    command.set_defaults(run=_generate)
+
+    command = commands.add_parser("sample", help="run a recipe: --config FILE [--config.steps=30 ...]", add_help=False)
+    command.set_defaults(run=_sample)
+
+    command = commands.add_parser("decode", help="finish a video from saved latents", allow_abbrev=False)
+    command.add_argument("latents", help="float32 [C, F', h, w]", metavar="LATENTS.npy")
+    _add_options(command, ["checkpoint", "output", "quiet"])
+    command.set_defaults(run=_decode)
+
+    command = commands.add_parser("convert", help="convert weights between layouts", allow_abbrev=False)
+    command.add_argument("source", help="folder, file or hub id", metavar="SRC")
+    command.add_argument("destination", help="folder to make", metavar="DST")
+    command.add_argument("--dtype", choices=DTYPES, help="of the text encoder and the denoisers (default: as stored)")
+    command.add_argument("--to", choices=("orbax", "diffusers", "official"), default="orbax", help="(default orbax)")
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
+    command.set_defaults(run=_convert)
+
+    command = commands.add_parser("info", help="say what a checkpoint is", allow_abbrev=False)
+    command.add_argument("checkpoint", help="folder, file or hub id", metavar="PATH")
+    command.set_defaults(run=_info)
+
+    command = commands.add_parser("demo", help="write, convert and run a small random model", allow_abbrev=False)
+    command.add_argument("folder", nargs="?", default="outputs/demo", help="where (default outputs/demo)")
+    command.set_defaults(run=_demo)
+    return parser
+
+
+def _add_options(command: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    options = {option.name: option for option in dataclasses.fields(Options)}
+    for name in names:
+        option = options[name]
+        text, kind = option.metadata["help"], option.metadata["kind"]
+        flag = "--" + name.replace("_", "-")
+        if name == "prompt":
+            command.add_argument("prompt", nargs="?", help=text, metavar="PROMPT")
+        elif kind is bool:
+            command.add_argument(flag, action="store_true", help=text)
+        else:
+            command.add_argument(flag, type=kind, default=option.default, help=text, metavar=option.metadata["metavar"])
+
+
+def _options(values: argparse.Namespace) -> Options:
+    names = {option.name for option in dataclasses.fields(Options)}
+    return Options(**{name: value for name, value in vars(values).items() if name in names})
+
+
+def _generate(values: argparse.Namespace) -> None:
+    _run(_options(values))
+
+
+def _sample(values: argparse.Namespace, rest: Sequence[str]) -> None:
+    from wan_jax.recipes import load_recipe
+
+    _run(load_recipe(rest))
+
+
+def _run(options: Options) -> None:
+    from wan_jax.generate import generate
+
+    report = generate(options)
+    if options.json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        print("\n".join(report["outputs"]))
+
+
+def _decode(values: argparse.Namespace) -> None:
+    from wan_jax.generate import decode
+
+    print("\n".join(map(str, decode(values.latents, _options(values)))))
+
+
+def _convert(values: argparse.Namespace) -> None:
+    from wan_jax.checkpoint import convert
+    from wan_jax.progress import Bars
+
+    print(convert(values.source, values.destination, values.dtype, values.to, bars=Bars(not values.quiet)))
+
+
+def _info(values: argparse.Namespace) -> None:
+    from wan_jax.checkpoint import open_checkpoint
+
+    print(open_checkpoint(values.checkpoint).info())
+
+
+def _demo(values: argparse.Namespace) -> None:
+    from wan_jax.demo import run_demo
+
+    run_demo(pathlib.Path(values.folder))
+
+
+def _use_compile_cache() -> None:
+    """Keeps compiled programs across runs in ~/.cache/wan_jax/compile, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "wan_jax" / "compile"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""One run from options to files: what `wan-jax generate`, `wan-jax sample` and `wan-jax decode` do.
+
+The options are declared once, in `Options`; the command line's flags and the recipes' config keys both derive from it.
+"""
+
+import dataclasses
+import pathlib
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from wan_jax.errors import InputError
+from wan_jax.settings import DTYPES, NOISES, SCHEDULES, SOLVERS, Settings, parse_guidance, parse_size
+from wan_jax.video import Video, check_folder, check_output, save_array
+
+
+def _option(kind: type, text: str, *, default: Any = None, metavar: str | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"kind": kind, "help": text, "metavar": metavar})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything a run can be told; None takes the checkpoint's preset."""
+
+    prompt: str | None = _option(str, "what the video shows")
+    prompts: str | None = _option(str, "file with one prompt a line; writes one video each", metavar="FILE")
+    checkpoint: str | None = _option(str, "folder or hub id; without it a small demo model", metavar="PATH_OR_ID")
+    negative_prompt: str | None = _option(str, "what to steer away from", metavar="TEXT")
+    size: str | None = _option(str, "WIDTHxHEIGHT in pixels, multiples of 16", metavar="WxH")
+    frames: int | None = _option(int, "number of frames, 4n + 1", metavar="N")
+    steps: int | None = _option(int, "number of denoising steps", metavar="N")
+    guidance: str | None = _option(str, "one number, or LOW,HIGH for the two experts", metavar="LOW[,HIGH]")
+    shift: float | None = _option(float, "shift of the sigma schedule", metavar="S")
+    solver: str | None = _option(str, " | ".join(SOLVERS), metavar="NAME")
+    schedule: str | None = _option(str, " | ".join(SCHEDULES), metavar="NAME")
+    seed: int = _option(int, "the initial noise depends on it alone (default 0)", default=0, metavar="N")
+    noise: str = _option(str, f"{' | '.join(NOISES)}: whose random numbers (default jax)", default="jax")
+    dtype: str = _option(str, f"{' | '.join(DTYPES)} (default bfloat16)", default="bfloat16")
+    initial_latents: str | None = _option(str, "start from these float32 [C, F', h, w] latents", metavar="F.npy")
+    save_latents: str | None = _option(str, "also write the final float32 [C, F', h, w] latents", metavar="F.npy")
+    save_frames: str | None = _option(str, "also write the uint8 [F, H, W, 3] frames", metavar="F.npy")
+    output: str = _option(str, "file ending in .mp4, .gif or .png (default out.mp4)", default="out.mp4", metavar="FILE")
+    json: bool = _option(bool, "print one JSON object last", default=False)
+    quiet: bool = _option(bool, "no progress bars", default=False)
+
+
+STAGES = ("load", "compile", "text", "denoise", "decode", "save")
+
+
+def generate(options: Options) -> dict[str, Any]:
+    """Runs the options and writes the files; returns the report that `--json` prints.
+
+    Everything that can be checked is checked before the weights are loaded. The latents of each video are on disk
+    before it is decoded; they are removed again when the video is saved.
+
+    Raises:
+        InputError: an option that cannot be used.
+    """
+    prompts = _read_prompts(options)
+    outputs = _numbered(check_output(options.output), len(prompts))
+    side_files = {
+        name: _numbered(_check_npy(name, path), len(prompts)) if path else None
+        for name, path in (("save_latents", options.save_latents), ("save_frames", options.save_frames))
+    }
+    initial_latents = _read_latents(options.initial_latents) if options.initial_latents else None
+
+    from wan_jax.checkpoint import open_checkpoint
+    from wan_jax.pipeline import WanPipeline, peak_bytes
+    from wan_jax.progress import Bars
+
+    bars = Bars(not options.quiet)
+    start = time.perf_counter()
+    checkpoint = open_checkpoint(options.checkpoint or _demo(bars), bars=bars)
+    settings = Settings.resolve(
+        checkpoint.config,
+        negative_prompt=options.negative_prompt,
+        size=parse_size(options.size) if options.size else None,
+        frames=options.frames,
+        steps=options.steps,
+        guidance=parse_guidance(options.guidance) if options.guidance else None,
+        shift=options.shift,
+        solver=options.solver,
+        schedule=options.schedule,
+        seed=options.seed,
+        noise=options.noise,
+    )
+    if initial_latents is not None:
+        settings.check_latents(initial_latents.shape, checkpoint.config, 1)
+    pipeline = WanPipeline.from_checkpoint(checkpoint, options.dtype, progress=not options.quiet)
+    seconds = dict.fromkeys(STAGES, 0.0)
+    seconds["load"] = time.perf_counter() - start
+
+    written: list[pathlib.Path] = []
+    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        latents = pipeline.denoise([prompt], settings, initial_latents)[0]
+        kept = side_files["save_latents"][index] if side_files["save_latents"] else _rescue_name(output)
+        save_array(kept, latents)
+        try:
+            frames = pipeline.decode(latents)
+            start = time.perf_counter()
+            metadata = pipeline.metadata(prompt, settings)
+            files = Video(frames, latents, settings.fps, metadata).save(output)
+            if side_files["save_frames"]:
+                save_array(side_files["save_frames"][index], frames)
+        except BaseException:
+            again = f"wan-jax decode {kept} --checkpoint {options.checkpoint or 'PATH'} --output {output}"
+            print(f"the latents are kept in {kept}; finish with: {again}", file=sys.stderr)
+            raise
+        if not side_files["save_latents"]:
+            kept.unlink()
+        written += files
+        seconds["save"] += time.perf_counter() - start
+        for stage in ("text", "compile", "denoise", "decode"):
+            seconds[stage] += pipeline.seconds.get(stage, 0.0)
+    return {
+        "settings": {"prompts": prompts, "checkpoint": options.checkpoint, "dtype": options.dtype, **settings.as_json()},
+        "seed": settings.seed,
+        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+        "peak_bytes": peak_bytes(),
+        "outputs": [str(path) for path in written],
+    }
+
+
+def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
+    """Decodes latents that an earlier run kept and writes the video; returns the files."""
+    output = check_output(options.output)
+    latents = _read_latents(latents_file)
+
+    from wan_jax.checkpoint import open_checkpoint
+    from wan_jax.pipeline import WanPipeline
+    from wan_jax.progress import Bars
+
+    bars = Bars(not options.quiet)
+    checkpoint = open_checkpoint(options.checkpoint or _demo(bars), bars=bars)
+    pipeline = WanPipeline.from_checkpoint(checkpoint, options.dtype, progress=not options.quiet)
+    return Video(pipeline.decode(latents), latents, checkpoint.config.sampling.fps).save(output)
+
+
+def _demo(bars) -> pathlib.Path:
+    from wan_jax.demo import demo_checkpoint
+
+    return demo_checkpoint(bars)
+
+
+def _read_prompts(options: Options) -> list[str]:
+    if (options.prompt is None) == (options.prompts is None):
+        raise InputError("give a prompt, or a file of them with --prompts (one of the two)")
+    if options.prompt is not None:
+        return [options.prompt]
+    path = pathlib.Path(str(options.prompts))
+    if not path.is_file():
+        raise InputError(f"prompts file {path} does not exist; give a text file with one prompt a line")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"prompts file {path} is not UTF-8 text; save it as UTF-8") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"prompts file {path} is empty; write one prompt a line")
+    return prompts
+
+
+def _read_latents(name: str) -> np.ndarray:
+    path = pathlib.Path(name)
+    if not path.is_file():
+        raise InputError(f"latents file {path} does not exist; give a .npy file of float32 [C, F', h, w]")
+    try:
+        latents = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError):
+        raise InputError(f"latents file {path} is not a .npy array; give float32 [C, F', h, w]") from None
+    if latents.dtype != np.float32 or latents.ndim != 4:
+        raise InputError(
+            f"latents file {path} holds {latents.dtype} of shape {latents.shape}; give float32 [C, F', h, w]"
+        )
+    if not np.isfinite(latents).all():
+        raise InputError(f"latents file {path} holds NaN or infinity; give finite numbers")
+    return latents
+
+
+def _check_npy(option: str, name: str) -> pathlib.Path:
+    path = pathlib.Path(name)
+    if path.suffix != ".npy":
+        raise InputError(f"--{option.replace('_', '-')} {path}: the name must end in .npy")
+    check_folder(path)
+    return path
+
+
+def _numbered(path: pathlib.Path, count: int) -> list[pathlib.Path]:
+    """out.mp4 for one video; out-1.mp4, out-2.mp4, ... for several."""
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(1, count + 1)]
+
+
+def _rescue_name(output: pathlib.Path) -> pathlib.Path:
+    return output.with_name(f"{output.stem}.latents.npy")

@@ -1,0 +1,290 @@
+"""Prompt -> tokens -> context -> latents -> frames.
+
+The pipeline owns the models and the order of the work. Each stage is one method, so that a caller can keep the latents
+between denoising and decoding.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+from wan_jax.checkpoint import Checkpoint, open_checkpoint
+from wan_jax.config import WanConfig
+from wan_jax.diffusion.noise import initial_noise
+from wan_jax.diffusion.sampler import Expert, denoise
+from wan_jax.diffusion.schedule import make_schedule
+from wan_jax.diffusion.solvers import make_solver
+from wan_jax.errors import InputError
+from wan_jax.models.denoiser import Denoiser
+from wan_jax.models.parameters import with_parameters
+from wan_jax.models.text_encoder import TextEncoder
+from wan_jax.models.vae import VAE
+from wan_jax.program import Program
+from wan_jax.progress import Bars
+from wan_jax.settings import DTYPES, Settings, check_name
+from wan_jax.tokenizer import Tokenizer
+from wan_jax.video import Video
+
+CACHED_PROMPTS = 64
+
+
+class WanPipeline:
+    """Text to video with one model of the Wan family.
+
+    Attributes:
+        config: what the model is, and its sampling defaults.
+        seconds: wall time of the last run by stage: "load", "text", "compile", "denoise", "decode".
+        latents: float32 [B, C, F', h, w] of the last run. They are kept as soon as denoising ends, so that nothing is
+            lost if decoding or saving fails; None before the first run.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        *,
+        tokenizer: Tokenizer,
+        text_encoder: TextEncoder,
+        denoisers: dict[str, Denoiser],
+        vae: VAE,
+        progress: bool = False,
+    ):
+        self.config = config
+        self.latents: np.ndarray | None = None
+        self.seconds: dict[str, float] = {}
+        self._bars = Bars(progress)
+        self._tokenizer = tokenizer
+        self._denoisers = denoisers
+        self._text_encoder = text_encoder
+        self._vae = vae
+        self._encode_text = Program(lambda encoder, tokens, mask: encoder(tokens, mask))
+        self._decode_first = Program(_decode_first)
+        self._decode_next = Program(_decode_next, donate_argnums=(1,))
+        self._encoded_prompts: dict[str, jax.Array] = {}
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_id: str | os.PathLike, dtype: str = "bfloat16", *, progress: bool = False
+    ) -> "WanPipeline":
+        """Loads a checkpoint: ours (Orbax), the official tree, a diffusers tree, ComfyUI files, or a hub id of those.
+
+        Args:
+            path_or_id: a local path, or "organisation/name", which huggingface_hub downloads.
+            dtype: "bfloat16" or "float32", for the text encoder and the denoisers. The VAE runs in float32, as in the
+                official code.
+            progress: show bars and notes on standard error.
+
+        Raises:
+            InputError: the checkpoint is missing, damaged or of another family; the message names the file or tensor.
+        """
+        return cls.from_checkpoint(open_checkpoint(path_or_id, bars=Bars(progress)), dtype, progress=progress)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, dtype: str = "bfloat16", *, progress: bool = False) -> "WanPipeline":
+        """Loads the weights of a checkpoint that is already open; otherwise as `from_pretrained`."""
+        check_name("dtype", dtype, DTYPES)
+        start = time.perf_counter()
+        bars = Bars(progress)
+        for note in checkpoint.notes:
+            bars.note(note)
+        config = checkpoint.config
+        tokenizer = Tokenizer.from_pretrained(checkpoint.tokenizer_folder, vocab_size=config.text_encoder.vocab_size)
+
+        def load(component: str, make, model_config, dtype: str):
+            arrays = checkpoint.load(component, dtype=dtype, bars=bars)
+            return with_parameters(lambda: make(model_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), arrays)
+
+        pipeline = cls(
+            config,
+            tokenizer=tokenizer,
+            text_encoder=load("text_encoder", TextEncoder, config.text_encoder, dtype),
+            denoisers={name: load(name, Denoiser, config.denoiser, dtype) for name in config.experts},
+            vae=load("vae", VAE, config.vae, "float32"),
+            progress=progress,
+        )
+        pipeline.seconds["load"] = time.perf_counter() - start
+        return pipeline
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | None = None,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        steps: int | None = None,
+        guidance: float | tuple[float, float] | None = None,
+        shift: float | None = None,
+        solver: str | None = None,
+        schedule: str | None = None,
+        seed: int = 0,
+        noise: str = "jax",
+        initial_latents: ArrayLike | None = None,
+    ) -> Video | list[Video]:
+        """Generates one video per prompt; a list of prompts gives a list of videos from one batch.
+
+        Every argument left at None takes the value of the checkpoint's preset.
+
+        Args:
+            prompt: one text or several.
+            negative_prompt: what guidance steers away from.
+            size: (width, height) in pixels, multiples of 16.
+            frames: 4n + 1.
+            steps: number of denoising steps.
+            guidance: (low-noise expert, high-noise expert), or one number for both; 1 means no guidance.
+            shift: of the sigma schedule.
+            solver: "unipc", "dpm++" or "euler".
+            schedule: "official" or "diffusers": whose sigma grid.
+            seed: the initial noise depends on nothing else, so every video of a batch starts from the same noise.
+            noise: "jax", or "torch" for the noise that PyTorch's CPU generator draws from this seed.
+            initial_latents: float32 [C, F', h, w] or [B, C, F', h, w], used instead of noise.
+
+        Raises:
+            InputError: an argument that the model cannot serve, named with what to do.
+        """
+        settings = Settings.resolve(
+            self.config,
+            negative_prompt=negative_prompt,
+            size=size,
+            frames=frames,
+            steps=steps,
+            guidance=guidance,
+            shift=shift,
+            solver=solver,
+            schedule=schedule,
+            seed=seed,
+            noise=noise,
+        )
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        latents = self.denoise(prompts, settings, initial_latents)
+        videos = [
+            Video(
+                frames=self.decode(one_latents),
+                latents=one_latents,
+                fps=settings.fps,
+                metadata=self.metadata(one_prompt, settings),
+            )
+            for one_prompt, one_latents in zip(prompts, latents, strict=True)
+        ]
+        for video in videos:
+            video.seconds = dict(self.seconds)
+        return videos[0] if isinstance(prompt, str) else videos
+
+    def denoise(
+        self, prompts: Sequence[str], settings: Settings, initial_latents: ArrayLike | None = None
+    ) -> np.ndarray:
+        """Prompts -> float32 latents [B, C, F', h, w], from noise or from `initial_latents`."""
+        if not prompts:
+            raise InputError("no prompts: give at least one")
+        self.seconds = {"load": self.seconds["load"]} if "load" in self.seconds else {}
+        latents = self._initial_latents(len(prompts), settings, initial_latents)
+        positive = self._encode_prompts(prompts)
+        negative = self._encode_prompts([settings.negative_prompt] * len(prompts))
+
+        def get_expert(name: str) -> Expert:
+            return Expert.prepare(self._denoisers[name], positive, negative)
+
+        schedule = make_schedule(settings.schedule, settings.solver, settings.steps, settings.shift)
+        with self._bars.task("denoise", total=settings.steps) as advance:
+            latents = denoise(
+                latents,
+                schedule,
+                make_solver(settings.solver),
+                settings.guidance,
+                self.config.sampling.boundary,
+                get_expert,
+                on_step=lambda step: advance(1, f"denoise ({step.expert})"),
+                seconds=self.seconds,
+            )
+        self.latents = np.asarray(latents)
+        if not np.isfinite(self.latents).all():
+            raise InputError("the denoised latents are not finite: the checkpoint's weights are damaged, or need float32")
+        return self.latents
+
+    def decode(self, latents: ArrayLike) -> np.ndarray:
+        """Latents of one video, float32 [C, F', h, w] -> frames uint8 [F, H, W, 3].
+
+        Latent frames are decoded one after the other and leave the device as they are done, so that memory does not
+        grow with the length.
+        """
+        latents = jnp.asarray(latents)[None]
+        count = latents.shape[2]
+        with self._bars.task("decode", total=count) as advance, self._timed("decode"):
+            frames, cache = self._run(self._decode_first, self._vae, latents[:, :, :1])
+            chunks = [np.asarray(frames)]
+            advance(1)
+            for index in range(1, count):
+                frames, cache = self._run(self._decode_next, self._vae, cache, latents[:, :, index : index + 1])
+                chunks.append(np.asarray(frames))
+                advance(1)
+        return np.concatenate(chunks)
+
+    def metadata(self, prompt: str, settings: Settings) -> dict[str, Any]:
+        """What is written into the video's file."""
+        return {"prompt": prompt, "model": self.config.name, **settings.as_json()}
+
+    def _initial_latents(self, batch: int, settings: Settings, given: ArrayLike | None) -> jax.Array:
+        shape = settings.latents_shape(self.config)
+        if given is None:
+            latents = initial_noise(settings.seed, shape, settings.noise)
+        else:
+            latents = jnp.asarray(given, jnp.float32)
+            settings.check_latents(latents.shape, self.config, batch)
+            if not jnp.isfinite(latents).all():
+                raise InputError("initial latents hold NaN or infinity; give finite numbers")
+        return jnp.broadcast_to(latents, (batch, *shape))
+
+    def _encode_prompts(self, prompts: Sequence[str]) -> jax.Array:
+        """Prompts -> [B, text_length, text_dim]; each distinct prompt is encoded once and remembered."""
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._encoded_prompts:
+                if len(self._encoded_prompts) >= CACHED_PROMPTS:
+                    self._encoded_prompts.pop(next(iter(self._encoded_prompts)))
+                tokens, mask = self._tokenizer([prompt], self.config.denoiser.text_length)
+                with self._timed("text"):
+                    encoded = self._run(self._encode_text, self._text_encoder, tokens, mask)
+                    self._encoded_prompts[prompt] = jax.block_until_ready(encoded[0])
+        return jnp.stack([self._encoded_prompts[prompt] for prompt in prompts])
+
+    def _run(self, program: Program, *args):
+        """Runs a program; the time it takes to compile counts as "compile", not as the stage around it."""
+        start = time.perf_counter()
+        if program.compile(*args):
+            seconds = time.perf_counter() - start
+            self.seconds["compile"] = self.seconds.get("compile", 0.0) + seconds
+            self._excluded += seconds
+        return program(*args)
+
+    @contextlib.contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start, self._excluded = time.perf_counter(), 0.0
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start - self._excluded
+
+
+def peak_bytes() -> int | None:
+    """The most device memory used so far, over all devices of this process; None where the backend does not say."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return max((peak for peak in peaks if peak is not None), default=None)
+
+
+def _to_uint8(frames: jax.Array) -> jax.Array:
+    """[1, F, H, W, 3] around [-1, 1] -> uint8 [F, H, W, 3], truncated as the official code does."""
+    return ((jnp.clip(frames[0], -1.0, 1.0) + 1.0) / 2.0 * 255.0).astype(jnp.uint8)
+
+
+def _decode_first(vae: VAE, latents: jax.Array):
+    frames, cache = vae.decode_first(latents)
+    return _to_uint8(frames), cache
+
+
+def _decode_next(vae: VAE, cache, latents: jax.Array):
+    frames, cache = vae.decode_next(cache, latents)
+    return _to_uint8(frames), cache
