@@ -1,0 +1,28 @@
+"""cuDNN's fused attention, through jax.nn.dot_product_attention. NVIDIA GPUs, bfloat16 and float16.
+
+Logits, softmax and sums are float32 inside; the probabilities meet the values in the inputs' dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def supports(query: jax.Array, key: jax.Array, value: jax.Array) -> str | None:
+    """Why cuDNN cannot run this call here, or None."""
+    del key, value
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return f"it needs an NVIDIA GPU and JAX runs on {device.platform}"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it needs bfloat16 or float16 and the query is {query.dtype}"
+    # Head widths above 128 came with Hopper (compute capability 9).
+    widest = 256 if float(device.compute_capability) >= 9.0 else 128
+    head_dim = query.shape[-1]
+    if head_dim > widest or head_dim % 8:
+        return f"it needs a head_dim of at most {widest} and divisible by 8, not {head_dim}"
+    return None
+
+
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float) -> jax.Array:
+    """softmax(query key^T scale) value; see the package for shapes."""
+    return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn")
