@@ -8,5 +8,5 @@ from wan_jax.recipes import recipe
 def get_config() -> ConfigDict:
     config = recipe()
     config.checkpoint = "Wan-AI/Wan2.2-T2V-A14B"
-    config.prompt = "Two anthropomorphic cats in comfy boxing gear and bright gloves fight intensely on a spotlighted stage."
+    config.prompt = "Two cats in boxing gear and bright gloves fight on a spotlighted stage."
     return config

@@ -133,7 +133,7 @@ def _demo(values: argparse.Namespace) -> None:
 
 
 def _use_compile_cache() -> None:
-    """Keeps compiled programs across runs in ~/.cache/wan_jax/compile, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+    """Keeps compiled programs across runs, unless JAX_COMPILATION_CACHE_DIR already says where (empty: nowhere)."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "wan_jax" / "compile"))
 
 

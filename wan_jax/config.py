@@ -5,10 +5,9 @@ A default lives here and nowhere else. Presets carry the values of the official 
 """
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
 
-from wan_jax.errors import InputError
+from wan_jax.errors import InputError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ class VAEConfig:
     def __post_init__(self):
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise InputError(
-                f"VAE config has {len(self.temporal_downsample)} temporal_downsample flags for {len(self.dim_mult)} stages; "
-                "it needs one fewer than stages"
+                f"VAE config has {len(self.temporal_downsample)} temporal_downsample flags for {len(self.dim_mult)} "
+                "stages; it needs one fewer than stages"
             )
         if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
             raise InputError(f"VAE config needs {self.z_dim} latents_mean and latents_std values (its z_dim)")
@@ -158,6 +157,5 @@ PRESETS: dict[str, WanConfig] = {
 def get_preset(name: str) -> WanConfig:
     """Returns the preset called `name`; raises InputError naming the nearest one."""
     if name not in PRESETS:
-        nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)
-        raise InputError(f"unknown preset {name!r}; did you mean {nearest[0]!r}? (known: {', '.join(PRESETS)})")
+        raise unknown_name("preset", name, PRESETS)
     return PRESETS[name]

@@ -1,8 +1,18 @@
 """The one exception for bad input."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used: one line that names the thing and says what to do.
 
     The command line prints the message and exits with code 2; any other exception is a bug in wan_jax.
     """
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:
+    """The error for a `name` that is not among the `known` ones; it suggests the nearest."""
+    known = list(known)
+    (nearest,) = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)
+    return InputError(f"unknown {kind} {name!r}; did you mean {nearest!r}? (known: {', '.join(known)})")

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from wan_jax.diffusion.schedule import GRIDS
 from wan_jax.errors import InputError
-from wan_jax.settings import DTYPES, NOISES, SCHEDULES, SOLVERS, Settings, parse_guidance, parse_size
+from wan_jax.settings import DTYPES, NOISES, Settings, parse_guidance, parse_size
 from wan_jax.video import Video, check_folder, check_output, save_array
 
 
@@ -34,8 +35,8 @@ class Options:
     steps: int | None = _option(int, "number of denoising steps", metavar="N")
     guidance: str | None = _option(str, "one number, or LOW,HIGH for the two experts", metavar="LOW[,HIGH]")
     shift: float | None = _option(float, "shift of the sigma schedule", metavar="S")
-    solver: str | None = _option(str, " | ".join(SOLVERS), metavar="NAME")
-    schedule: str | None = _option(str, " | ".join(SCHEDULES), metavar="NAME")
+    solver: str | None = _option(str, " | ".join(GRIDS["official"]), metavar="NAME")
+    schedule: str | None = _option(str, " | ".join(GRIDS), metavar="NAME")
     seed: int = _option(int, "the initial noise depends on it alone (default 0)", default=0, metavar="N")
     noise: str = _option(str, f"{' | '.join(NOISES)}: whose random numbers (default jax)", default="jax")
     dtype: str = _option(str, f"{' | '.join(DTYPES)} (default bfloat16)", default="bfloat16")
@@ -116,7 +117,12 @@ def generate(options: Options) -> dict[str, Any]:
         for stage in ("text", "compile", "denoise", "decode"):
             seconds[stage] += pipeline.seconds.get(stage, 0.0)
     return {
-        "settings": {"prompts": prompts, "checkpoint": options.checkpoint, "dtype": options.dtype, **settings.as_json()},
+        "settings": {
+            "prompts": prompts,
+            "checkpoint": options.checkpoint,
+            "dtype": options.dtype,
+            **settings.as_json(),
+        },
         "seed": settings.seed,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "peak_bytes": peak_bytes(),

@@ -20,8 +20,7 @@ from wan_jax.checkpoint import Checkpoint, open_checkpoint
 from wan_jax.config import WanConfig
 from wan_jax.diffusion.noise import initial_noise
 from wan_jax.diffusion.sampler import Expert, denoise
-from wan_jax.diffusion.schedule import make_schedule
-from wan_jax.diffusion.solvers import make_solver
+from wan_jax.diffusion.solvers import get_solver
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.parameters import with_parameters
@@ -87,7 +86,9 @@ class WanPipeline:
         return cls.from_checkpoint(open_checkpoint(path_or_id, bars=Bars(progress)), dtype, progress=progress)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, dtype: str = "bfloat16", *, progress: bool = False) -> "WanPipeline":
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, dtype: str = "bfloat16", *, progress: bool = False
+    ) -> "WanPipeline":
         """Loads the weights of a checkpoint that is already open; otherwise as `from_pretrained`."""
         check_name("dtype", dtype, DTYPES)
         start = time.perf_counter()
@@ -191,12 +192,11 @@ class WanPipeline:
         def get_expert(name: str) -> Expert:
             return Expert.prepare(self._denoisers[name], positive, negative)
 
-        schedule = make_schedule(settings.schedule, settings.solver, settings.steps, settings.shift)
         with self._bars.task("denoise", total=settings.steps) as advance:
             latents = denoise(
                 latents,
-                schedule,
-                make_solver(settings.solver),
+                settings.make_schedule(),
+                get_solver(settings.solver),
                 settings.guidance,
                 self.config.sampling.boundary,
                 get_expert,
@@ -205,7 +205,9 @@ class WanPipeline:
             )
         self.latents = np.asarray(latents)
         if not np.isfinite(self.latents).all():
-            raise InputError("the denoised latents are not finite: the checkpoint's weights are damaged, or need float32")
+            raise InputError(
+                "the denoised latents are not finite: the checkpoint's weights are damaged, or need float32"
+            )
         return self.latents
 
     def decode(self, latents: ArrayLike) -> np.ndarray:

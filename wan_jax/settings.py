@@ -1,16 +1,14 @@
 """What one run does: the user's choices over the preset's defaults, checked before any work starts."""
 
-import difflib
 import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from wan_jax.config import WanConfig
-from wan_jax.errors import InputError
+from wan_jax.diffusion.schedule import Schedule, make_schedule
+from wan_jax.errors import InputError, unknown_name
 
-SOLVERS = ("unipc", "dpm++", "euler")
-SCHEDULES = ("official", "diffusers")
 NOISES = ("jax", "torch")
 DTYPES = ("bfloat16", "float32")
 
@@ -77,17 +75,16 @@ class Settings:
         if self.frames < 1 or (self.frames - 1) % stride:
             below = max(1, (self.frames - 1) // stride * stride + 1)
             raise InputError(f"frames {self.frames}: must be {stride}n + 1; use {below} or {below + stride}")
-        if self.steps < 1:
-            raise InputError(f"steps {self.steps}: must be at least 1")
-        if not (math.isfinite(self.shift) and self.shift > 0):
-            raise InputError(f"shift {self.shift}: must be a positive number")
         if not all(map(math.isfinite, self.guidance)):
             raise InputError(f"guidance {self.guidance}: must be finite numbers")
         if self.seed < 0:
             raise InputError(f"seed {self.seed}: must not be negative")
-        check_name("solver", self.solver, SOLVERS)
-        check_name("schedule", self.schedule, SCHEDULES)
         check_name("noise", self.noise, NOISES)
+        self.make_schedule()
+
+    def make_schedule(self) -> Schedule:
+        """The run's sigmas and timesteps; raises InputError for unknown names, steps or shift out of range."""
+        return make_schedule(self.schedule, self.solver, self.steps, self.shift)
 
     def latents_shape(self, config: WanConfig) -> tuple[int, int, int, int]:
         """(C, F', h, w) of one video's latents."""
@@ -116,8 +113,7 @@ class Settings:
 def check_name(what: str, name: str, known: tuple[str, ...]) -> None:
     """Raises InputError, suggesting the nearest known name, unless `name` is known."""
     if name not in known:
-        nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
-        raise InputError(f"unknown {what} {name!r}; did you mean {nearest!r}? (known: {', '.join(known)})")
+        raise unknown_name(what, name, known)
 
 
 def parse_size(text: str) -> tuple[int, int]:
