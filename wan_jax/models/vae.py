@@ -1,0 +1,470 @@
+"""The causal 3-D video VAE of Wan2.1 (wan/modules/vae2_1.py), streaming over time.
+
+Nothing in it looks ahead in time, so frames are processed in order with constant memory: every temporal convolution
+remembers the last frames of its input, and those buffers (`Cache`) are the carry of a scan, or of a host loop that
+fetches each chunk of frames as it is made. The first frame is special: it is coded alone, one latent frame for one
+frame of video, and the temporal resampling skips it; each later latent frame stands for `temporal_stride` frames.
+
+Inside, activations are channels-last: [batch, time, height, width, channels].
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from wan_jax.config import VAEConfig
+from wan_jax.errors import InputError
+from wan_jax.kernels.attention import attention
+from wan_jax.models.layers import Linear, matmul_precision
+
+# One buffer [B, frames, H, W, C] per temporal convolution, in the order in which the network calls them.
+Cache = tuple[jax.Array, ...]
+
+
+class Options(TypedDict):
+    """What every layer is told besides its sizes."""
+
+    dtype: DTypeLike  # of the computation
+    param_dtype: DTypeLike  # of the stored parameters
+    rngs: nnx.Rngs
+
+
+class History:
+    """Hands each temporal convolution the frames before its input, and collects what the next call will need.
+
+    It lives for one pass through the network. Without a cache the input is the first frame, preceded by zeros.
+    """
+
+    def __init__(self, cache: Cache | None):
+        self.is_first_frame = cache is None
+        self.previous: Iterator[jax.Array] = iter(cache or ())
+        self.collected: list[jax.Array] = []
+
+    def prepend(self, x: jax.Array, frames: int) -> jax.Array:
+        """[B, T, H, W, C] -> [B, frames + T, H, W, C]: the `frames` frames before x, then x."""
+        before = self.zeros(x, frames) if self.is_first_frame else next(self.previous)
+        x = jnp.concatenate([before, x], axis=1)
+        self.remember(x[:, -frames:])
+        return x
+
+    def remember(self, frames: jax.Array) -> None:
+        """Sets what the convolution called at this point will find before its next input."""
+        self.collected.append(frames)
+
+    @staticmethod
+    def zeros(like: jax.Array, frames: int) -> jax.Array:
+        return jnp.zeros_like(like, shape=(like.shape[0], frames, *like.shape[2:]))
+
+    @property
+    def cache(self) -> Cache:
+        return tuple(self.collected)
+
+
+def spatial_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: tuple[int, int]) -> jax.Array:
+    """Convolves every frame: [B, T, H, W, C_in] with [h, w, C_in, C_out]; `padding` is before and after both axes."""
+    y = lax.conv_general_dilated(
+        rearrange(x, "b t h w c -> (b t) h w c"),
+        kernel,
+        window_strides=(stride, stride),
+        padding=(padding, padding),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=matmul_precision(x.dtype),
+    )
+    return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
+
+
+def causal_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, time_stride: int = 1) -> jax.Array:
+    """3-D convolution without padding in time, "same" padding in space, as a sum of 2-D convolutions, one per time tap.
+
+    As fast as a 3-D convolution on GPUs and quicker to compile. The taps are summed in float32. (Asking them for
+    float32 outputs would turn bfloat16 convolutions into float32 ones: XLA:GPU has no mixed-precision convolution.)
+
+    Args:
+      x: [B, T + taps - 1, H, W, C_in], the frames before the first output's included.
+      kernel: [taps, h, w, C_in, C_out], h and w odd and equal, in x's dtype.
+      bias: [C_out].
+      time_stride: keep every `time_stride`-th output frame.
+
+    Returns:
+      [B, ceil(T / time_stride), H, W, C_out] in x's dtype.
+    """
+    taps, size = kernel.shape[:2]
+    length = x.shape[1] - taps + 1
+    y = bias.astype(jnp.float32)
+    for tap in range(taps):
+        shifted = x[:, tap : tap + length : time_stride]
+        y = y + spatial_conv(shifted, kernel[tap], padding=(size // 2, size // 2)).astype(jnp.float32)
+    return y.astype(x.dtype)
+
+
+class CausalConv(nnx.Module):
+    """Convolution over (time, height, width) in which no output frame sees a later input frame."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size=(3, 3, 3), time_stride=1, **options: Unpack[Options]
+    ):
+        self.kernel, self.bias = _conv_parameters(kernel_size, in_channels, out_channels, options)
+        self.time_stride = time_stride
+        self.history_frames = kernel_size[0] - time_stride
+        self.dtype = options["dtype"]
+
+    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+        """[B, T, H, W, C_in] -> [B, T / time_stride, H, W, C_out] in `dtype`."""
+        x = x.astype(self.dtype)
+        if self.history_frames:
+            x = history.prepend(x, self.history_frames)
+        return causal_conv(x, self.kernel[...].astype(self.dtype), self.bias[...], time_stride=self.time_stride)
+
+
+class SpatialConv(nnx.Module):
+    """3x3 convolution of each frame. With stride 2 the zero padding is at the right and the bottom only."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, **options: Unpack[Options]):
+        self.kernel, self.bias = _conv_parameters((3, 3), in_channels, out_channels, options)
+        self.stride = stride
+        self.padding = (1, 1) if stride == 1 else (0, 1)
+        self.dtype = options["dtype"]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, H, W, C_in] -> [B, T, H / stride, W / stride, C_out] in `dtype`."""
+        kernel = self.kernel[...].astype(self.dtype)
+        y = spatial_conv(x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding)
+        return y + self.bias[...].astype(self.dtype)
+
+
+def _conv_parameters(size: tuple[int, ...], in_channels: int, out_channels: int, options: Options):
+    param_dtype = options["param_dtype"]
+    shape = (*size, in_channels, out_channels)
+    kernel = jax.random.normal(options["rngs"].params(), shape, param_dtype) * np.prod(shape[:-1]) ** -0.5
+    axes = (*[None] * len(size), "conv_in", "conv_out")
+    bias = nnx.Param(jnp.zeros((out_channels,), param_dtype), axes=("conv_out",))
+    return nnx.Param(kernel.astype(param_dtype), axes=axes), bias
+
+
+class ChannelNorm(nnx.Module):
+    """x / max(||x||_2 over channels, 1e-12) * sqrt(C) * scale, in float32."""
+
+    def __init__(self, channels: int, **options: Unpack[Options]):
+        self.scale = nnx.Param(jnp.ones((channels,), options["param_dtype"]), axes=(None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., C] -> the same shape in float32."""
+        x = x.astype(jnp.float32)
+        length = jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+        return x * (x.shape[-1] ** 0.5 / jnp.maximum(length, 1e-12)) * self.scale[...].astype(jnp.float32)
+
+
+class ResidualBlock(nnx.Module):
+    """Two rounds of norm, SiLU and 3x3x3 convolution, beside a shortcut."""
+
+    def __init__(self, in_channels: int, out_channels: int, **options: Unpack[Options]):
+        self.norm_1 = ChannelNorm(in_channels, **options)
+        self.conv_1 = CausalConv(in_channels, out_channels, **options)
+        self.norm_2 = ChannelNorm(out_channels, **options)
+        self.conv_2 = CausalConv(out_channels, out_channels, **options)
+        widens = in_channels != out_channels
+        self.shortcut = CausalConv(in_channels, out_channels, (1, 1, 1), **options) if widens else None
+
+    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+        """[B, T, H, W, C_in] -> [B, T, H, W, C_out]."""
+        y = self.conv_1(nnx.silu(self.norm_1(x)), history)
+        y = self.conv_2(nnx.silu(self.norm_2(y)), history)
+        return y + (x if self.shortcut is None else self.shortcut(x, history))
+
+
+class AttentionBlock(nnx.Module):
+    """Single-head self-attention over the positions of each frame."""
+
+    def __init__(self, channels: int, **options: Unpack[Options]):
+        self.norm = ChannelNorm(channels, **options)
+        self.qkv = Linear(channels, 3 * channels, axes=("conv_in", "conv_out"), **options)
+        self.projection = Linear(channels, channels, axes=("conv_in", "conv_out"), **options)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, H, W, C] -> the same shape."""
+        batch, _, height, _, _ = x.shape
+        qkv = rearrange(self.qkv(self.norm(x)), "b t h w c -> (b t) (h w) 1 c")
+        y = self.projection(attention(*jnp.split(qkv, 3, axis=-1)))
+        return x + rearrange(y, "(b t) (h w) 1 c -> b t h w c", b=batch, h=height)
+
+
+class Middle(nnx.Module):
+    """The blocks at the lowest resolution, the only ones with attention."""
+
+    def __init__(self, channels: int, **options: Unpack[Options]):
+        self.block_1 = ResidualBlock(channels, channels, **options)
+        self.attention = AttentionBlock(channels, **options)
+        self.block_2 = ResidualBlock(channels, channels, **options)
+
+    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+        """[B, T, H, W, C] -> the same shape."""
+        return self.block_2(self.attention(self.block_1(x, history)), history)
+
+
+class Downsample(nnx.Module):
+    """Halves height and width, and time where asked."""
+
+    def __init__(self, channels: int, temporal: bool, **options: Unpack[Options]):
+        self.conv = SpatialConv(channels, channels, stride=2, **options)
+        self.time_conv = CausalConv(channels, channels, (3, 1, 1), 2, **options) if temporal else None
+
+    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+        """[B, T, H, W, C] -> [B, T or T / 2, H / 2, W / 2, C]; the first frame stays one frame."""
+        x = self.conv(x)
+        if self.time_conv is None:
+            return x
+        if history.is_first_frame:
+            history.remember(x)
+            return x
+        return self.time_conv(x, history)
+
+
+class Upsample(nnx.Module):
+    """Doubles time where asked, then height and width."""
+
+    def __init__(self, in_channels: int, out_channels: int, temporal: bool, **options: Unpack[Options]):
+        self.time_conv = CausalConv(in_channels, 2 * in_channels, (3, 1, 1), **options) if temporal else None
+        self.conv = SpatialConv(in_channels, out_channels, **options)
+
+    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+        """[B, T, H, W, C_in] -> [B, T or 2 T, 2 H, 2 W, C_out]; the first frame stays one frame."""
+        if self.time_conv is not None:
+            if history.is_first_frame:
+                # The original's time convolution never sees the first frame: zeros stand before the second.
+                history.remember(history.zeros(x, self.time_conv.history_frames))
+            else:
+                x = rearrange(self.time_conv(x, history), "b t h w (two c) -> b (t two) h w c", two=2)
+        x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
+        return self.conv(x)
+
+
+class EncoderStage(nnx.Module):
+    """Residual blocks at one resolution, then the way to the next lower one."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_blocks: int, temporal: bool | None, **options: Unpack[Options]
+    ):
+        """`temporal`: whether the downsampling covers time too; None on the last stage, which does not downsample."""
+        widths = itertools.pairwise([in_channels, *[out_channels] * num_blocks])
+        self.blocks = nnx.List(ResidualBlock(*pair, **options) for pair in widths)
+        self.downsample = None if temporal is None else Downsample(out_channels, temporal, **options)
+
+    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+        for block in self.blocks:
+            x = block(x, history)
+        return x if self.downsample is None else self.downsample(x, history)
+
+
+class DecoderStage(nnx.Module):
+    """Residual blocks at one resolution, then the way to the next higher one."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_blocks: int, temporal: bool | None, **options: Unpack[Options]
+    ):
+        """`temporal`: whether the upsampling covers time too; None on the last stage, which does not upsample."""
+        widths = itertools.pairwise([in_channels, *[out_channels] * num_blocks])
+        self.blocks = nnx.List(ResidualBlock(*pair, **options) for pair in widths)
+        # Upsampling halves the channels; the next stage's first block takes them up.
+        half = out_channels // 2
+        self.upsample = None if temporal is None else Upsample(out_channels, half, temporal, **options)
+
+    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+        for block in self.blocks:
+            x = block(x, history)
+        return x if self.upsample is None else self.upsample(x, history)
+
+
+class Encoder(nnx.Module):
+    """Frames to the moments (mean, log variance) of the latents, before `quant_conv`."""
+
+    def __init__(self, config: VAEConfig, **options: Unpack[Options]):
+        widths = [config.base_dim * multiple for multiple in config.dim_mult]
+        inputs = [config.base_dim, *widths[:-1]]
+        self.conv_in = CausalConv(3, config.base_dim, **options)
+        self.stages = nnx.List(
+            EncoderStage(width_in, width, config.num_res_blocks, temporal, **options)
+            for width_in, width, temporal in zip(inputs, widths, (*config.temporal_downsample, None), strict=True)
+        )
+        self.middle = Middle(widths[-1], **options)
+        self.norm_out = ChannelNorm(widths[-1], **options)
+        self.conv_out = CausalConv(widths[-1], 2 * config.z_dim, **options)
+
+    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+        """[B, F, H, W, 3] -> [B, T, h, w, 2 z]."""
+        x = self.conv_in(x, history)
+        for stage in self.stages:
+            x = stage(x, history)
+        x = self.middle(x, history)
+        return self.conv_out(nnx.silu(self.norm_out(x)), history)
+
+
+class Decoder(nnx.Module):
+    """Latents, after `post_quant_conv`, to frames."""
+
+    def __init__(self, config: VAEConfig, **options: Unpack[Options]):
+        widths = [config.base_dim * multiple for multiple in reversed(config.dim_mult)]
+        inputs = [widths[0], *(width // 2 for width in widths[:-1])]
+        temporal_upsample = (*reversed(config.temporal_downsample), None)
+        self.conv_in = CausalConv(config.z_dim, widths[0], **options)
+        self.middle = Middle(widths[0], **options)
+        self.stages = nnx.List(
+            DecoderStage(width_in, width, config.num_res_blocks + 1, temporal, **options)
+            for width_in, width, temporal in zip(inputs, widths, temporal_upsample, strict=True)
+        )
+        self.norm_out = ChannelNorm(widths[-1], **options)
+        self.conv_out = CausalConv(widths[-1], 3, **options)
+
+    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+        """[B, T, h, w, z] -> [B, F, H, W, 3]."""
+        x = self.conv_in(x, history)
+        x = self.middle(x, history)
+        for stage in self.stages:
+            x = stage(x, history)
+        return self.conv_out(nnx.silu(self.norm_out(x)), history)
+
+
+class VAE(nnx.Module):
+    """The video VAE: normalised latents [B, z, T, h, w] to and from frames [B, F, H, W, 3] in [-1, 1], both float32.
+
+    F = 1 + temporal_stride * (T - 1), H = spatial_stride * h, W = spatial_stride * w. `encode` and `decode` scan over
+    time. `encode_first`, `encode_next`, `decode_first` and `decode_next` are their steps, for a loop on the host:
+
+        frames, cache = vae.decode_first(latents[:, :, :1])
+        for t in range(1, latents.shape[2]):
+            frames, cache = vae.decode_next(cache, latents[:, :, t : t + 1])
+
+    A cache is a tuple of arrays in `dtype`, of the same shapes after every step of one direction: donate it.
+    In bfloat16 norms, SiLU and the sums over time taps stay float32. The latents' distribution is never sampled:
+    encoding gives its mean, as in all Wan pipelines. Whatever does not fit raises InputError.
+    """
+
+    def __init__(self, config: VAEConfig, *, dtype: DTypeLike, param_dtype: DTypeLike | None = None, rngs: nnx.Rngs):
+        options = Options(dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype, rngs=rngs)
+        self.encoder = Encoder(config, **options)
+        self.quant_conv = CausalConv(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1), **options)
+        self.post_quant_conv = CausalConv(config.z_dim, config.z_dim, (1, 1, 1), **options)
+        self.decoder = Decoder(config, **options)
+        self.config = config
+
+    def encode(self, frames: jax.Array, *, chunk: int = 1) -> jax.Array:
+        """[B, F, H, W, 3] in [-1, 1] -> [B, z, T, h, w].
+
+        `chunk` latent frames are made per scan step: more memory, the same result. Raises InputError where F is not
+        1 + a multiple of the temporal stride, or H or W no multiple of the spatial stride.
+        """
+        stride = self.config.temporal_stride
+        latents = _scan_over_time(self._encode, frames, in_stride=stride, out_stride=1, chunk=chunk)
+        return rearrange(latents, "b t h w z -> b z t h w")
+
+    def encode_first(self, frame: jax.Array) -> tuple[jax.Array, Cache]:
+        """The first frame [B, 1, H, W, 3] -> [B, z, 1, h, w], and the cache for what follows."""
+        latents, cache = self._encode(None, frame)
+        return rearrange(latents, "b t h w z -> b z t h w"), cache
+
+    def encode_next(self, cache: Cache, frames: jax.Array) -> tuple[jax.Array, Cache]:
+        """The next frames [B, k * temporal_stride, H, W, 3] -> [B, z, k, h, w], and the next cache."""
+        latents, cache = self._encode(cache, frames)
+        return rearrange(latents, "b t h w z -> b z t h w"), cache
+
+    def decode(self, latents: jax.Array, *, chunk: int = 1) -> jax.Array:
+        """[B, z, T, h, w] -> [B, F, H, W, 3] around [-1, 1], not clamped.
+
+        `chunk` latent frames are decoded per scan step: more memory, the same result.
+        """
+        stride = self.config.temporal_stride
+        return _scan_over_time(self._decode, self._channels_last(latents), in_stride=1, out_stride=stride, chunk=chunk)
+
+    def decode_first(self, latents: jax.Array) -> tuple[jax.Array, Cache]:
+        """The first latent frame [B, z, 1, h, w] -> one frame [B, 1, H, W, 3], and the cache for what follows."""
+        return self._decode(None, self._channels_last(latents))
+
+    def decode_next(self, cache: Cache, latents: jax.Array) -> tuple[jax.Array, Cache]:
+        """The next latent frames [B, z, k, h, w] -> [B, k * temporal_stride, H, W, 3], and the next cache."""
+        return self._decode(cache, self._channels_last(latents))
+
+    def _encode(self, cache: Cache | None, frames: jax.Array) -> tuple[jax.Array, Cache]:
+        """One step, channels-last; the first where there is no cache."""
+        stride = self.config.spatial_stride
+        if frames.ndim != 5 or frames.shape[-1] != 3 or frames.shape[2] % stride or frames.shape[3] % stride:
+            raise InputError(
+                f"cannot encode frames of shape {frames.shape}; give [batch, frames, height, width, 3] with height and "
+                f"width divisible by {stride}"
+            )
+        _check_step(cache, frames, self.config.temporal_stride)
+        history = History(cache)
+        moments = self.quant_conv(self.encoder(frames, history), history)
+        latents_mean, reciprocal_std = self._normalisation
+        return (moments[..., : self.config.z_dim].astype(jnp.float32) - latents_mean) * reciprocal_std, history.cache
+
+    def _decode(self, cache: Cache | None, latents: jax.Array) -> tuple[jax.Array, Cache]:
+        """One step, channels-last; the first where there is no cache."""
+        _check_step(cache, latents, 1)
+        history = History(cache)
+        latents_mean, reciprocal_std = self._normalisation
+        latents = latents.astype(jnp.float32) / reciprocal_std + latents_mean
+        return self.decoder(self.post_quant_conv(latents, history), history).astype(jnp.float32), history.cache
+
+    def _channels_last(self, latents: jax.Array) -> jax.Array:
+        z_dim = self.config.z_dim
+        if latents.ndim != 5 or latents.shape[1] != z_dim:
+            raise InputError(
+                f"cannot decode latents of shape {latents.shape}; give [batch, {z_dim}, time, height, width]"
+            )
+        return rearrange(latents, "b z t h w -> b t h w z")
+
+    @property
+    def _normalisation(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and 1 / std of the latents' channels. The original, too, rounds the reciprocal and divides by it."""
+        mean, std = np.array((self.config.latents_mean, self.config.latents_std), np.float32)
+        return mean, np.float32(1) / std
+
+
+def _check_step(cache: Cache | None, x: jax.Array, stride: int) -> None:
+    length = x.shape[1]
+    if cache is None and length != 1:
+        raise InputError(f"the first step of the VAE takes one frame; it got {length}")
+    if cache is not None and (length == 0 or length % stride):
+        raise InputError(f"a later step of the VAE takes a multiple of {stride} frames; it got {length}")
+
+
+def _scan_over_time(
+    step: Callable[[Cache | None, jax.Array], tuple[jax.Array, Cache]],
+    x: jax.Array,
+    *,
+    in_stride: int,
+    out_stride: int,
+    chunk: int,
+) -> jax.Array:
+    """Runs `step` on the first frame of x [B, T, ...], then on `chunk * in_stride` frames at a time.
+
+    The result is a carry that each step writes its `chunk * out_stride` frames into, not the scan's stacked output:
+    so no second copy of the video is ever made.
+    """
+    if chunk < 1:
+        raise InputError(f"chunk is {chunk}; give at least 1")
+    first, cache = step(None, x[:, :1])
+    if (x.shape[1] - 1) % in_stride:
+        raise InputError(f"the VAE cannot take {x.shape[1]} frames; give 1 + a multiple of {in_stride}")
+    steps = (x.shape[1] - 1) // in_stride
+    output = jnp.pad(first, [(0, 0), (0, steps * out_stride), *[(0, 0)] * (first.ndim - 2)])
+
+    def body(carry: tuple[Cache, jax.Array], start: int | jax.Array, length: int = chunk):
+        cache, output = carry
+        y, cache = step(cache, lax.dynamic_slice_in_dim(x, 1 + start * in_stride, length * in_stride, axis=1))
+        return (cache, lax.dynamic_update_slice_in_dim(output, y, 1 + start * out_stride, axis=1)), None
+
+    carry = (cache, output)
+    whole = steps - steps % chunk
+    if whole:
+        carry, _ = lax.scan(body, carry, jnp.arange(0, whole, chunk))
+    if whole < steps:
+        carry, _ = body(carry, whole, steps - whole)
+    return carry[1]
