@@ -205,9 +205,7 @@ class WanPipeline:
             )
         self.latents = np.asarray(latents)
         if not np.isfinite(self.latents).all():
-            raise InputError(
-                "the denoised latents are not finite: the checkpoint's weights are damaged, or need float32"
-            )
+            raise InputError("the denoised latents are not finite: the weights are damaged, or need float32")
         return self.latents
 
     def decode(self, latents: ArrayLike) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Finished videos and the files they become."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -127,7 +128,7 @@ def _write_mp4(path: pathlib.Path, frames: np.ndarray, fps: int, description: st
 def _write_gif(path: pathlib.Path, frames: np.ndarray, fps: int, description: str) -> None:
     # GIF counts in hundredths of a second: round the times, not the durations, so that the length stays right.
     times = [round(100 * index / fps) for index in range(len(frames) + 1)]
-    durations = [10 * (end - start) for start, end in zip(times, times[1:], strict=False)]
+    durations = [10 * (end - start) for start, end in itertools.pairwise(times)]
     first, *rest = (Image.fromarray(frame) for frame in frames)
     comment = description.encode()
     first.save(path, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, comment=comment)
