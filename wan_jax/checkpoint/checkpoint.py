@@ -1,0 +1,116 @@
+"""Opens a checkpoint of any layout and loads its models: the one door to weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from wan_jax.checkpoint.components import Component, Shardings, load_component
+from wan_jax.checkpoint.sources import Layout, detect, open_diffusers
+from wan_jax.checkpoint.tensors import Progress
+from wan_jax.config import WanConfig
+from wan_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class ComponentInfo:
+    """One model of a checkpoint, for people."""
+
+    name: str
+    tensors: int
+    parameters: int
+    nbytes: int
+    dtypes: Mapping[str, int]  # dtype -> number of tensors
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint is, for people."""
+
+    path: str
+    layout: Layout
+    model: str
+    components: tuple[ComponentInfo, ...]
+    tokenizer: bool
+    notes: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(component.parameters for component in self.components)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(component.nbytes for component in self.components)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint: headers and configs are read and verified, the data is not touched until `load`."""
+
+    path: Path
+    layout: Layout
+    config: WanConfig
+    parts: Mapping[str, Component]
+    tokenizer_folder: Path | None
+    notes: tuple[str, ...]  # what the user should know, one line each
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the models that the checkpoint holds: text_encoder, vae and the denoisers of `config.experts`."""
+        return tuple(self.parts)
+
+    def part(self, component: str) -> Component:
+        """Raises InputError where the checkpoint has no such component."""
+        if component not in self.parts:
+            raise InputError(f"{self.path}: has no {component}; it holds {', '.join(self.parts)}")
+        return self.parts[component]
+
+    def load(
+        self,
+        component: str,
+        dtype: DTypeLike = jnp.bfloat16,
+        sharding: Shardings = None,
+        progress: Progress | None = None,
+        *,
+        vae_dtype: DTypeLike = jnp.float32,
+    ) -> dict[str, jax.Array]:
+        """Reads one model onto its devices, keyed and stacked as in its abstract tree (models/parameters.py).
+
+        Host memory beside the result stays at one stacked parameter. The VAE ignores `dtype` and takes `vae_dtype`:
+        the official pipeline runs it in float32 whatever the rest. `sharding` is one for every parameter or one per
+        name. `progress(component, bytes done, bytes in all)` is called after every tensor. Raises InputError for a
+        component that is absent or a file that changed since it was opened.
+        """
+        part = self.part(component)
+        total = part.nbytes
+        return load_component(
+            part,
+            np.dtype(vae_dtype if component == "vae" else dtype),
+            sharding,
+            lambda done: progress(component, done, total) if progress else None,
+        )
+
+    def info(self) -> CheckpointInfo:
+        """A summary for people."""
+        components = tuple(
+            ComponentInfo(name, len(part.rows), part.size, part.nbytes, part.dtypes)
+            for name, part in self.parts.items()
+        )
+        return CheckpointInfo(
+            str(self.path), self.layout, self.config.name, components, self.tokenizer_folder is not None, self.notes
+        )
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a checkpoint of any layout (see sources.py) and verifies every name, shape and dtype.
+
+    Raises InputError, one line, for anything that is missing, damaged, unexpected or of another family.
+    """
+    path = Path(path)
+    layout = detect(path)
+    opened = {"diffusers": open_diffusers}[layout](path)
+    return Checkpoint(path, layout, opened.config, opened.parts, opened.tokenizer_folder, opened.notes)

@@ -1,0 +1,155 @@
+"""One model of a checkpoint, bound to its stored tensors: every name and shape is verified before any data is read."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from wan_jax.checkpoint.layouts import (
+    ALIASES,
+    ModelConfig,
+    Naming,
+    Row,
+    abstract_model,
+    expand_layers,
+    model_rows,
+    num_layers,
+)
+from wan_jax.checkpoint.tensors import WEIGHT_DTYPES, TensorInfo, TensorStore
+from wan_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Component:
+    """A model's table next to the store that holds its tensors."""
+
+    name: str  # "text_encoder", "vae", "denoiser", "high_noise" or "low_noise"
+    config: ModelConfig
+    naming: Naming
+    store: TensorStore
+    stored_names: Mapping[str, tuple[str, ...]]  # our name -> where the store has it; more than one for copies
+
+    @property
+    def rows(self) -> list[Row]:
+        return expand_layers(model_rows(self.config), num_layers(self.config))
+
+    def info(self, row: Row) -> TensorInfo:
+        return self.store.tensors[self.stored_names[row.ours][0]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.info(row).nbytes for row in self.rows)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(row.size for row in self.rows)
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """How many tensors are stored in each dtype, the most frequent first."""
+        return dict(Counter(self.info(row).dtype.name for row in self.rows).most_common())
+
+    def read(self, row: Row, dtype: np.dtype | None = None) -> np.ndarray:
+        """One parameter in our layout; `dtype` None keeps the stored one."""
+        name, *copies = self.stored_names[row.ours]
+        tensor = self.store.read(name, dtype)
+        for copy in copies:
+            if not np.array_equal(self.store.read(copy, dtype).view(np.uint8), tensor.view(np.uint8)):
+                raise InputError(
+                    f"{self.store.place}: {name} and {copy} must be equal and differ; remove the wrong one"
+                )
+        return tensor if self.naming == "ours" else row.to_ours(tensor)
+
+
+def bind_component(name: str, config: ModelConfig, naming: Naming, store: TensorStore) -> Component:
+    """Matches the model's table with the stored tensors.
+
+    Raises InputError, naming the first few and how many, for tensors that are missing, unexpected, of the wrong shape
+    or of a dtype that is no weight's.
+    """
+    rows = expand_layers(model_rows(config), num_layers(config))
+    stored_names = {}
+    for row in rows:
+        candidates = (row.name(naming), *ALIASES.get(row.ours, {}).get(naming, ()))
+        stored_names[row.ours] = tuple(candidate for candidate in candidates if candidate in store.tensors)
+    _raise_for(store.place, "missing", [row.name(naming) for row in rows if not stored_names[row.ours]])
+    known = {candidate for candidates in stored_names.values() for candidate in candidates}
+    _raise_for(store.place, "unexpected", [candidate for candidate in store.tensors if candidate not in known])
+    wrong_shapes, wrong_dtypes = [], []
+    for row in rows:
+        for candidate in stored_names[row.ours]:
+            info, shape = store.tensors[candidate], row.stored_shape(naming)
+            if info.shape != shape:
+                wrong_shapes.append(f"{candidate} has {list(info.shape)} and needs {list(shape)}")
+            if info.dtype not in WEIGHT_DTYPES:
+                wrong_dtypes.append(f"{candidate} is {info.dtype.name}")
+    _raise_for(store.place, "of the wrong shape", wrong_shapes)
+    _raise_for(store.place, f"of an unexpected dtype (not {', '.join(d.name for d in WEIGHT_DTYPES)})", wrong_dtypes)
+    return Component(name, config, naming, store, stored_names)
+
+
+def _raise_for(place: str, problem: str, names: Sequence[str], shown: int = 3) -> None:
+    if names:
+        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        tensors = "tensor is" if len(names) == 1 else "tensors are"
+        raise InputError(
+            f"{place}: {len(names)} {tensors} {problem}: {', '.join(names[:shown])}{more}; "
+            "is this the whole file, and of the model that its config describes?"
+        )
+
+
+Shardings = jax.sharding.Sharding | Mapping[str, jax.sharding.Sharding] | None
+
+
+def load_component(
+    component: Component,
+    dtype: np.dtype,
+    sharding: Shardings = None,
+    progress: Callable[[int], None] = lambda done: None,
+) -> dict[str, jax.Array]:
+    """The component's parameters on device, keyed and stacked as in the model's abstract tree.
+
+    One (stacked) parameter at a time is assembled in host memory: that is the host peak beside the result.
+    `sharding` is one for all, or one per name. `progress` receives the number of stored bytes read.
+    """
+    check_against_model(component.config)
+    loaded = {}
+    done = 0
+    for row in model_rows(component.config):
+        layers = [row.at(layer) for layer in range(num_layers(component.config))] if row.per_layer else [row]
+        shape = (len(layers), *row.our_shape) if row.per_layer else row.our_shape
+        host = np.empty(shape, dtype)
+        for index, layer in enumerate(layers):
+            target = host[index] if row.per_layer else host
+            copy_into(target, component.read(layer, dtype))
+            done += component.info(layer).nbytes
+            progress(done)
+        chosen = sharding[row.stacked_name] if isinstance(sharding, Mapping) else sharding
+        loaded[row.stacked_name] = jax.device_put(host, chosen)
+        # Without waiting, transfers queue up and hold several host buffers.
+        loaded[row.stacked_name].block_until_ready()
+    return loaded
+
+
+def copy_into(target: np.ndarray, source: np.ndarray) -> None:
+    """target[...] = source for arrays of one dtype, bit by bit."""
+    integer = np.dtype(f"u{target.dtype.itemsize}")  # NumPy copies 16-bit floats that it does not know item by item
+    np.copyto(target.view(integer), source.view(integer))
+
+
+def check_against_model(config: ModelConfig) -> None:
+    """Raises ValueError where a table and the model's abstract tree disagree (a bug in one of the two)."""
+    table = {}
+    for row in model_rows(config):
+        table[row.stacked_name] = (num_layers(config), *row.our_shape) if row.per_layer else row.our_shape
+    model = {name: info.shape for name, info in abstract_model(config).items()}
+    differing = sorted(name for name in table.keys() | model.keys() if table.get(name) != model.get(name))
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{len(differing)} names or shapes differ between the table and the model, first {name}: "
+            f"{table.get(name)} in the table, {model.get(name)} in the model"
+        )

@@ -1,0 +1,306 @@
+"""Model configs from what a checkpoint has: config.json of diffusers and of the official release, or only tensors.
+
+Everything raises InputError where a checkpoint belongs to another family of models.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wan_jax.checkpoint.layouts import ALIASES, Naming, text_encoder_rows
+from wan_jax.checkpoint.tensors import TensorInfo
+from wan_jax.config import PRESETS, DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig
+from wan_jax.errors import InputError
+
+RELEASED_HEAD_DIM = 128  # of every released denoiser; the tensors alone do not tell the number of heads
+
+Shapes = Mapping[str, TensorInfo]
+
+
+def another_family(place: object, why: str) -> InputError:
+    return InputError(
+        f"{place}: checkpoint of another family: {why}; wan_jax runs Wan2.1 and Wan2.2 text-to-video models"
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; is the download complete?") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not a JSON object; download it again")
+    return content
+
+
+def _require(place: Path, content: Mapping[str, Any], required: Mapping[str, Any]) -> None:
+    for key, wanted in required.items():
+        if key in content and content[key] != wanted:
+            raise another_family(place, f"{key} is {content[key]!r}, not {wanted!r}")
+
+
+def _build(place: Path, config_class: type, content: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of `config_class` that `content` holds under `keys` (our name -> theirs), as the right types."""
+    defaults = config_class()
+    fields = {}
+    for ours, theirs in keys.items():
+        if theirs not in content:
+            continue
+        default, value = getattr(defaults, ours), content[theirs]
+        try:
+            if isinstance(default, tuple):
+                fields[ours] = tuple(type(default[0])(item) for item in value)
+            else:
+                fields[ours] = type(default)(value)
+        except (TypeError, ValueError):
+            raise InputError(f"{place}: {theirs} is {value!r}, which is not a {type(default).__name__}") from None
+    return fields
+
+
+DIFFUSERS_DENOISER_KEYS = {
+    "num_layers": "num_layers",
+    "num_heads": "num_attention_heads",
+    "ffn_dim": "ffn_dim",
+    "in_channels": "in_channels",
+    "out_channels": "out_channels",
+    "patch_size": "patch_size",
+    "text_dim": "text_dim",
+    "freq_dim": "freq_dim",
+    "eps": "eps",
+}
+DIFFUSERS_DENOISER_FIXED = {
+    "_class_name": "WanTransformer3DModel",
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "image_dim": None,
+    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
+}
+
+
+def diffusers_denoiser_config(path: Path) -> DenoiserConfig:
+    """From transformer/config.json of a diffusers tree."""
+    content = read_json(path)
+    _require(path, content, DIFFUSERS_DENOISER_FIXED)
+    fields = _build(path, DenoiserConfig, content, DIFFUSERS_DENOISER_KEYS)
+    heads = fields.get("num_heads", DenoiserConfig.num_heads)
+    config = DenoiserConfig(dim=heads * int(content.get("attention_head_dim", RELEASED_HEAD_DIM)), **fields)
+    return _text_to_video(path, config)
+
+
+UMT5_KEYS = {
+    "vocab_size": "vocab_size",
+    "dim": "d_model",
+    "num_layers": "num_layers",
+    "num_heads": "num_heads",
+    "head_dim": "d_kv",
+    "ffn_dim": "d_ff",
+    "num_buckets": "relative_attention_num_buckets",
+    "max_distance": "relative_attention_max_distance",
+    "eps": "layer_norm_epsilon",
+}
+UMT5_FIXED = {"model_type": "umt5", "feed_forward_proj": "gated-gelu"}
+
+
+def diffusers_text_encoder_config(path: Path) -> TextEncoderConfig:
+    """From text_encoder/config.json of a diffusers tree (transformers' UMT5Config)."""
+    content = read_json(path)
+    _require(path, content, UMT5_FIXED)
+    return TextEncoderConfig(**_build(path, TextEncoderConfig, content, UMT5_KEYS))
+
+
+DIFFUSERS_VAE_KEYS = {
+    "z_dim": "z_dim",
+    "base_dim": "base_dim",
+    "dim_mult": "dim_mult",
+    "num_res_blocks": "num_res_blocks",
+    "temporal_downsample": "temperal_downsample",  # diffusers' spelling
+    "latents_mean": "latents_mean",
+    "latents_std": "latents_std",
+}
+DIFFUSERS_VAE_FIXED = {
+    "_class_name": "AutoencoderKLWan",
+    "is_residual": False,
+    "decoder_base_dim": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "patch_size": None,
+    "attn_scales": [],
+}
+
+
+def diffusers_vae_config(path: Path) -> VAEConfig:
+    """From vae/config.json of a diffusers tree."""
+    content = read_json(path)
+    if content.get("decoder_base_dim") == content.get("base_dim"):  # some files spell the default out
+        content.pop("decoder_base_dim", None)
+    _require(path, content, DIFFUSERS_VAE_FIXED)
+    return VAEConfig(**_build(path, VAEConfig, content, DIFFUSERS_VAE_KEYS))
+
+
+OFFICIAL_DENOISER_KEYS = {
+    "num_layers": "num_layers",
+    "dim": "dim",
+    "num_heads": "num_heads",
+    "ffn_dim": "ffn_dim",
+    "in_channels": "in_dim",
+    "out_channels": "out_dim",
+    "text_length": "text_len",
+    "freq_dim": "freq_dim",
+    "eps": "eps",
+}
+
+
+def official_denoiser_config(path: Path, inferred: DenoiserConfig) -> DenoiserConfig:
+    """From config.json of an expert's official folder; it lacks patch_size and text_dim, which the tensors tell."""
+    content = read_json(path)
+    _require(path, content, {"_class_name": "WanModel", "model_type": "t2v"})
+    fields = _build(path, DenoiserConfig, content, OFFICIAL_DENOISER_KEYS)
+    return _text_to_video(path, dataclasses.replace(inferred, **fields))
+
+
+def _text_to_video(place: object, config: DenoiserConfig) -> DenoiserConfig:
+    if config.in_channels != config.out_channels:
+        raise another_family(
+            place, f"the denoiser takes {config.in_channels} channels and gives {config.out_channels} (image to video)"
+        )
+    return config
+
+
+def _dims(place: str, tensors: Shapes, name: str, rank: int) -> tuple[int, ...]:
+    if name not in tensors:
+        raise InputError(f"{place}: tensor {name} is missing; is the file complete?")
+    shape = tensors[name].shape
+    if len(shape) != rank or 0 in shape:
+        raise InputError(f"{place}: tensor {name} has shape {list(shape)}, it needs {rank} dimensions")
+    return shape
+
+
+def _count(tensors: Shapes, pattern: str) -> int:
+    """One more than the highest index that `pattern` (with one group of digits) finds in the names."""
+    return 1 + max((int(match[1]) for name in tensors if (match := re.match(pattern, name))), default=-1)
+
+
+def infer_denoiser_config(place: str, tensors: Shapes) -> DenoiserConfig:
+    """From the shapes of an official-named denoiser."""
+    foreign = [
+        name for name in tensors if re.search(r"(^|\.)(img_emb|k_img|v_img|vace|ref_conv|control_adapter)", name)
+    ]
+    if foreign:
+        raise another_family(place, f"it has {foreign[0]}")
+    dim, in_channels, *patch_size = _dims(place, tensors, "patch_embedding.weight", 5)
+    _, text_dim = _dims(place, tensors, "text_embedding.0.weight", 2)
+    _, freq_dim = _dims(place, tensors, "time_embedding.0.weight", 2)
+    ffn_dim, _ = _dims(place, tensors, "blocks.0.ffn.0.weight", 2)
+    out_features, _ = _dims(place, tensors, "head.head.weight", 2)
+    patch_frames, patch_height, patch_width = patch_size
+    config = DenoiserConfig(
+        num_layers=_count(tensors, r"blocks\.(\d+)\."),
+        dim=dim,
+        num_heads=max(dim // RELEASED_HEAD_DIM, 1),
+        ffn_dim=ffn_dim,
+        in_channels=in_channels,
+        out_channels=out_features // (patch_frames * patch_height * patch_width),
+        patch_size=(patch_frames, patch_height, patch_width),
+        text_dim=text_dim,
+        freq_dim=freq_dim,
+    )
+    return _text_to_video(place, config)
+
+
+def infer_text_encoder_config(place: str, tensors: Shapes, naming: Naming) -> TextEncoderConfig:
+    """From the shapes of a UMT5 encoder in the official or the HuggingFace naming."""
+    names = {row.at(0).ours: row.at(0) for row in text_encoder_rows(TextEncoderConfig())}
+
+    def dims(ours: str) -> tuple[int, ...]:
+        return _dims(place, tensors, names[ours].name(naming), 2)
+
+    embeddings = (names["embedding.table"].name(naming), *ALIASES["embedding.table"].get(naming, ()))
+    embedding = next((name for name in embeddings if name in tensors), embeddings[0])
+    vocab_size, dim = _dims(place, tensors, embedding, 2)
+    num_buckets, num_heads = dims("blocks.0.attention.relative_bias")
+    inner, _ = dims("blocks.0.attention.query.kernel")
+    ffn_dim, _ = dims("blocks.0.feed_forward.up.kernel")
+    return TextEncoderConfig(
+        vocab_size=vocab_size,
+        dim=dim,
+        num_layers=_count(tensors, r"blocks\.(\d+)\." if naming == "official" else r"encoder\.block\.(\d+)\."),
+        num_heads=num_heads,
+        head_dim=inner // num_heads,
+        ffn_dim=ffn_dim,
+        num_buckets=num_buckets,
+    )
+
+
+def infer_vae_config(place: str, tensors: Shapes) -> VAEConfig:
+    """From the shapes of an official-named VAE; its latents' mean and deviation are those of the released one."""
+    z_dim = _dims(place, tensors, "conv2.weight", 5)[0]
+    if "encoder.downsamples.0.downsamples.0.residual.2.weight" in tensors:
+        raise another_family(place, "this is the Wan2.2 VAE of TI2V-5B")
+    if z_dim != VAEConfig.z_dim:
+        raise another_family(
+            place, f"its VAE has {z_dim} latent channels, and this layout does not say their mean and deviation"
+        )
+    base_dim = _dims(place, tensors, "encoder.conv1.weight", 5)[0]
+    stages: list[list[int]] = [[]]  # output channels of every residual block, by stage
+    temporal_downsample = []
+    for index in range(_count(tensors, r"encoder\.downsamples\.(\d+)\.")):
+        module = f"encoder.downsamples.{index}"
+        if f"{module}.resample.1.weight" in tensors:
+            temporal_downsample.append(f"{module}.time_conv.weight" in tensors)
+            stages.append([])
+        else:
+            stages[-1].append(_dims(place, tensors, f"{module}.residual.2.weight", 5)[0])
+    if not all(stages):
+        raise another_family(place, "its VAE has a stage without residual blocks")
+    return VAEConfig(
+        z_dim=z_dim,
+        base_dim=base_dim,
+        dim_mult=tuple(widths[-1] // base_dim for widths in stages),
+        num_res_blocks=len(stages[0]),
+        temporal_downsample=tuple(temporal_downsample),
+    )
+
+
+def assemble_config(
+    place: str,
+    denoiser: DenoiserConfig,
+    *,
+    experts: int,
+    text_encoder: TextEncoderConfig | None,
+    vae: VAEConfig | None,
+    boundary: float | None = None,
+) -> WanConfig:
+    """One config of all components, with the sampling defaults of the release that has this structure.
+
+    Absent components keep the release's config. Raises InputError where the components do not fit together.
+    """
+    if text_encoder is not None and text_encoder.dim != denoiser.text_dim:
+        raise another_family(
+            place, f"the text encoder gives {text_encoder.dim} features, the denoiser takes {denoiser.text_dim}"
+        )
+    if vae is not None and vae.z_dim != denoiser.in_channels:
+        raise another_family(
+            place, f"the VAE has {vae.z_dim} latent channels, the denoiser takes {denoiser.in_channels}"
+        )
+    if experts == 2:
+        preset = PRESETS["t2v-a14b"]
+    elif denoiser.dim == PRESETS["t2v-14b"].denoiser.dim:
+        preset = PRESETS["t2v-14b"]
+    else:
+        preset = PRESETS["t2v-1.3b"]
+    sampling = preset.sampling
+    if experts == 2 and boundary is not None:
+        sampling = dataclasses.replace(sampling, boundary=boundary)
+    return WanConfig(
+        name=preset.name if denoiser == preset.denoiser else "custom",
+        denoiser=denoiser,
+        text_encoder=text_encoder or preset.text_encoder,
+        vae=vae or preset.vae,
+        sampling=sampling,
+    )

@@ -1,0 +1,257 @@
+"""Safetensors files: a reader that keeps resident memory at one tensor, and a writer that streams.
+
+The format (huggingface/safetensors): 8 bytes little-endian header length, a JSON header with the dtype, shape and
+byte range of each tensor, then the data. Large models are split into several files, listed by an index.json.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from wan_jax.checkpoint.tensors import TensorInfo, cast, read_exactly
+from wan_jax.errors import InputError
+
+DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U64": np.uint64,
+        "U32": np.uint32,
+        "U16": np.uint16,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }.items()
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
+SHARD_BYTES = 5_000_000_000  # what diffusers and transformers write by default
+
+_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
+
+
+class SafetensorsFile:
+    """One file. Opening reads and checks the header; `read` reads one tensor.
+
+    Raises InputError for a file that is truncated or whose header is not valid.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.place = str(path)
+        self._descriptor = os.open(path, os.O_RDONLY)
+        try:
+            self.tensors, self._offsets = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
+        info = self.tensors[name]
+        data = read_exactly(self._descriptor, self._offsets[name], info.nbytes, self.place)
+        return cast(data.view(info.dtype).reshape(info.shape), dtype)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    __del__ = close
+
+    def _read_header(self) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+        file_bytes = os.fstat(self._descriptor).st_size
+        if file_bytes < 8:
+            raise InputError(f"{self.place}: has {file_bytes} bytes, too few for a safetensors file; copy it again")
+        header_bytes = int.from_bytes(os.pread(self._descriptor, 8, 0), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise InputError(f"{self.place}: not a safetensors file (its header would have {header_bytes} bytes)")
+        if 8 + header_bytes > file_bytes:
+            raise InputError(
+                f"{self.place}: truncated: its header alone needs {8 + header_bytes} bytes, the file has {file_bytes}; "
+                "copy it again"
+            )
+        try:
+            header = json.loads(read_exactly(self._descriptor, 8, header_bytes, self.place).tobytes())
+            header.pop("__metadata__", None)
+            entries: dict[str, tuple[str, tuple[int, ...], int, int]] = {
+                name: (entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
+                for name, entry in header.items()
+            }
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f"{self.place}: its safetensors header is damaged ({error!r}); copy it again") from None
+
+        tensors: dict[str, TensorInfo] = {}
+        offsets: dict[str, int] = {}
+        expected = 0
+        for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+            if dtype not in DTYPES:
+                raise InputError(f"{self.place}: {name} has unexpected dtype {dtype}; supported: {', '.join(DTYPES)}")
+            info = TensorInfo(shape, DTYPES[dtype], self.place)
+            if begin != expected or end - begin != info.nbytes or min(shape, default=0) < 0:
+                raise InputError(
+                    f"{self.place}: its safetensors header is damaged ({name}: shape {list(shape)} of {dtype} in bytes "
+                    f"{begin} to {end}); copy it again"
+                )
+            expected = end
+            tensors[name], offsets[name] = info, 8 + header_bytes + begin
+        needed = 8 + header_bytes + expected
+        if needed != file_bytes:
+            problem = "truncated" if file_bytes < needed else "too long"
+            raise InputError(
+                f"{self.place}: {problem}: its header says {needed} bytes, the file has {file_bytes}; copy it again"
+            )
+        return tensors, offsets
+
+
+class SafetensorsFiles:
+    """Several files that together hold one model. Raises InputError for a tensor in two of them."""
+
+    def __init__(self, paths: Sequence[Path], place: str):
+        self.place = place
+        self.tensors: dict[str, TensorInfo] = {}
+        self._files: dict[str, SafetensorsFile] = {}
+        for path in paths:
+            file = SafetensorsFile(path)
+            twice = sorted(file.tensors.keys() & self.tensors.keys())
+            if twice:
+                raise InputError(
+                    f"{twice[0]} is twice in {place}: in {Path(self.tensors[twice[0]].file).name} and in {path.name}"
+                    f"{f' (and {len(twice) - 1} more tensors)' if len(twice) > 1 else ''}; remove one of the files"
+                )
+            self.tensors |= file.tensors
+            self._files |= dict.fromkeys(file.tensors, file)
+
+    def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
+        return self._files[name].read(name, dtype)
+
+
+def open_safetensors_folder(
+    folder: Path, stems: Sequence[str] = ("diffusion_pytorch_model", "model")
+) -> SafetensorsFiles:
+    """Opens the model in a folder: one file, shards with an index.json, or numbered shards without one.
+
+    Where a folder holds several variants, the plain names of `stems` win. Raises InputError for a missing shard.
+    """
+    for stem in stems:
+        if (index := folder / f"{stem}.safetensors.index.json").is_file():
+            return _open_indexed(index)
+        if (single := folder / f"{stem}.safetensors").is_file():
+            return SafetensorsFiles([single], str(folder))
+    if indices := sorted(folder.glob("*.safetensors.index.json")):
+        return _open_indexed(indices[0])
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise InputError(f"{folder}: holds no .safetensors file; is the download complete?")
+    check_shards_complete(paths)
+    return SafetensorsFiles(paths, str(folder))
+
+
+def check_shards_complete(paths: Sequence[Path]) -> None:
+    """Raises InputError naming the missing ones where files are numbered like `model-00001-of-00003.safetensors`."""
+    for path in paths:
+        if match := _NUMBERED.fullmatch(path.name):
+            stem, count = match["stem"], match["count"]
+            wanted = [f"{stem}-{number:05d}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
+            _check_present(path.parent, wanted)
+
+
+def _check_present(folder: Path, names: Sequence[str]) -> None:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{folder}: shard {missing[0]} is missing"
+            f"{f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''}; download it again"
+        )
+
+
+def _open_indexed(index: Path) -> SafetensorsFiles:
+    try:
+        weight_map = dict(json.loads(index.read_text())["weight_map"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{index}: not a valid index of shards ({error!r}); download it again") from None
+    names = sorted(set(weight_map.values()))
+    if bad := [name for name in names if Path(name).name != name]:
+        raise InputError(f"{index}: names the file {bad[0]!r} outside its folder; download it again")
+    _check_present(index.parent, names)
+    return SafetensorsFiles([index.parent / name for name in names], str(index.parent))
+
+
+def plan_shards(tensors: Mapping[str, TensorInfo], shard_bytes: int = SHARD_BYTES) -> list[dict[str, TensorInfo]]:
+    """Splits the tensors, in order, into shards of at most `shard_bytes` (a larger tensor gets its own)."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    filled = 0
+    for name, info in tensors.items():
+        if shards[-1] and filled + info.nbytes > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = info
+        filled += info.nbytes
+    return shards
+
+
+def write_safetensors(
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, TensorInfo],
+    read: Callable[[str], np.ndarray],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a model in the HuggingFace style: `stem.safetensors`, or numbered shards with an index.json.
+
+    `read` is called once per tensor, when its turn comes; it must return the described shape and dtype.
+    """
+    shards = plan_shards(tensors, shard_bytes)
+    if len(shards) == 1:
+        write_safetensors_file(folder / f"{stem}.safetensors", shards[0], read)
+        return
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors_file(folder / name, shard, read)
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": sum(info.nbytes for info in tensors.values())}, "weight_map": weight_map}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def write_safetensors_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]) -> None:
+    """Writes one file under a temporary name, header first, then tensor by tensor, and renames it."""
+    # The widest dtypes first: readers view the data in place, which needs aligned offsets.
+    ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+    offset = 0
+    for name, info in ordered.items():
+        header[name] = {
+            "dtype": DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, offset + info.nbytes],
+        }
+        offset += info.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            for name, info in ordered.items():
+                array = np.ascontiguousarray(read(name))
+                if array.size != prod(info.shape) or array.dtype != info.dtype:
+                    raise ValueError(f"{name}: got {array.dtype} {array.shape}, the header says {info}")
+                file.write(array.reshape(-1).view(np.uint8).data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

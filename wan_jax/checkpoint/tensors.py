@@ -1,0 +1,72 @@
+"""What every kind of weight file has in common: named tensors described by a header and read one at a time."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+from wan_jax.errors import InputError
+
+# (component, bytes done, bytes in all), called after every tensor. An exception in it aborts the work cleanly.
+Progress = Callable[[str, int, int], None]
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOAT8_DTYPES = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+WEIGHT_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A stored tensor: known from the file's header, without reading it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    file: str  # the file that holds it, for messages
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+
+class TensorStore(Protocol):
+    """Named tensors that are read one at a time."""
+
+    @property
+    def place(self) -> str:
+        """The file or folder, for messages."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """What it holds, by stored name."""
+
+    def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
+        """The tensor in `dtype` (None: as described), rounded at most once."""
+
+
+def cast(array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+    """`array` in `dtype` (round to nearest even); the same object where nothing changes."""
+    return array if dtype is None or array.dtype == dtype else array.astype(dtype)
+
+
+def read_exactly(descriptor: int, offset: int, nbytes: int, place: str) -> np.ndarray:
+    """Reads `nbytes` at `offset` into fresh memory (uint8 [nbytes]).
+
+    pread and not mmap: mapped pages count as resident memory until the kernel takes them back.
+    """
+    buffer = np.empty(nbytes, np.uint8)
+    view = buffer.data
+    done = 0
+    while done < nbytes:
+        count = os.preadv(descriptor, [view[done:]], offset + done)  # at most 2 GiB a call
+        if count == 0:
+            raise InputError(f"{place}: ends {nbytes - done} bytes early while being read; copy the file again")
+        done += count
+    return buffer
