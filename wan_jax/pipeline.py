@@ -4,10 +4,9 @@ The pipeline owns the models and the order of the work. Each stage is one method
 between denoising and decoding.
 """
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,9 +16,10 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from wan_jax.checkpoint import Checkpoint, open_checkpoint
+from wan_jax.checkpoint.hub import local_checkpoint
 from wan_jax.config import WanConfig
 from wan_jax.diffusion.noise import initial_noise
-from wan_jax.diffusion.sampler import Expert, denoise
+from wan_jax.diffusion.sampler import Expert, StepReport, denoise
 from wan_jax.diffusion.solvers import get_solver
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
@@ -83,7 +83,7 @@ class WanPipeline:
         Raises:
             InputError: the checkpoint is missing, damaged or of another family; the message names the file or tensor.
         """
-        return cls.from_checkpoint(open_checkpoint(path_or_id, bars=Bars(progress)), dtype, progress=progress)
+        return cls.from_checkpoint(open_checkpoint(local_checkpoint(path_or_id)), dtype, progress=progress)
 
     @classmethod
     def from_checkpoint(
@@ -99,7 +99,8 @@ class WanPipeline:
         tokenizer = Tokenizer.from_pretrained(checkpoint.tokenizer_folder, vocab_size=config.text_encoder.vocab_size)
 
         def load(component: str, make, model_config, dtype: str):
-            arrays = checkpoint.load(component, dtype=dtype, bars=bars)
+            with bars.transfers("load") as report:
+                arrays = checkpoint.load(component, dtype, progress=report)
             return with_parameters(lambda: make(model_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), arrays)
 
         pipeline = cls(
@@ -192,7 +193,13 @@ class WanPipeline:
         def get_expert(name: str) -> Expert:
             return Expert.prepare(self._denoisers[name], positive, negative)
 
-        with self._bars.task("denoise", total=settings.steps) as advance:
+        with self._bars.task("denoise (compiling)", total=settings.steps) as bar:
+
+            def on_step(step: StepReport) -> None:
+                bar.advance(1, f"denoise ({step.expert} expert)")
+                self._add_seconds("denoise", step.seconds)
+                self._add_seconds("compile", step.compile_seconds)
+
             latents = denoise(
                 latents,
                 settings.make_schedule(),
@@ -200,8 +207,7 @@ class WanPipeline:
                 settings.guidance,
                 self.config.sampling.boundary,
                 get_expert,
-                on_step=lambda step: advance(1, f"denoise ({step.expert})"),
-                seconds=self.seconds,
+                on_step,
             )
         self.latents = np.asarray(latents)
         if not np.isfinite(self.latents).all():
@@ -216,14 +222,15 @@ class WanPipeline:
         """
         latents = jnp.asarray(latents)[None]
         count = latents.shape[2]
-        with self._bars.task("decode", total=count) as advance, self._timed("decode"):
-            frames, cache = self._run(self._decode_first, self._vae, latents[:, :, :1])
+        with self._bars.task("decode", total=count) as bar:
+            frames, cache = self._run("decode", self._decode_first, self._vae, latents[:, :, :1])
             chunks = [np.asarray(frames)]
-            advance(1)
+            bar.advance()
             for index in range(1, count):
-                frames, cache = self._run(self._decode_next, self._vae, cache, latents[:, :, index : index + 1])
+                latent_frame = latents[:, :, index : index + 1]
+                frames, cache = self._run("decode", self._decode_next, self._vae, cache, latent_frame)
                 chunks.append(np.asarray(frames))
-                advance(1)
+                bar.advance()
         return np.concatenate(chunks)
 
     def metadata(self, prompt: str, settings: Settings) -> dict[str, Any]:
@@ -248,25 +255,23 @@ class WanPipeline:
                 if len(self._encoded_prompts) >= CACHED_PROMPTS:
                     self._encoded_prompts.pop(next(iter(self._encoded_prompts)))
                 tokens, mask = self._tokenizer([prompt], self.config.denoiser.text_length)
-                with self._timed("text"):
-                    encoded = self._run(self._encode_text, self._text_encoder, tokens, mask)
-                    self._encoded_prompts[prompt] = jax.block_until_ready(encoded[0])
+                self._encoded_prompts[prompt] = self._run("text", self._encode_text, self._text_encoder, tokens, mask)[
+                    0
+                ]
         return jnp.stack([self._encoded_prompts[prompt] for prompt in prompts])
 
-    def _run(self, program: Program, *args):
-        """Runs a program; the time it takes to compile counts as "compile", not as the stage around it."""
+    def _run(self, stage: str, program: Program, *args: Any) -> Any:
+        """Runs a program to its end, counts the time under `stage` and the time to compile it under "compile"."""
         start = time.perf_counter()
-        if program.compile(*args):
-            seconds = time.perf_counter() - start
-            self.seconds["compile"] = self.seconds.get("compile", 0.0) + seconds
-            self._excluded += seconds
-        return program(*args)
+        program.compile(*args)
+        compiled = time.perf_counter()
+        result = jax.block_until_ready(program(*args))
+        self._add_seconds("compile", compiled - start)
+        self._add_seconds(stage, time.perf_counter() - compiled)
+        return result
 
-    @contextlib.contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start, self._excluded = time.perf_counter(), 0.0
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start - self._excluded
+    def _add_seconds(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
 
 def peak_bytes() -> int | None:

@@ -2,49 +2,79 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 
-class Advance(Protocol):
-    """Moves a bar on by `count`, and changes its text if one is given."""
+class Bar:
+    """One line of progress."""
 
-    def __call__(self, count: float = 1, description: str | None = None) -> None: ...
+    def __init__(self, progress: Progress | None, description: str, total: float | None):
+        self._progress = progress
+        self._task = None if progress is None else progress.add_task(description, total=total)
+
+    def advance(self, count: float = 1, description: str | None = None) -> None:
+        """Moves on by `count`, with a new text if one is given."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, advance=count, description=description)
+
+    def reach(self, done: float) -> None:
+        """Moves to `done`."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done)
 
 
 class Bars:
-    """One bar per task; nothing at all when `enabled` is false."""
+    """Makes the bars; silent when `enabled` is false."""
 
     def __init__(self, enabled: bool = True):
         self.enabled = enabled
 
     @contextlib.contextmanager
-    def task(self, description: str, total: float | None = None) -> Iterator[Advance]:
-        """Shows a bar (a spinner where `total` is None) until the block ends; yields the function that advances it."""
-        if not self.enabled:
-            yield _ignore
-            return
-        columns = [SpinnerColumn(), TextColumn("{task.description}")]
-        if total is not None:
-            columns += [BarColumn(), MofNCompleteColumn()]
-        with Progress(*columns, TimeElapsedColumn(), console=Console(file=sys.stderr)) as progress:
-            bar = progress.add_task(description, total=total)
-
-            def advance(count: float = 1, description: str | None = None) -> None:
-                progress.update(bar, advance=count, description=description)
-
-            yield advance
+    def task(self, description: str, total: float | None = None) -> Iterator[Bar]:
+        """One bar (a spinner where `total` is None), shown until the block ends."""
+        with self._display([] if total is None else [BarColumn(), MofNCompleteColumn()]) as progress:
+            bar = Bar(progress, description, total)
+            yield bar
             if total is None:
-                progress.update(bar, total=1, completed=1)
+                bar.reach(1)
+
+    @contextlib.contextmanager
+    def transfers(self, verb: str) -> Iterator[Callable[[str, int, int], None]]:
+        """One bar of bytes for each thing that is moved; yields the function to call with (name, done, total)."""
+        with self._display([BarColumn(), DownloadColumn()]) as progress:
+            bars: dict[str, Bar] = {}
+
+            def report(name: str, done: int, total: int) -> None:
+                if name not in bars:
+                    bars[name] = Bar(progress, f"{verb} {name}", total)
+                bars[name].reach(done)
+
+            yield report
 
     def note(self, message: str) -> None:
         """Prints one line that the user should see."""
         if self.enabled:
-            Console(file=sys.stderr).print(f"note: {message}", markup=False, highlight=False, soft_wrap=True)
+            print(f"note: {message}", file=sys.stderr)
 
-
-def _ignore(count: float = 1, description: str | None = None) -> None:
-    del count, description
+    @contextlib.contextmanager
+    def _display(self, columns: list[ProgressColumn]) -> Iterator[Progress | None]:
+        if not self.enabled:
+            yield None
+            return
+        text = TextColumn("{task.description}", markup=False)
+        with Progress(
+            SpinnerColumn(), text, *columns, TimeElapsedColumn(), console=Console(file=sys.stderr)
+        ) as progress:
+            yield progress

@@ -1,0 +1,33 @@
+"""Where a checkpoint is: a local path, or a hub id that is downloaded first."""
+
+import os
+import re
+from pathlib import Path
+
+from wan_jax.errors import InputError
+
+# Weights, configs and tokenizers of every layout; not the pictures and demos beside them.
+WANTED_FILES = ("*.json", "*.safetensors", "*.pth", "*.model", "*.txt")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def local_checkpoint(path_or_id: str | os.PathLike) -> Path:
+    """Returns the local folder or file; downloads it (once: the hub's own cache keeps it) if it is a hub id.
+
+    Raises InputError where there is neither such a path nor such a repository, or the hub cannot be reached.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.exists():
+        return path
+    name = os.fspath(path_or_id)
+    if not HUB_ID.fullmatch(name) or name.startswith("."):
+        raise InputError(f"checkpoint {name} does not exist; give a folder, a file, or a hub id (organisation/name)")
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(WANTED_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"checkpoint {name} is no local path and could not be downloaded: {reason}") from error
