@@ -122,8 +122,9 @@ def _convert(values: argparse.Namespace) -> None:
 
 def _info(values: argparse.Namespace) -> None:
     from wan_jax.checkpoint import open_checkpoint
+    from wan_jax.checkpoint.hub import local_checkpoint
 
-    print(open_checkpoint(values.checkpoint).info())
+    print(open_checkpoint(local_checkpoint(values.checkpoint)).info())
 
 
 def _demo(values: argparse.Namespace) -> None:

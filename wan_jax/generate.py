@@ -69,12 +69,14 @@ def generate(options: Options) -> dict[str, Any]:
     initial_latents = _read_latents(options.initial_latents) if options.initial_latents else None
 
     from wan_jax.checkpoint import open_checkpoint
+    from wan_jax.checkpoint.hub import local_checkpoint
+    from wan_jax.demo import demo_checkpoint
     from wan_jax.pipeline import WanPipeline, peak_bytes
     from wan_jax.progress import Bars
 
     bars = Bars(not options.quiet)
     start = time.perf_counter()
-    checkpoint = open_checkpoint(options.checkpoint or _demo(bars), bars=bars)
+    checkpoint = open_checkpoint(local_checkpoint(options.checkpoint) if options.checkpoint else demo_checkpoint(bars))
     settings = Settings.resolve(
         checkpoint.config,
         negative_prompt=options.negative_prompt,
@@ -136,19 +138,15 @@ def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
     latents = _read_latents(latents_file)
 
     from wan_jax.checkpoint import open_checkpoint
+    from wan_jax.checkpoint.hub import local_checkpoint
+    from wan_jax.demo import demo_checkpoint
     from wan_jax.pipeline import WanPipeline
     from wan_jax.progress import Bars
 
     bars = Bars(not options.quiet)
-    checkpoint = open_checkpoint(options.checkpoint or _demo(bars), bars=bars)
+    checkpoint = open_checkpoint(local_checkpoint(options.checkpoint) if options.checkpoint else demo_checkpoint(bars))
     pipeline = WanPipeline.from_checkpoint(checkpoint, options.dtype, progress=not options.quiet)
     return Video(pipeline.decode(latents), latents, checkpoint.config.sampling.fps).save(output)
-
-
-def _demo(bars) -> pathlib.Path:
-    from wan_jax.demo import demo_checkpoint
-
-    return demo_checkpoint(bars)
 
 
 def _read_prompts(options: Options) -> list[str]:
