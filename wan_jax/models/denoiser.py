@@ -1,0 +1,394 @@
+"""The diffusion transformer (DiT) of Wan: given noisy latents, a timestep and a text, it predicts the flow velocity.
+
+    latents [B, C, F, h, w] --patchify--> tokens [B, S, dim] --blocks--> --head, unpatchify--> velocity [B, C, F, h, w]
+
+Every block does self-attention over all tokens of the video, cross-attention to the text, and a feed-forward layer. The
+timestep enters as a shift, a scale and a gate around self-attention and around the feed-forward layer.
+
+Precision follows the official code run with bfloat16 weights: matrix products and attention in `dtype`; the residual
+stream, norms, modulation, time embedding and head in float32. Original: Wan-Video/Wan2.2, wan/modules/model.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from wan_jax.config import DenoiserConfig
+from wan_jax.errors import InputError
+from wan_jax.kernels.attention import attention
+from wan_jax.models.layers import Linear, RMSNorm, stack_layers
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """What the blocks' cross-attention reads of a text: made once per prompt, by the denoiser that will use it."""
+
+    keys: jax.Array  # [layers, B, text_length, heads, head_dim], normalised
+    values: jax.Array  # the same shape
+
+    @property
+    def batch(self) -> int:
+        return self.keys.shape[1]
+
+
+class Denoiser(nnx.Module):
+    """One expert: its parameters for all layers, stacked, and one forward pass.
+
+    Args:
+      dtype: of matrix products and attention, bfloat16 or float32.
+      param_dtype: in which parameters are stored; `dtype` if None.
+      attention_implementation: see wan_jax.kernels.attention; None takes the fastest.
+    """
+
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        *,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike | None = None,
+        attention_implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        param_dtype = dtype if param_dtype is None else param_dtype
+        linear = partial(Linear, param_dtype=param_dtype, rngs=rngs)
+        embedding = partial(ConditionEmbedding, param_dtype=param_dtype, rngs=rngs)
+        patch_features = config.in_channels * int(np.prod(config.patch_size))
+        self.patch_embedding = linear(patch_features, config.dim, axes=(None, "embed"), dtype=dtype)
+        self.text_embedding = embedding(config.text_dim, config.dim, activation=gelu, dtype=dtype)
+        self.time_embedding = embedding(config.freq_dim, config.dim, activation=jax.nn.silu, dtype=jnp.float32)
+        self.time_projection = linear(config.dim, 6 * config.dim, axes=("embed", None), dtype=jnp.float32)
+        self.blocks = stack_layers(
+            lambda rngs: DenoiserBlock(config, dtype, param_dtype, attention_implementation, rngs),
+            config.num_layers,
+            rngs,
+        )
+        self.head = Head(config, param_dtype, rngs)
+        self.config = config
+
+    def encode_context(self, text: jax.Array) -> Context:
+        """Projects a text for the cross-attention of every layer; it depends on neither latents nor timestep.
+
+        Args:
+          text: [B, text_length, text_dim], the text encoder's output. Rows after the text are zeros; they are attended,
+            as in training, so they must be there.
+
+        Raises:
+          InputError: another shape.
+        """
+        expected = (self.config.text_length, self.config.text_dim)
+        if text.shape[1:] != expected:
+            raise InputError(f"the text has shape {text.shape}; the denoiser needs [B, {expected[0]}, {expected[1]}]")
+        text = self.text_embedding(text)
+        _, (keys, values) = lax.scan(
+            lambda _, layer: (None, layer.project_context(text)), None, self.blocks.cross_attention
+        )
+        return Context(keys, values)
+
+    def __call__(self, latents: jax.Array, timesteps: jax.Array, context: Context) -> jax.Array:
+        """Predicts the velocity noise - clean of latents = (1 - sigma) clean + sigma noise.
+
+        Args:
+          latents: [B, in_channels, F, h, w], float32; F, h, w are multiples of the patch size.
+          timesteps: [B] float32, 1000 sigma; or [B, tokens], one for each token in the order (F, h, w).
+          context: what `encode_context` of this denoiser returned for B texts.
+
+        Returns:
+          [B, out_channels, F, h, w], float32.
+
+        Raises:
+          InputError: a shape that does not fit.
+        """
+        grid = self.check_shapes(latents, timesteps, context)
+        frames, height, width = grid
+        pt, ph, pw = self.config.patch_size
+        # Features of a patch: the channel varies slowest on the way in and fastest on the way out.
+        patches = rearrange(
+            latents, "b c (f pt) (h ph) (w pw) -> b (f h w) (c pt ph pw)", f=frames, h=height, w=width, pt=pt, ph=ph
+        )
+        x = self.patch_embedding(patches).astype(jnp.float32)  # [B, S, dim]
+
+        # A timestep for all tokens is kept as [B, 1, ...], which broadcasts against [B, S, ...].
+        timesteps = timesteps.reshape(timesteps.shape[0], -1)
+        time = self.time_embedding(timestep_embedding(timesteps, self.config.freq_dim))  # [B, 1 or S, dim]
+        modulation = rearrange(self.time_projection(jax.nn.silu(time)), "b s (six dim) -> b s six dim", six=6)
+        rotary = rotary_tables(grid, self.config.head_dim)
+
+        def layer(x, xs):
+            block, keys, values = xs
+            return block(x, modulation, rotary, keys, values), None
+
+        x, _ = lax.scan(layer, x, (self.blocks, context.keys, context.values))
+        velocity = self.head(x, time)  # [B, S, pt * ph * pw * out_channels]
+        return rearrange(
+            velocity,
+            "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)",
+            f=frames,
+            h=height,
+            w=width,
+            pt=pt,
+            ph=ph,
+            pw=pw,
+        )
+
+    def check_shapes(self, latents: jax.Array, timesteps: jax.Array, context: Context) -> tuple[int, int, int]:
+        """Returns the number of tokens along frames, height and width."""
+        config, patch = self.config, self.config.patch_size
+        if latents.ndim != 5 or latents.shape[1] != config.in_channels:
+            raise InputError(
+                f"latents have shape {latents.shape}; the denoiser needs [B, {config.in_channels}, F, h, w]"
+            )
+        batch, _, *sizes = latents.shape
+        if any(size % step for size, step in zip(sizes, patch, strict=True)):
+            raise InputError(
+                f"latents of {sizes} (frames, height, width) do not divide into patches of {list(patch)}; "
+                "choose multiples of them"
+            )
+        frames, height, width = (size // step for size, step in zip(sizes, patch, strict=True))
+        if timesteps.shape not in ((batch,), (batch, frames * height * width)):
+            raise InputError(
+                f"timesteps have shape {timesteps.shape}; give ({batch},), one for each of the latents, "
+                f"or ({batch}, {frames * height * width}), one for each token"
+            )
+        if context.batch != batch:
+            raise InputError(
+                f"the context holds {context.batch} texts and there are {batch} latents; give one for each"
+            )
+        return frames, height, width
+
+
+class DenoiserBlock(nnx.Module):
+    """One layer of the transformer."""
+
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        implementation: str | None,
+        rngs: nnx.Rngs,
+    ):
+        self.modulation = modulation_table(6, config.dim, param_dtype, rngs)
+        self.self_attention = SelfAttention(config, dtype, param_dtype, implementation, rngs)
+        self.cross_attention_norm = LayerNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
+        self.cross_attention = CrossAttention(config, dtype, param_dtype, implementation, rngs)
+        self.feed_forward = FeedForward(config, dtype, param_dtype, rngs)
+        self.eps = config.eps
+
+    def __call__(
+        self,
+        x: jax.Array,
+        modulation: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        keys: jax.Array,
+        values: jax.Array,
+    ) -> jax.Array:
+        """x [B, S, dim] and modulation [B, 1 or S, 6, dim] in float32; keys, values [B, T, heads, head_dim]."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = add_table(self.modulation, modulation)
+        y = layer_norm(x, self.eps) * (1 + scale_1) + shift_1
+        x = x + gate_1 * self.self_attention(y, rotary)
+        x = x + self.cross_attention(self.cross_attention_norm(x), keys, values)
+        y = layer_norm(x, self.eps) * (1 + scale_2) + shift_2
+        return x + gate_2 * self.feed_forward(y)
+
+
+class MultiHeadAttention(nnx.Module):
+    """The projections of self- and cross-attention. Query and key are normalised before the split into heads."""
+
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        implementation: str | None,
+        rngs: nnx.Rngs,
+    ):
+        dim = config.dim
+        linear = partial(Linear, dim, dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        norm = partial(RMSNorm, dim, axis="heads", eps=config.eps, param_dtype=param_dtype, rngs=rngs)
+        self.query = linear(axes=("embed", "heads"))
+        self.key = linear(axes=("embed", "heads"))
+        self.value = linear(axes=("embed", "heads"))
+        self.output = linear(axes=("heads", "embed"))
+        self.query_norm = norm()
+        self.key_norm = norm()
+        self.num_heads = config.num_heads
+        self.implementation = implementation
+
+    def project_query(self, x: jax.Array) -> jax.Array:
+        """[B, S, dim] -> [B, S, heads, head_dim]."""
+        return self.split_heads(self.query_norm(self.query(x)))
+
+    def project_key_value(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, T, dim] -> two of [B, T, heads, head_dim]."""
+        return self.split_heads(self.key_norm(self.key(x))), self.split_heads(self.value(x))
+
+    def split_heads(self, x: jax.Array) -> jax.Array:
+        return rearrange(x, "b s (h d) -> b s h d", h=self.num_heads)
+
+    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        """Heads in, [B, S, dim] out."""
+        y = attention(query, key, value, implementation=self.implementation)
+        return self.output(rearrange(y, "b s h d -> b s (h d)"))
+
+
+class SelfAttention(MultiHeadAttention):
+    """Every token of the video attends to every token, at rotary positions."""
+
+    def __call__(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+        query = self.project_query(x)
+        key, value = self.project_key_value(x)
+        return self.attend(rotate(query, rotary), rotate(key, rotary), value)
+
+
+class CrossAttention(MultiHeadAttention):
+    """Every token of the video attends to all rows of the text, padding included."""
+
+    def project_context(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The part that does not depend on the video: [B, T, dim] -> keys, values [B, T, heads, head_dim]."""
+        return self.project_key_value(text)
+
+    def __call__(self, x: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+        return self.attend(self.project_query(x), keys, values)
+
+
+class FeedForward(nnx.Module):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, config: DenoiserConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        linear = partial(Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.up = linear(config.dim, config.ffn_dim, axes=("embed", "mlp"))
+        self.down = linear(config.ffn_dim, config.dim, axes=("mlp", "embed"))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(gelu(self.up(x)))
+
+
+class Head(nnx.Module):
+    """Tokens to patches of velocity, all in float32. Its modulation adds to the time embedding itself."""
+
+    def __init__(self, config: DenoiserConfig, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        features = config.out_channels * int(np.prod(config.patch_size))
+        self.modulation = modulation_table(2, config.dim, param_dtype, rngs)
+        self.linear = Linear(
+            config.dim, features, axes=("embed", None), dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
+        )
+        self.eps = config.eps
+
+    def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
+        """x [B, S, dim], time [B, 1 or S, dim] -> [B, S, features]."""
+        shift, scale = add_table(self.modulation, time[:, :, None])
+        return self.linear(layer_norm(x, self.eps) * (1 + scale) + shift)
+
+
+class ConditionEmbedding(nnx.Module):
+    """Linear, activation, Linear: brings the text or the timestep to the model's width."""
+
+    def __init__(
+        self,
+        in_features: int,
+        dim: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array],
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        linear = partial(Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.linear_1 = linear(in_features, dim, axes=(None, "mlp"))
+        self.linear_2 = linear(dim, dim, axes=("mlp", "embed"))
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear_2(self.activation(self.linear_1(x)))
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation with a learned scale and bias, in float32."""
+
+    def __init__(self, dim: int, *, eps: float, param_dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((dim,), param_dtype), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros((dim,), param_dtype), axes=("embed",))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(x, self.eps) * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """Zero mean and unit variance over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The tanh form, computed in float32 and rounded once."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+def modulation_table(rows: int, dim: int, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
+    """What a layer adds to the time embedding to get its shifts, scales and gates."""
+    return nnx.Param(jax.random.normal(rngs.params(), (rows, dim), param_dtype) * dim**-0.5, axes=(None, "embed"))
+
+
+def add_table(table: nnx.Param, time: jax.Array) -> list[jax.Array]:
+    """Table (rows, dim) + time [B, 1 or S, rows or 1, dim] -> rows arrays [B, 1 or S, dim], in float32."""
+    return list(jnp.unstack(table[...].astype(jnp.float32) + time, axis=2))
+
+
+def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
+    """[...] -> [..., dim] float32: the cosines, then the sines, of timestep * 10000^(-j / (dim / 2)).
+
+    The official code computes this in float64. In float32 the product alone would be off by up to 3e-5 radians, so it
+    is made in turns, of which only the fraction matters: whole timesteps times the leading 14 bits of a frequency are
+    exact, and what is left is small. The result is within 5e-7 for timesteps up to 6000.
+    """
+    half = dim // 2
+    turns = 10000.0 ** (-np.arange(half) / half) / (2 * np.pi)  # per unit of timestep, float64
+    leading = np.round(turns * 2**14) / 2**14
+    whole = jnp.floor(timesteps)[..., None]
+    exact = whole * np.float32(leading)
+    phase = whole * np.float32(turns - leading) + (timesteps[..., None] - whole) * np.float32(turns)
+    angle = (exact - jnp.round(exact) + phase) * np.float32(2 * np.pi)
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def rotary_frequencies(head_dim: int) -> list[np.ndarray]:
+    """Radians per position of the pairs that turn with the frame, the row and the column, float64.
+
+    Rows and columns get a third of the pairs each, rounded down; frames get the rest.
+    """
+    spatial = head_dim // 6
+    return [10000.0 ** (-np.arange(n) / n) for n in (head_dim // 2 - 2 * spatial, spatial, spatial)]
+
+
+def rotary_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines [S, 1, head_dim / 2], float32, for tokens in the order (frame, row, column)."""
+    angles = [np.outer(np.arange(n), f) for n, f in zip(grid, rotary_frequencies(head_dim), strict=True)]
+    frames, rows, columns = angles[0][:, None, None], angles[1][None, :, None], angles[2][None, None]
+
+    def table(function):
+        # One small float64 table an axis; the large one is put together on the device.
+        axes = [function(axis).astype(np.float32) for axis in (frames, rows, columns)]
+        full = jnp.concatenate([jnp.broadcast_to(axis, (*grid, axis.shape[-1])) for axis in axes], axis=-1)
+        return full.reshape(-1, 1, head_dim // 2)
+
+    return table(np.cos), table(np.sin)
+
+
+def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the pairs (x[2j], x[2j + 1]) of [B, S, heads, head_dim] in float32; the same dtype out."""
+    cos, sin = rotary
+    pairs = rearrange(x.astype(jnp.float32), "b s h (pair two) -> b s h pair two", two=2)
+    real, imaginary = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
