@@ -1,0 +1,294 @@
+"""The denoise loop around a stand-in model: which expert, which guidance, what is compiled and what is kept."""
+
+import gc
+import weakref
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+from wan_jax.diffusion.sampler import Expert, StepReport, compile_step, denoise, plan_steps
+from wan_jax.diffusion.schedule import make_schedule
+from wan_jax.diffusion.solvers import SOLVERS, get_solver
+from wan_jax.errors import InputError
+
+SHAPE = (2, 3, 2, 4, 5)  # B C F h w
+TOKENS, TEXT_DIM = 7, 6
+
+compilations: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, duration, **kwargs: (
+        compilations.append(event) if event.endswith("jaxpr_to_mlir_module_duration") else None
+    )
+)
+
+
+class Context(NamedTuple):
+    key: jax.Array  # [L, B, T, C]
+
+
+class StandIn(nnx.Module):
+    """The interface of the denoiser, and a velocity that depends on everything it is given."""
+
+    traces = 0
+
+    def __init__(self, rngs: nnx.Rngs, num_layers: int = 2, channels: int = SHAPE[1]):
+        self.projection = nnx.Param(jax.random.normal(rngs.params(), (TEXT_DIM, channels)), axes=(None, None))
+        self.kernel = nnx.Param(
+            0.5 * jax.random.normal(rngs.params(), (num_layers, channels, channels)), axes=(None,) * 3
+        )
+
+    def encode_context(self, text: jax.Array) -> Context:
+        return Context(jnp.stack([(layer + 1) * text @ self.projection[...] for layer in range(self.kernel.shape[0])]))
+
+    def __call__(self, latents: jax.Array, timesteps: jax.Array, context: Context) -> jax.Array:
+        StandIn.traces += 1
+        assert timesteps.shape == (latents.shape[0],)
+        assert timesteps.dtype == jnp.float32
+
+        def layer(x, inputs):
+            kernel, key = inputs
+            return jnp.tanh(
+                jnp.einsum("b c f h w, c d -> b d f h w", x, kernel) + key.mean(1)[:, :, None, None, None]
+            ), None
+
+        x, _ = lax.scan(layer, latents + timesteps[:, None, None, None, None] / 1000, (self.kernel[...], context.key))
+        return x
+
+
+def make_expert(seed: int) -> Expert:
+    """Random weights and random text."""
+    rngs = nnx.Rngs(seed)
+    positive, negative = 0.3 * jax.random.normal(rngs.text(), (2, SHAPE[0], TOKENS, TEXT_DIM))
+    return Expert.prepare(StandIn(rngs), positive, negative)
+
+
+@pytest.fixture
+def experts() -> dict[str, Expert]:
+    return {"high_noise": make_expert(0), "low_noise": make_expert(1), "denoiser": make_expert(2)}
+
+
+def noise(seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), SHAPE)
+
+
+def plain_loop(latents, schedule, solver, guidance, boundary, experts) -> jax.Array:
+    """What `denoise` should compute, written out."""
+    call = jax.jit(lambda denoiser, *inputs: denoiser(*inputs))
+    coefficients, state = solver.coefficients(schedule), solver.init(latents)
+    for index, timestep in enumerate(schedule.timesteps):
+        high = boundary is not None and bool(timestep >= 1000 * boundary)
+        expert = experts["denoiser" if boundary is None else "high_noise" if high else "low_noise"]
+        timesteps = jnp.full(SHAPE[:1], timestep)
+        conditional = call(expert.denoiser, state.latents, timesteps, expert.positive)
+        unconditional = call(expert.denoiser, state.latents, timesteps, expert.negative)
+        velocity = unconditional + guidance[high] * (conditional - unconditional)
+        state = solver.step(state, velocity, jax.tree.map(lambda values, index=index: values[index], coefficients))
+    return state.latents
+
+
+@pytest.mark.parametrize(
+    ("kind", "solver", "shift", "boundary", "high", "low"),
+    [
+        ("official", "unipc", 12.0, 0.875, 26, 14),
+        ("official", "dpm++", 12.0, 0.875, 26, 14),
+        ("diffusers", "unipc", 12.0, 0.875, 26, 14),
+        ("official", "unipc", 5.0, 0.9, 15, 25),
+        ("official", "dpm++", 5.0, 0.9, 15, 25),
+        ("diffusers", "unipc", 5.0, 0.9, 15, 25),
+        ("diffusers", "unipc", 3.0, 0.875, 13, 27),  # the shift in the published diffusers checkpoint: half of 26
+    ],
+)
+def test_plan_of_40_steps(kind, solver, shift, boundary, high, low):
+    plan = plan_steps(make_schedule(kind, solver, 40, shift), boundary)
+    assert plan == ["high_noise"] * high + ["low_noise"] * low
+
+
+def test_plan_edges():
+    schedule = make_schedule("lightx2v", "euler", 4, 5.0)
+    assert plan_steps(schedule, 0.875) == ["high_noise"] * 2 + ["low_noise"] * 2
+    assert plan_steps(schedule, 0.9375) == ["high_noise"] * 2 + ["low_noise"] * 2  # timestep 937.5 is at the boundary
+    assert plan_steps(schedule, 0.0) == ["high_noise"] * 4
+    assert plan_steps(schedule, None) == ["denoiser"] * 4
+    with pytest.raises(InputError, match="boundary 875"):
+        plan_steps(schedule, 875)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("boundary", [0.875, None])
+def test_denoise_equals_the_plain_loop(solver, boundary, experts):
+    schedule = make_schedule("official", solver, 6, 12.0)
+    guidance = (2.0, 3.5) if boundary is not None else (2.0, 2.0)
+    arguments = noise(), schedule, get_solver(solver), guidance, boundary
+    result = denoise(*arguments, experts.__getitem__)
+    assert result.dtype == jnp.float32
+    # The same operations fused differently: a few float32 roundings a step of values around 1.
+    np.testing.assert_allclose(result, plain_loop(*arguments, experts), atol=5e-6)
+
+
+def test_each_expert_has_its_guidance(experts):
+    """Swapping (low, high) must show; so must leaving one expert's guidance out."""
+    schedule = make_schedule("official", "unipc", 6, 12.0)
+    results = [
+        denoise(noise(), schedule, get_solver("unipc"), guidance, 0.875, experts.__getitem__)
+        for guidance in ((2.0, 3.5), (3.5, 2.0), (2.0, 1.0), 2.0)
+    ]
+    for i, first in enumerate(results):
+        for second in results[i + 1 :]:
+            assert np.abs(first - second).max() > 1e-3
+
+
+def test_guidance_1_needs_no_negative_context(experts):
+    schedule = make_schedule("official", "euler", 4, 12.0)
+    arguments = noise(), schedule, get_solver("euler")
+    without = {name: replace(expert, negative=None) for name, expert in experts.items()}
+    result = denoise(*arguments, 1.0, 0.875, without.__getitem__)
+    # Official: two passes whose difference times 1 is added back, which rounds a little.
+    np.testing.assert_allclose(result, plain_loop(*arguments, (1.0, 1.0), 0.875, experts), atol=5e-6)
+    only_high = {**experts, "low_noise": without["low_noise"]}
+    mixed = denoise(*arguments, (1.0, 3.0), 0.875, only_high.__getitem__)
+    np.testing.assert_allclose(mixed, plain_loop(*arguments, (1.0, 3.0), 0.875, experts), atol=5e-6)
+    with pytest.raises(InputError, match="guidance 3 of expert 'low_noise' needs a negative prompt"):
+        denoise(*arguments, 3.0, 0.875, only_high.__getitem__)
+
+
+def test_guidance_1_skips_the_second_pass(experts):
+    """A negative context that would poison the result is not looked at."""
+    poisoned = {
+        name: replace(e, negative=Context(jnp.full_like(e.negative.key, jnp.nan))) for name, e in experts.items()
+    }
+    schedule = make_schedule("official", "unipc", 3, 12.0)
+    arguments = noise(), schedule, get_solver("unipc")
+    assert np.isfinite(denoise(*arguments, 1.0, 0.875, poisoned.__getitem__)).all()
+    assert not np.isfinite(denoise(*arguments, 1.01, 0.875, poisoned.__getitem__)).any()
+
+
+@pytest.mark.parametrize("guidance", [1.0, (2.0, 3.0)])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_numbers_do_not_recompile(solver, guidance, experts):
+    jax.clear_caches()
+    StandIn.traces = 0
+    schedule = make_schedule("official", solver, 6, 12.0)
+    # The two experts have one trace together; guidance does not add one, its two passes are a loop.
+    denoise(noise(), schedule, get_solver(solver), guidance, 0.875, experts.__getitem__)
+    assert StandIn.traces == 1
+    other_guidance = 1.0 if guidance == 1.0 else (5.5, 0.0)
+    others = {"high_noise": make_expert(3), "low_noise": make_expert(4)}
+    latents = noise(seed=7)
+    compilations.clear()
+    for kind, steps, shift in (("diffusers", 9, 5.0), ("official", 1, 3.0), ("official", 6, 12.0)):
+        schedule = make_schedule(kind, solver, steps, shift)
+        denoise(latents, schedule, get_solver(solver), other_guidance, 0.9, others.__getitem__)
+        denoise(latents, schedule, get_solver(solver), other_guidance, 0.5, experts.__getitem__)
+    assert StandIn.traces == 1
+    assert compilations == []
+
+
+def test_placement_does_not_recompile(experts):
+    """Weights that are committed to their device commit the state to it, from the second step on."""
+    schedule = make_schedule("official", "unipc", 6, 12.0)
+    committed = {**experts, "high_noise": jax.device_put(experts["high_noise"].denoiser, jax.devices()[0])}
+    committed["high_noise"] = replace(experts["high_noise"], denoiser=committed["high_noise"])
+    latents = noise()
+    denoise(latents, schedule, get_solver("unipc"), 2.0, 0.875, experts.__getitem__)
+    compilations.clear()
+    denoise(latents, schedule, get_solver("unipc"), 2.0, 0.875, committed.__getitem__)
+    assert compilations == []
+
+
+def test_compiling_ahead_with_abstract_arrays(experts):
+    """The step can be compiled before there are weights or latents."""
+    jax.clear_caches()
+    schedule, solver = make_schedule("official", "unipc", 6, 12.0), get_solver("unipc")
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        nnx.eval_shape(lambda: make_expert(0).denoiser),
+    )
+    contexts = [
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), context)
+        for context in (experts["high_noise"].positive, experts["high_noise"].negative)
+    ]
+    state = jax.eval_shape(solver.init, jax.ShapeDtypeStruct(SHAPE, jnp.float32))
+    solver.init(noise())  # compiles the copies that init makes
+    StandIn.traces = 0
+    compile_step(Expert(abstract, *contexts), make_schedule("diffusers", "unipc", 1, 3.0), solver, state)
+    assert StandIn.traces == 1
+    latents = noise()
+    compilations.clear()
+    denoise(latents, schedule, solver, 2.0, 0.875, experts.__getitem__)
+    assert StandIn.traces == 1
+    assert compilations == []
+
+
+def test_reports(experts):
+    jax.clear_caches()
+    reports: list[StepReport] = []
+    schedule = make_schedule("official", "unipc", 6, 12.0)
+    denoise(noise(), schedule, get_solver("unipc"), 2.0, 0.875, experts.__getitem__, reports.append)
+    assert [report.index for report in reports] == list(range(6))
+    assert {report.total for report in reports} == {6}
+    assert [report.expert for report in reports] == plan_steps(schedule, 0.875)
+    assert all(report.seconds > 0 for report in reports)
+    compile_seconds = [report.compile_seconds for report in reports]
+    switch = plan_steps(schedule, 0.875).index("low_noise")
+    assert compile_seconds[0] > 10 * compile_seconds[switch]  # the second expert finds the executable
+    assert compile_seconds[0] > reports[0].seconds
+    assert all(compile_seconds[i] == 0 for i in range(6) if i not in (0, switch))
+
+
+def test_experts_are_asked_for_once_and_dropped():
+    """The caller may swap weights: when the second expert is asked for, nothing holds the first any more."""
+    asked, alive = [], []
+
+    def get_expert(name: str) -> Expert:
+        gc.collect()
+        asked.append(name)
+        assert all(reference() is None for reference in alive)
+        expert = make_expert(len(asked))
+        alive.extend(
+            weakref.ref(x) for x in jax.tree.leaves((nnx.state(expert.denoiser), expert.positive, expert.negative))
+        )
+        return expert
+
+    denoise(noise(), make_schedule("official", "unipc", 6, 12.0), get_solver("unipc"), 2.0, 0.875, get_expert)
+    assert asked == ["high_noise", "low_noise"]
+    assert len(alive) == 2 * 4
+
+
+def test_interrupt_between_steps(experts):
+    latents = noise()
+    before = np.asarray(latents).copy()
+
+    def interrupt(report: StepReport) -> None:
+        if report.index == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        denoise(
+            latents, make_schedule("official", "unipc", 6, 12.0), get_solver("unipc"), 2.0, None, experts.get, interrupt
+        )
+    np.testing.assert_array_equal(latents, before)  # the caller's latents are not what the step donates
+
+
+def test_memory_of_a_guided_step():
+    """Guidance costs one context (the chosen of two), no second set of activations; the state is updated in place."""
+    channels, layers, tokens = 16, 4, 4096
+    shape = (1, channels, 2, 32, 32)
+    solver, schedule = get_solver("unipc"), make_schedule("official", "unipc", 6, 12.0)
+    text = jnp.ones((1, tokens, TEXT_DIM))
+    guided = Expert.prepare(StandIn(nnx.Rngs(0), layers, channels), text, text)
+    state = solver.init(jnp.ones(shape))
+    sizes = {}
+    for name, expert in (("plain", replace(guided, negative=None)), ("guided", guided)):
+        sizes[name] = compile_step(expert, schedule, solver, state).memory_analysis()
+    latents_bytes = state.latents.nbytes
+    assert sizes["guided"].alias_size_in_bytes == 4 * latents_bytes
+    extra = sizes["guided"].temp_size_in_bytes - sizes["plain"].temp_size_in_bytes
+    # One context, both velocities, the model's input before its layers, and room for one more array of that size.
+    assert extra <= guided.positive.key.nbytes + 4 * latents_bytes

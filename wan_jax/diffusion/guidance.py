@@ -1,0 +1,32 @@
+"""Classifier-free guidance: how strongly the prompt pulls the velocity away from the negative prompt's."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from wan_jax.errors import InputError
+
+
+def guide(conditional: jax.Array, unconditional: jax.Array, scale: jax.Array) -> jax.Array:
+    """v = v_uncond + scale * (v_cond - v_uncond), in float32 (Ho and Salimans 2022)."""
+    conditional, unconditional = conditional.astype(jnp.float32), unconditional.astype(jnp.float32)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def guidance_by_expert(guidance: float | tuple[float, float], experts: tuple[str, ...]) -> dict[str, float]:
+    """Says which scale each expert uses.
+
+    Args:
+        guidance: (low-noise expert, high-noise expert), in the official order, or one number for all; 1 is none.
+        experts: names of the experts in the plan.
+
+    Raises:
+        InputError: a scale that is not finite, or two different scales where there is one expert.
+    """
+    low, high = guidance if isinstance(guidance, tuple) else (guidance, guidance)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError(f"guidance {guidance} is not finite; give a number, 1 for no guidance")
+    if "denoiser" in experts and low != high:
+        raise InputError(f"guidance ({low}, {high}) has two scales but the model has one expert; give one number")
+    return {name: high if name == "high_noise" else low for name in experts}

@@ -1,0 +1,192 @@
+"""The one denoise loop.
+
+The solver, the expert of each step and the guidance are policies that the loop calls. One function is compiled, for one
+step; everything numeric is an argument of it, so that seed, guidance, shift and number of steps never recompile, and
+the second expert runs the executable of the first. jax.jit's own cache keeps the executables.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.sharding import NamedSharding
+
+from wan_jax.diffusion.guidance import guidance_by_expert, guide
+from wan_jax.diffusion.schedule import TRAIN_TIMESTEPS, Schedule
+from wan_jax.diffusion.solvers import Solver
+from wan_jax.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Expert:
+    """A denoiser and what it attends to. The contexts are the expert's own: each projects the text itself."""
+
+    denoiser: nnx.Module
+    positive: Any  # Context of the prompts
+    negative: Any = None  # Context of the negative prompts; needed only for guidance
+
+    @classmethod
+    def prepare(cls, denoiser: nnx.Module, positive: jax.Array, negative: jax.Array | None = None) -> "Expert":
+        """Computes the contexts from encoded text, [B, text_length, text_dim] each."""
+        graphdef, parameters = nnx.split(denoiser)
+        contexts = (
+            None if text is None else _encode_context(graphdef, parameters, text) for text in (positive, negative)
+        )
+        return cls(denoiser, *contexts)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What `denoise` tells its caller after each step."""
+
+    index: int  # of the step that is done, from 0
+    total: int
+    expert: str
+    seconds: float
+    compile_seconds: float  # spent before this step, and not part of `seconds`; 0 if nothing was compiled
+
+
+def plan_steps(schedule: Schedule, boundary: float | None) -> list[str]:
+    """Names the expert of each step: "high_noise" where timestep >= 1000 * boundary, else "low_noise".
+
+    With boundary None there is one expert, "denoiser". Raises InputError for a boundary outside [0, 1].
+    """
+    if boundary is None:
+        return ["denoiser"] * schedule.num_steps
+    if not 0 <= boundary <= 1:
+        raise InputError(f"boundary {boundary} is not between 0 and 1; presets have 0.875 or 0.9")
+    return ["high_noise" if t >= boundary * TRAIN_TIMESTEPS else "low_noise" for t in schedule.timesteps.tolist()]
+
+
+def denoise(
+    latents: jax.Array,
+    schedule: Schedule,
+    solver: Solver,
+    guidance: float | tuple[float, float],
+    boundary: float | None,
+    get_expert: Callable[[str], Expert],
+    on_step: Callable[[StepReport], None] | None = None,
+) -> jax.Array:
+    """Turns noise into latents of videos.
+
+    Args:
+        latents: float32 [B, C, F, h, w] at the schedule's first noise level; left intact.
+        schedule: the noise levels; see `make_schedule`.
+        solver: see `get_solver`. Its history goes on over the change of experts.
+        guidance: (low-noise expert, high-noise expert) or one number. An expert whose scale is 1 is evaluated once per
+            step instead of twice.
+        boundary: see `plan_steps`.
+        get_expert: gives the expert of a name. Called once per unbroken run of its steps, after the loop has dropped
+            the expert before it, so that the caller may swap weights.
+        on_step: called after each step.
+
+    Returns:
+        float32 [B, C, F, h, w], without noise.
+
+    Raises:
+        InputError: a boundary or guidance that cannot be used, or guidance without a negative context.
+    """
+    names = plan_steps(schedule, boundary)
+    scales = guidance_by_expert(guidance, tuple(dict.fromkeys(names)))
+    state = solver.init(latents)
+    for name, steps in itertools.groupby(range(schedule.num_steps), key=names.__getitem__):
+        # The call holds the only reference to the expert, so that it is gone before the next one is asked for.
+        state = _run_expert(get_expert(name), name, steps, schedule, solver, scales[name], state, on_step)
+    return state.latents
+
+
+def _run_expert(
+    expert: Expert,
+    name: str,
+    steps: Iterator[int],
+    schedule: Schedule,
+    solver: Solver,
+    scale: float,
+    state: Any,
+    on_step: Callable[[StepReport], None] | None,
+) -> Any:
+    """Runs consecutive steps of one expert: solver state before them -> solver state after them."""
+    if scale == 1:
+        expert = replace(expert, negative=None)
+    elif expert.negative is None:
+        raise InputError(f"guidance {scale:g} of expert {name!r} needs a negative prompt; give one, or use guidance 1")
+    start = time.perf_counter()
+    step = compile_step(expert, schedule, solver, state)
+    compile_seconds = time.perf_counter() - start
+    arrays = nnx.state(expert.denoiser), expert.positive, expert.negative
+    coefficients = solver.coefficients(schedule)
+    for index in steps:
+        start = time.perf_counter()
+        state = step(*arrays, state, *_step_numbers(schedule, coefficients, index), np.float32(scale))
+        # Waiting here makes the reported seconds true and lets Ctrl-C in; it costs far less than a step.
+        jax.block_until_ready(state)
+        if on_step is not None:
+            on_step(StepReport(index, schedule.num_steps, name, time.perf_counter() - start, compile_seconds))
+        compile_seconds = 0.0
+    return state
+
+
+def compile_step(expert: Expert, schedule: Schedule, solver: Solver, state: Any) -> jax.stages.Compiled:
+    """Compiles the step that `denoise` will run, or finds it compiled.
+
+    Args:
+        expert: its arrays may be abstract (jax.ShapeDtypeStruct, with the shardings that the real ones will have).
+            Without a negative context the step has no guidance.
+        schedule: any schedule; its numbers and length do not matter.
+        solver: see `get_solver`.
+        state: `solver.init(latents)`, or what jax.eval_shape gives for it.
+
+    Returns:
+        The executable; its `memory_analysis()` says what a step needs.
+    """
+    graphdef, parameters = nnx.split(expert.denoiser)
+    # Only a state spread over a mesh asks for its place; any other follows the parameters. Lowered as it is, a state that
+    # came out of a step would differ from the first one by being committed to a device, and compile anew.
+    state = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=x.sharding if isinstance(x.sharding, NamedSharding) else None
+        ),
+        state,
+    )
+    arrays = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        (parameters, expert.positive, expert.negative),
+    )
+    numbers = _step_numbers(schedule, solver.coefficients(schedule), 0)
+    return _sample_step.lower(graphdef, solver, *arrays, state, *numbers, np.float32(1)).compile()
+
+
+def _step_numbers(schedule: Schedule, coefficients: Any, index: int) -> tuple[Any, np.ndarray]:
+    """The solver's coefficients and the timestep of one step."""
+    return jax.tree.map(lambda values: values[index], coefficients), schedule.timesteps[index]
+
+
+@partial(jax.jit, static_argnames=("graphdef", "solver"), donate_argnames="state")
+def _sample_step(graphdef, solver, parameters, positive, negative, state, coefficients, timestep, scale):
+    denoiser = nnx.merge(graphdef, parameters)
+    timesteps = jnp.full(state.latents.shape[:1], timestep)
+
+    def evaluate(is_positive: jax.Array) -> jax.Array:
+        context = jax.tree.map(partial(jnp.where, is_positive), positive, negative)
+        return denoiser(state.latents, timesteps, context)
+
+    if negative is None:
+        velocity = denoiser(state.latents, timesteps, positive)
+    else:
+        # A loop of two turns, so that the denoiser is compiled once and its activations exist once.
+        conditional, unconditional = lax.map(evaluate, jnp.array([True, False]))
+        velocity = guide(conditional, unconditional, scale)
+    return solver.step(state, velocity.astype(jnp.float32), coefficients)
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def _encode_context(graphdef, parameters, text):
+    return nnx.merge(graphdef, parameters).encode_context(text)

@@ -1,0 +1,204 @@
+"""ODE solvers: from the model's velocity at one noise level to the latents at the next.
+
+A solver is a policy of three parts. `coefficients` runs once on the host and turns a schedule into arrays of one value
+per step; `init` makes the state; `step` is pure and the same for every step, so that one compiled step serves them all:
+its order, and whether it corrects, are zeros and ones among the coefficients. None of them is infinite.
+
+The velocity is v = noise - x_0, so that x_0 = x - sigma * v. Everything is float32. Coefficients are float32 at every
+operation as in the originals: 1 - sigma loses digits near sigma = 1, and that loss is part of what they compute.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from wan_jax.diffusion.schedule import Schedule
+from wan_jax.errors import unknown_name
+
+
+class SolverState(Protocol):
+    """A pytree of float32 arrays of the latents' shape."""
+
+    @property
+    def latents(self) -> jax.Array:
+        """What the model sees next; after the last step, the result."""
+
+
+class Solver(Protocol):
+    """What the denoise loop needs from a solver (hashable, because it is a static argument of the compiled step)."""
+
+    def coefficients(self, schedule: Schedule) -> Any:
+        """A pytree of float32 [n] arrays, all finite."""
+
+    def init(self, latents: jax.Array) -> Any:
+        """The state before the first step. It shares no memory with `latents`, so that it can be donated."""
+
+    def step(self, state: Any, velocity: jax.Array, coefficients: Any) -> Any:
+        """The state after a step, from float32 velocity of the latents' shape and this step's coefficients."""
+
+
+class _Intervals(NamedTuple):
+    """Quantities of the n intervals between sigmas, t = sigma_{i+1} seen from s = sigma_i; some may be infinite."""
+
+    ratio: np.ndarray  # sigma_t / sigma_s
+    alpha: np.ndarray  # 1 - sigma_t
+    h: np.ndarray  # lambda_t - lambda_s, where lambda = ln(1 - sigma) - ln(sigma)
+    r: np.ndarray  # (lambda_{i-1} - lambda_i) / h, negative; NaN for the first interval
+
+
+def _intervals(sigmas: np.ndarray) -> _Intervals:
+    alphas = 1 - sigmas
+    with np.errstate(divide="ignore", invalid="ignore"):  # lambda is infinite at sigma 0 and 1
+        lambdas = _round(np.log, alphas) - _round(np.log, sigmas)
+        h = np.diff(lambdas)
+        r = np.append(np.float32(np.nan), -h[:-1] / h[1:])
+    return _Intervals(sigmas[1:] / sigmas[:-1], alphas[1:], h, r)
+
+
+def _round(function: np.ufunc, x: np.ndarray) -> np.ndarray:
+    """`function` of float32 values, correctly rounded: NumPy's own float32 versions vary with the CPU."""
+    return function(x, dtype=np.float64).astype(np.float32)
+
+
+class UniPCCoefficients(NamedTuple):
+    """See `UniPC`; each float32 [n]."""
+
+    sigma: np.ndarray
+    uncorrected: np.ndarray  # 1 at the first step, which has nothing to correct, else 0
+    corrector_ratio: np.ndarray
+    corrector_weight: np.ndarray
+    corrector_slope: np.ndarray  # rho_1 / r
+    corrector_newest: np.ndarray  # rho_last
+    ratio: np.ndarray
+    weight: np.ndarray
+    slope: np.ndarray  # 1 / (2 r)
+
+
+class UniPCState(NamedTuple):
+    latents: jax.Array  # the predictor's output
+    corrected: jax.Array  # the corrected latents of the previous step
+    x0: jax.Array  # the model's x_0 at the previous step
+    x0_before: jax.Array  # and at the one before
+
+
+@dataclass(frozen=True)
+class UniPC:
+    """UniPC of order 2, B(h) = e^h - 1, predicting x_0 (Zhao et al. 2023; wan/utils/fm_solvers_unipc.py).
+
+    Each step first corrects the latents that the previous step predicted, then predicts the next ones from those. The
+    x_0 stays the one of the uncorrected latents. First and last step are of first order.
+    """
+
+    def coefficients(self, schedule: Schedule) -> UniPCCoefficients:
+        n = schedule.num_steps
+        ratio, alpha, h, r = _intervals(schedule.sigmas)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            b_h = _round(np.expm1, -h)
+            # The corrector's 2 x 2 system [[1, 1], [r, 1]] rho = [b_1, b_2].
+            k = b_h / -h - 1
+            b_1, b_2 = k / b_h, 2 * (k / -h - 0.5) / b_h
+            rho_1 = (b_1 - b_2) / (1 - r)
+            first_order = np.isin(np.arange(n), (0, n - 1))
+            slope = np.where(first_order, 0, 0.5 / r)
+            corrector_slope = np.where(first_order, 0, rho_1 / r)
+            corrector_newest = np.where(first_order, 0.5, b_1 - rho_1)
+        weight = -alpha * b_h
+
+        def previous_step(values: np.ndarray) -> np.ndarray:  # step i corrects over the interval of step i - 1
+            return np.append(np.float32(0), values[:-1])
+
+        return UniPCCoefficients(
+            sigma=schedule.sigmas[:-1],
+            uncorrected=(np.arange(n) == 0).astype(np.float32),
+            corrector_ratio=previous_step(ratio),
+            corrector_weight=previous_step(weight),
+            corrector_slope=previous_step(corrector_slope),
+            corrector_newest=previous_step(corrector_newest),
+            ratio=ratio,
+            weight=weight,
+            slope=slope,
+        )
+
+    def init(self, latents: jax.Array) -> UniPCState:
+        x = jnp.array(latents, jnp.float32, copy=True)
+        return UniPCState(x, *(jnp.zeros_like(x) for _ in range(3)))
+
+    def step(self, state: UniPCState, velocity: jax.Array, coefficients: UniPCCoefficients) -> UniPCState:
+        c = coefficients
+        x0 = state.latents - c.sigma * velocity
+        corrected = (
+            c.uncorrected * state.latents
+            + c.corrector_ratio * state.corrected
+            + c.corrector_weight
+            * (state.x0 + c.corrector_slope * (state.x0_before - state.x0) + c.corrector_newest * (x0 - state.x0))
+        )
+        latents = c.ratio * corrected + c.weight * (x0 + c.slope * (state.x0 - x0))
+        return UniPCState(latents, corrected, x0, state.x0)
+
+
+class DPMSolverCoefficients(NamedTuple):
+    """See `DPMSolver`; each float32 [n]."""
+
+    sigma: np.ndarray
+    ratio: np.ndarray
+    weight: np.ndarray
+    slope: np.ndarray  # 1 / (2 r)
+
+
+class DPMSolverState(NamedTuple):
+    latents: jax.Array
+    x0: jax.Array  # the model's x_0 at the previous step
+
+
+@dataclass(frozen=True)
+class DPMSolver:
+    """DPM-Solver++ 2M, midpoint (Lu et al. 2022; wan/utils/fm_solvers.py). First and last step are of first order."""
+
+    def coefficients(self, schedule: Schedule) -> DPMSolverCoefficients:
+        n = schedule.num_steps
+        ratio, alpha, h, r = _intervals(schedule.sigmas)
+        first_order = np.isin(np.arange(n), (0, n - 1))
+        with np.errstate(divide="ignore"):
+            slope = np.where(first_order, 0, 0.5 / r)
+        weight = -alpha * (_round(np.exp, -h) - 1)
+        return DPMSolverCoefficients(schedule.sigmas[:-1], ratio, weight, slope)
+
+    def init(self, latents: jax.Array) -> DPMSolverState:
+        x = jnp.array(latents, jnp.float32, copy=True)
+        return DPMSolverState(x, jnp.zeros_like(x))
+
+    def step(self, state: DPMSolverState, velocity: jax.Array, coefficients: DPMSolverCoefficients) -> DPMSolverState:
+        c = coefficients
+        x0 = state.latents - c.sigma * velocity
+        return DPMSolverState(c.ratio * state.latents + c.weight * (x0 + c.slope * (state.x0 - x0)), x0)
+
+
+class EulerState(NamedTuple):
+    latents: jax.Array
+
+
+@dataclass(frozen=True)
+class Euler:
+    """x' = x + (sigma_{i+1} - sigma_i) * v: first order, for distilled models."""
+
+    def coefficients(self, schedule: Schedule) -> np.ndarray:
+        return np.diff(schedule.sigmas)
+
+    def init(self, latents: jax.Array) -> EulerState:
+        return EulerState(jnp.array(latents, jnp.float32, copy=True))
+
+    def step(self, state: EulerState, velocity: jax.Array, coefficients: np.ndarray) -> EulerState:
+        return EulerState(state.latents + coefficients * velocity)
+
+
+SOLVERS: dict[str, Solver] = {"unipc": UniPC(), "dpm++": DPMSolver(), "euler": Euler()}
+
+
+def get_solver(name: str) -> Solver:
+    """Returns the solver called `name`; raises InputError naming the nearest one."""
+    if name not in SOLVERS:
+        raise unknown_name("solver", name, SOLVERS)
+    return SOLVERS[name]
