@@ -1,0 +1,129 @@
+"""The denoiser against diffusers' WanTransformer3DModel in float32, weights copied through the real name table."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from flax import nnx
+
+from wan_jax.checkpoint.layouts import denoiser_rows
+from wan_jax.config import DenoiserConfig
+from wan_jax.models.denoiser import Denoiser
+from wan_jax.models.parameters import with_parameters
+
+# Awkward on purpose: few dimensions are equal, and none is a multiple of 8.
+THREE_HEADS = DenoiserConfig(
+    num_layers=3,
+    dim=60,  # head_dim 20: 4, 3, 3 rotary pairs
+    num_heads=3,
+    ffn_dim=52,
+    in_channels=5,
+    out_channels=4,
+    text_dim=24,
+    text_length=11,
+    freq_dim=34,
+)
+WIDE_HEADS = dataclasses.replace(THREE_HEADS, num_layers=2, dim=52, num_heads=2)  # head_dim 26: 5, 4, 4 pairs
+UNEVEN_PATCH = dataclasses.replace(THREE_HEADS, num_layers=1, dim=28, num_heads=2, patch_size=(2, 1, 3))
+
+CASES = {
+    "three_heads": (THREE_HEADS, (3, 4, 6)),  # latent frames, height, width
+    "wide_heads": (WIDE_HEADS, (5, 10, 6)),
+    "one_frame": (WIDE_HEADS, (1, 2, 8)),
+    "uneven_patch": (UNEVEN_PATCH, (4, 5, 9)),
+    "larger_epsilon": (dataclasses.replace(THREE_HEADS, eps=1e-2), (1, 4, 2)),
+}
+
+# Float32 roundings leave 3e-7. At large timesteps the original's float32 sinusoid, off by up to 3e-5 radians at t = 937,
+# adds 4e-6 to 7e-6; ours follows the official float64 one.
+TOLERANCES = {(1.0, 2.0): 1e-6, (937.0, 12.0): 2e-5}
+
+
+def random_original(config: DenoiserConfig) -> WanTransformer3DModel:
+    """An original in which every parameter is random, norms and modulation included."""
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        patch_size=config.patch_size,
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        in_channels=config.in_channels,
+        out_channels=config.out_channels,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+        eps=config.eps,
+    ).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape)
+            if name.endswith(("scale_shift_table", "bias")):
+                parameter.copy_(0.3 * noise)
+            elif "norm" in name:
+                parameter.copy_(1 + 0.3 * noise)
+            else:
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
+    return model
+
+
+def ported(model: WanTransformer3DModel, config: DenoiserConfig) -> Denoiser:
+    """Our denoiser with the original's weights."""
+    tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    parameters = {}
+    for row in denoiser_rows(config):
+        if row.per_layer:
+            layers = [row.at(layer) for layer in range(config.num_layers)]
+            parameters[row.stacked_name] = np.stack([layer.to_ours(tensors.pop(layer.diffusers)) for layer in layers])
+        else:
+            parameters[row.ours] = row.to_ours(tensors.pop(row.diffusers))
+    assert not tensors
+    arrays = {name: jnp.asarray(array) for name, array in parameters.items()}
+    return with_parameters(lambda: Denoiser(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), arrays)
+
+
+def velocities(config, sizes, timesteps) -> tuple[np.ndarray, np.ndarray]:
+    """The original's and our velocity for the same random latents and text, whose last rows are zeros."""
+    generator = np.random.default_rng(1)
+    latents = generator.normal(size=(2, config.in_channels, *sizes)).astype(np.float32)
+    text = generator.normal(size=(2, config.text_length, config.text_dim)).astype(np.float32)
+    text[0, 7:] = text[1, 3:] = 0
+    timesteps = np.float32(timesteps)
+
+    original = random_original(config)
+    with torch.no_grad():
+        theirs = original(torch.tensor(latents), torch.tensor(timesteps), torch.tensor(text)).sample.numpy()
+
+    @jax.jit
+    def forward(denoiser, latents, timesteps, text):
+        return denoiser(latents, timesteps, denoiser.encode_context(text))
+
+    ours = forward(ported(original, config), jnp.asarray(latents), jnp.asarray(timesteps), jnp.asarray(text))
+    return theirs, np.asarray(ours)
+
+
+def relative_error(ours, theirs) -> float:
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("timesteps", TOLERANCES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_velocity(name, timesteps, capsys):
+    config, sizes = CASES[name]
+    theirs, ours = velocities(config, sizes, timesteps)
+    assert ours.shape == theirs.shape
+    error = relative_error(ours, theirs)
+    with capsys.disabled():
+        print(f"\ndenoiser, {name}, timesteps {timesteps}: relative error {error:.1e}")
+    assert error < TOLERANCES[timesteps]
+
+
+def test_velocity_with_a_timestep_for_each_token():
+    """As TI2V-5B needs it."""
+    tokens = 3 * 2 * 3
+    timesteps = np.stack([np.linspace(0, 900, tokens), np.full(tokens, 250.5)])
+    theirs, ours = velocities(THREE_HEADS, (3, 4, 6), timesteps)
+    assert relative_error(ours, theirs) < 2e-5  # as above
