@@ -12,6 +12,15 @@ def matmul_precision(dtype: DTypeLike) -> lax.Precision | None:
     return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
 
 
+def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """float32 values rounded to what `dtype` can hold, still as float32.
+
+    A cast there and back may vanish, because XLA is free to keep excess precision (xla_allow_excess_precision).
+    """
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+
+
 class Linear(nnx.Module):
     """y = x @ kernel + bias in `dtype`, whatever the stored dtype.
 
@@ -61,7 +70,7 @@ class RMSNorm(nnx.Module):
         """[..., features] -> the same shape and dtype."""
         x32 = x.astype(jnp.float32)
         y = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * self.scale[...].astype(x.dtype)
+        return rounded(y, x.dtype).astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
 def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
