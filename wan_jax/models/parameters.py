@@ -4,13 +4,18 @@ Initialisation, conversion, restore, sharding and the tests all derive from it. 
 dots ("blocks.self_attention.query.kernel"). Parameters of scanned layers are stacked on a leading axis called "layers".
 """
 
+import math
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -66,3 +71,34 @@ def named_parameters(model: nnx.Module) -> dict[str, jax.Array]:
 
 def dotted(path: tuple) -> str:
     return ".".join(str(part) for part in path)
+
+
+def random_parameters(tree: Mapping[str, ParameterInfo], seed: int, dtype: DTypeLike) -> dict[str, jax.Array]:
+    """Fixed random weights of a scale at which signals neither die nor explode: for demos, benchmarks and tests.
+
+    Drawn on the host, a thread for each layer: compiling a generator for each of a VAE's shapes takes longer. Host
+    memory stays at one parameter.
+    """
+    dtype = jnp.dtype(dtype)
+    scales = {"scale": (1.0, 0.1), "bias": (0.0, 0.1), "table": (0.0, 1.0)}
+    arrays = {}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for index, name in enumerate(sorted(tree)):
+            info = tree[name]
+            shape = info.shape if info.stacked else (1, *info.shape)
+            fan_in = math.prod(shape[1:-1])
+            mean, std = scales.get(name.rpartition(".")[2], (0.0, fan_in**-0.5))
+            host = np.empty(shape, dtype)
+
+            def draw(layer: int, host=host, index=index, mean=mean, std=std) -> None:
+                values = np.random.default_rng((seed, index, layer)).standard_normal(host.shape[1:], np.float32)
+                values *= np.float32(std)
+                values += np.float32(mean)
+                if dtype == jnp.bfloat16:  # cut, not rounded: these are random anyway, and NumPy does it in threads
+                    host[layer].view(np.uint16)[...] = values.view(np.uint32) >> 16
+                else:
+                    host[layer] = values
+
+            list(threads.map(draw, range(shape[0])))
+            arrays[name] = jax.block_until_ready(jax.device_put(host.reshape(info.shape)))
+    return arrays
