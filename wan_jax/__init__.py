@@ -1,1 +1,35 @@
-"""Wan text-to-video models in JAX and Flax."""
+"""Wan text-to-video models in JAX and Flax.
+
+    from wan_jax import WanPipeline
+
+    pipe = WanPipeline.from_pretrained("Wan-AI/Wan2.2-T2V-A14B", dtype="bfloat16")
+    pipe("a cat boxes", size=(832, 480)).save("cat.mp4")
+
+Everything public is named here; modules load when their names are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from wan_jax.config import PRESETS, WanConfig, get_preset
+    from wan_jax.errors import InputError
+    from wan_jax.pipeline import WanPipeline
+    from wan_jax.video import Video, read_video
+
+_HOMES = {
+    "PRESETS": "wan_jax.config",
+    "WanConfig": "wan_jax.config",
+    "get_preset": "wan_jax.config",
+    "InputError": "wan_jax.errors",
+    "WanPipeline": "wan_jax.pipeline",
+    "Video": "wan_jax.video",
+    "read_video": "wan_jax.video",
+}
+__all__ = ["PRESETS", "InputError", "Video", "WanConfig", "WanPipeline", "get_preset", "read_video"]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'wan_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
