@@ -1,0 +1,295 @@
+"""PyTorch `.pth` files without PyTorch: a restricted unpickler that describes tensors, and a writer.
+
+`torch.save` writes a zip archive (since PyTorch 1.6): `archive/data.pkl` rebuilds tensors from storages, and
+`archive/data/<key>` holds the bytes of each storage, uncompressed. A pickle can call any function, so ours resolves a
+fixed list of names to inert stand-ins and refuses every other by name; bytes are read when a tensor is asked for.
+"""
+
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import BytesIO
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from wan_jax.checkpoint.tensors import TensorInfo, cast, read_exactly
+from wan_jax.errors import InputError
+
+STORAGE_DTYPES: dict[str, np.dtype] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "DoubleStorage": np.float64,
+        "FloatStorage": np.float32,
+        "HalfStorage": np.float16,
+        "BFloat16Storage": ml_dtypes.bfloat16,
+        "LongStorage": np.int64,
+        "IntStorage": np.int32,
+        "ShortStorage": np.int16,
+        "CharStorage": np.int8,
+        "ByteStorage": np.uint8,
+        "BoolStorage": np.bool_,
+    }.items()
+}
+STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
+
+MAX_PICKLE_BYTES = 64 << 20  # the pickle of a model is its names and shapes: well under a megabyte
+_WRAPPERS = ("state_dict", "model")  # keys under which training code nests the weights
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: np.dtype
+    key: str
+    size: int  # in elements
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    storage: _Storage
+    offset: int  # of the first element, in elements
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+
+    @property
+    def extent(self) -> int:
+        """Elements of the storage from the first to the last that the tensor uses."""
+        if prod(self.shape) == 0:
+            return 0
+        return 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+
+
+class _Refused(Exception):
+    pass
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *_: object) -> _Tensor:
+    """Stands in for torch._utils._rebuild_tensor_v2. Checked later: a pickle may still change what it has built."""
+    return _Tensor(storage, offset, shape, strides)
+
+
+def _rebuild_parameter(tensor, *_: object) -> object:
+    """Stands in for torch._utils._rebuild_parameter."""
+    return tensor
+
+
+# Every function that a pickle may name, beside the storage types (which become their names: inert strings).
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("torch", "Size"): tuple,
+    ("collections", "OrderedDict"): OrderedDict,
+    **{("torch", name): name for name in STORAGE_DTYPES},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise _Refused(f"the pickle wants to call {module}.{name}")
+        return _ALLOWED[module, name]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, storage_type, key, _device, size = pid
+        if kind != "storage":
+            raise _Refused(f"the pickle holds a {kind!r}")
+        return _Storage(STORAGE_DTYPES[storage_type], key, size)
+
+
+class TorchPickleFile:
+    """One `.pth` or `.pt` file with a flat state dict, or one nested under "state_dict" or "model".
+
+    Opening reads the pickle and the zip directory only. Raises InputError for anything that is not plain tensors.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.place = str(path)
+        self._descriptor = os.open(path, os.O_RDONLY)
+        try:
+            self._members, pickled = self._read_directory()
+            self._tensors = self._describe(pickled)
+        except BaseException:
+            self.close()
+            raise
+        self.tensors = {
+            name: TensorInfo(tensor.shape, tensor.storage.dtype, self.place) for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
+        tensor = self._tensors[name]
+        itemsize = tensor.storage.dtype.itemsize
+        offset = self._members[tensor.storage.key][0] + tensor.offset * itemsize
+        flat = read_exactly(self._descriptor, offset, tensor.extent * itemsize, self.place).view(tensor.storage.dtype)
+        strides = tuple(stride * itemsize for stride in tensor.strides)
+        array = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
+        return cast(np.ascontiguousarray(array).reshape(tensor.shape), dtype)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    __del__ = close
+
+    def _read_directory(self) -> tuple[dict[str, tuple[int, int]], bytes]:
+        """Offset and size in bytes of every storage by key, and the pickle."""
+        if os.pread(self._descriptor, 4, 0) != b"PK\x03\x04":
+            raise InputError(
+                f"{self.place}: not a zip archive of torch.save: damaged, or older than PyTorch 1.6; load it in PyTorch "
+                "and torch.save it again, or use a safetensors version"
+            )
+        members = {}
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                entries = archive.infolist()
+                pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
+                if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
+                    raise InputError(f"{self.place}: not an archive of torch.save: it has no usable data.pkl")
+                folder = pickles[0].filename.removesuffix("data.pkl")
+                pickled = archive.read(pickles[0])
+                names = {entry.filename for entry in entries}
+                if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
+                    raise InputError(f"{self.place}: written on a big-endian machine; save it again on a usual one")
+                for entry in entries:
+                    if entry.filename.startswith(f"{folder}data/"):
+                        if entry.compress_type != zipfile.ZIP_STORED:
+                            raise InputError(
+                                f"{self.place}: {entry.filename} is compressed; unpack and torch.save it again"
+                            )
+                        key = entry.filename.removeprefix(f"{folder}data/")
+                        if key in members:
+                            raise InputError(f"{self.place}: {entry.filename} is twice in the archive; save it again")
+                        members[key] = (self._data_offset(entry.header_offset), entry.file_size)
+        except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error) as error:
+            raise InputError(f"{self.place}: truncated or damaged zip archive ({error}); copy it again") from None
+        return members, pickled
+
+    def _data_offset(self, header_offset: int) -> int:
+        """Where a member's bytes begin: after its local header, whose lengths differ from the directory's."""
+        header = os.pread(self._descriptor, 30, header_offset)
+        name_bytes, extra_bytes = struct.unpack("<HH", header[26:30])
+        return header_offset + 30 + name_bytes + extra_bytes
+
+    def _describe(self, pickled: bytes) -> dict[str, _Tensor]:
+        try:
+            content = _Unpickler(BytesIO(pickled)).load()
+        except _Refused as refused:
+            raise InputError(f"{self.place}: refused: {refused}; weights need no code: use another file") from None
+        except Exception as error:  # a damaged pickle raises almost anything
+            raise InputError(f"{self.place}: its pickle is damaged ({error!r}); copy it again") from None
+        if isinstance(content, dict):
+            for key in _WRAPPERS:
+                rest = [value for name, value in content.items() if name != key]
+                if isinstance(content.get(key), dict) and all(isinstance(v, str | int | float | None) for v in rest):
+                    content = content[key]
+                    break
+        if not isinstance(content, dict):
+            raise InputError(f"{self.place}: holds a {type(content).__name__}, not a state dict of tensors")
+        return {name: self._check(name, tensor) for name, tensor in content.items()}
+
+    def _check(self, name: object, tensor: object) -> _Tensor:
+        """Validates what the pickle said about one entry: everything that `read` relies on."""
+        if not isinstance(name, str) or not isinstance(tensor, _Tensor):
+            raise InputError(f"{self.place}: refused: entry {name!r} is no tensor; save only the state dict")
+        storage, offset, shape, strides = tensor.storage, tensor.offset, tensor.shape, tensor.strides
+        usual = isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
+        if usual:
+            numbers = (storage.size, offset, *shape, *strides)
+            usual = all(isinstance(number, int) and number >= 0 for number in numbers) and len(shape) == len(strides)
+            usual = usual and isinstance(storage.dtype, np.dtype) and isinstance(storage.key, str)
+        if not usual:
+            raise InputError(f"{self.place}: refused: {name} has an unusual description; save it again")
+        if offset + tensor.extent > storage.size:
+            raise InputError(f"{self.place}: refused: {name} reaches beyond its storage; save it again")
+        if storage.key not in self._members:
+            raise InputError(f"{self.place}: the data of {name} is missing; copy it again")
+        start, nbytes = self._members[storage.key]
+        if nbytes < storage.size * storage.dtype.itemsize or start + nbytes > os.fstat(self._descriptor).st_size:
+            raise InputError(f"{self.place}: the data of {name} is truncated; copy it again")
+        return tensor
+
+
+_ALIGNMENT = 64  # PyTorch aligns storages to this, so that it can map them
+
+
+def write_torch_pickle(
+    path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray], root: str = "archive"
+) -> None:
+    """Writes a state dict as `torch.save` does; `torch.load(path, weights_only=True)` reads it.
+
+    `read` is called once per tensor, when its turn comes. Temporary name, then rename.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            archive.writestr(zipfile.ZipInfo(f"{root}/data.pkl"), _pickle_state_dict(tensors))
+            archive.writestr(zipfile.ZipInfo(f"{root}/byteorder"), b"little")
+            for key, (name, info) in enumerate(tensors.items()):
+                array = np.ascontiguousarray(read(name))
+                if array.size != info.size or array.dtype != info.dtype:
+                    raise ValueError(f"{name}: got {array.dtype} {array.shape}, expected {info}")
+                member = zipfile.ZipInfo(f"{root}/data/{key}")
+                # Room for the 64-bit sizes is always kept, so that the padding is known before.
+                header_end = archive.fp.tell() + 30 + len(member.filename) + 20 + 4  # type: ignore[union-attr]
+                padding = -header_end % _ALIGNMENT
+                member.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+                with archive.open(member, "w", force_zip64=True) as file:
+                    file.write(array.reshape(-1).view(np.uint8).data)
+            archive.writestr(zipfile.ZipInfo(f"{root}/version"), b"3\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _pickle_state_dict(tensors: Mapping[str, TensorInfo]) -> bytes:
+    """The pickle of an OrderedDict of tensors, opcode by opcode: naming PyTorch's functions needs no PyTorch."""
+    empty_ordered_dict = _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+    parts = [pickle.PROTO + b"\x02", empty_ordered_dict, pickle.MARK]
+    for key, (name, info) in enumerate(tensors.items()):
+        strides = [prod(info.shape[axis + 1 :]) for axis in range(len(info.shape))]
+        parts += [
+            _string(name),
+            _global("torch._utils", "_rebuild_tensor_v2"),
+            pickle.MARK,
+            # The storage: ("storage", type, key, device, number of elements).
+            pickle.MARK,
+            _string("storage"),
+            _global("torch", STORAGE_NAMES[info.dtype]),
+            _string(str(key)),
+            _string("cpu"),
+            _integer(info.size),
+            pickle.TUPLE + pickle.BINPERSID,
+            _integer(0),  # offset
+            _integers(info.shape),
+            _integers(strides),
+            pickle.NEWFALSE,  # requires_grad
+            empty_ordered_dict,  # backward hooks
+            pickle.TUPLE + pickle.REDUCE,
+        ]
+    return b"".join([*parts, pickle.SETITEMS, pickle.STOP])
+
+
+def _global(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+def _string(text: str) -> bytes:
+    encoded = text.encode()
+    return pickle.BINUNICODE + len(encoded).to_bytes(4, "little") + encoded
+
+
+def _integer(number: int) -> bytes:
+    encoded = number.to_bytes(8, "little", signed=True)
+    return pickle.LONG1 + len(encoded).to_bytes(1, "little") + encoded
+
+
+def _integers(numbers) -> bytes:
+    return pickle.MARK + b"".join(map(_integer, numbers)) + pickle.TUPLE
