@@ -1,4 +1,4 @@
-"""Shared fixtures: the persistent compile cache, float32 matmuls, and no network."""
+"""Shared fixtures: the persistent compile cache, no network, and a small tokenizer."""
 
 import os
 import pathlib
@@ -7,7 +7,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
 
 CACHE = pathlib.Path(os.environ.get("WAN_JAX_TEST_CACHE", pathlib.Path.home() / ".cache" / "wan_jax" / "tests"))
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory) -> pathlib.Path:
+    """A small Unigram tokenizer for English and Chinese, as T5's."""
+    from tests.originals import PROMPTS
+    from wan_jax.demo_tokenizer import train_small_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_small_tokenizer(PROMPTS, 300, folder)
+    return folder

@@ -10,6 +10,7 @@ from wan_jax import WanPipeline
 # Not square, an odd number of latent frames, sizes that are multiples of 16 and of nothing more.
 SIZE, FRAMES, LATENTS = (80, 48), 9, (16, 3, 6, 10)
 GUIDANCE = (3.0, 4.0)  # low-noise expert, high-noise expert
+TOLERANCE = 3e-5  # ten times what was measured
 NEGATIVE = "色调艳丽，过曝，静态"  # noqa: RUF001
 
 
@@ -66,7 +67,7 @@ def run_ours(pipe, initial_latents, *, prompt=originals.PROMPTS[0], steps=7, **c
 
 
 @pytest.mark.parametrize("solver", ["unipc", "dpm++", "euler"])
-def test_whole_run(pipe, original, initial_latents, solver, record_property):
+def test_whole_run(pipe, original, initial_latents, solver):
     original.scheduler = originals.scheduler(solver, shift=12.0)
     video = run_ours(pipe, initial_latents, solver=solver, shift=12.0)
     latents = run_original(original, initial_latents, "latent")[0].numpy()
@@ -74,8 +75,8 @@ def test_whole_run(pipe, original, initial_latents, solver, record_property):
     frames = run_original(original, initial_latents, "np")[0]
     difference = np.abs(video.frames.astype(int) - frames * 255).max()
     print(f"{solver}: latents {error:.1e} relative, frames {difference:.2f} / 255")
-    # 14 forwards amplify the rounding of float32; measured about 1e-5.
-    assert error < 1e-3
+    # Float32 rounding through 14 forwards; measured 3e-6.
+    assert error < TOLERANCE
     # We truncate to uint8, as the official code does: up to 1 by itself.
     assert difference < 2
 
@@ -86,14 +87,14 @@ def test_one_expert(tokenizer_folder, tmp_path, initial_latents):
     pipe = WanPipeline.from_pretrained(tmp_path, dtype="float32")
     latents = run_original(original, initial_latents, "latent", guidance_scale=5.0, guidance_scale_2=None)[0].numpy()
     video = run_ours(pipe, initial_latents, guidance=5.0, shift=5.0)
-    assert originals.relative_error(video.latents, latents) < 1e-3
+    assert originals.relative_error(video.latents, latents) < TOLERANCE
 
 
 def test_no_guidance_computes_no_negative_pass(pipe, original, initial_latents):
     original.scheduler = originals.scheduler("unipc", shift=12.0)
     latents = run_original(original, initial_latents, "latent", guidance_scale=1.0, guidance_scale_2=1.0)[0].numpy()
     video = run_ours(pipe, initial_latents, guidance=1.0, shift=12.0)
-    assert originals.relative_error(video.latents, latents) < 1e-3
+    assert originals.relative_error(video.latents, latents) < TOLERANCE
 
 
 def test_torch_noise_gives_the_video_of_a_diffusers_seed(pipe, original):
@@ -101,7 +102,7 @@ def test_torch_noise_gives_the_video_of_a_diffusers_seed(pipe, original):
     generator = torch.Generator().manual_seed(42)
     latents = run_original(original, np.zeros(LATENTS, np.float32), "latent", latents=None, generator=generator)[0]
     video = run_ours(pipe, None, shift=12.0, noise="torch", seed=42)
-    assert originals.relative_error(video.latents, latents.numpy()) < 1e-3
+    assert originals.relative_error(video.latents, latents.numpy()) < TOLERANCE
 
 
 def test_batch_is_the_same_as_one_by_one(pipe, initial_latents):
