@@ -148,8 +148,8 @@ def compile_step(expert: Expert, schedule: Schedule, solver: Solver, state: Any)
         The executable; its `memory_analysis()` says what a step needs.
     """
     graphdef, parameters = nnx.split(expert.denoiser)
-    # Only a state spread over a mesh asks for its place; any other follows the parameters. Lowered as it is, a state that
-    # came out of a step would differ from the first one by being committed to a device, and compile anew.
+    # Only a state spread over a mesh asks for its place; any other follows the parameters. Lowered as it is, a state
+    # that came out of a step would differ from the first one by being committed to a device, and compile anew.
     state = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=x.sharding if isinstance(x.sharding, NamedSharding) else None
@@ -176,7 +176,10 @@ def _sample_step(graphdef, solver, parameters, positive, negative, state, coeffi
 
     def evaluate(is_positive: jax.Array) -> jax.Array:
         context = jax.tree.map(partial(jnp.where, is_positive), positive, negative)
-        return denoiser(state.latents, timesteps, context)
+        # Without the barrier XLA embeds the latents once for both turns and keeps that, the size of all activations
+        # between two layers, in memory beside the second turn's own.
+        latents, t, _ = lax.optimization_barrier((state.latents, timesteps, is_positive))
+        return denoiser(latents, t, context)
 
     if negative is None:
         velocity = denoiser(state.latents, timesteps, positive)
