@@ -38,7 +38,7 @@ CASES = {
     "larger_epsilon": (dataclasses.replace(THREE_HEADS, eps=1e-2), (1, 4, 2)),
 }
 
-# Float32 roundings leave 3e-7. At large timesteps the original's float32 sinusoid, off by up to 3e-5 radians at t = 937,
+# Float32 roundings leave 3e-7. At large timesteps the original's float32 sinusoid, off by 3e-5 radians at t = 937,
 # adds 4e-6 to 7e-6; ours follows the official float64 one.
 TOLERANCES = {(1.0, 2.0): 1e-6, (937.0, 12.0): 2e-5}
 
