@@ -108,12 +108,9 @@ class Denoiser(nnx.Module):
           InputError: a shape that does not fit.
         """
         grid = self.check_shapes(latents, timesteps, context)
-        frames, height, width = grid
-        pt, ph, pw = self.config.patch_size
+        axes = dict(zip(("f", "h", "w", "pt", "ph", "pw"), (*grid, *self.config.patch_size), strict=True))
         # Features of a patch: the channel varies slowest on the way in and fastest on the way out.
-        patches = rearrange(
-            latents, "b c (f pt) (h ph) (w pw) -> b (f h w) (c pt ph pw)", f=frames, h=height, w=width, pt=pt, ph=ph
-        )
+        patches = rearrange(latents, "b c (f pt) (h ph) (w pw) -> b (f h w) (c pt ph pw)", **axes)
         x = self.patch_embedding(patches).astype(jnp.float32)  # [B, S, dim]
 
         # A timestep for all tokens is kept as [B, 1, ...], which broadcasts against [B, S, ...].
@@ -128,16 +125,7 @@ class Denoiser(nnx.Module):
 
         x, _ = lax.scan(layer, x, (self.blocks, context.keys, context.values))
         velocity = self.head(x, time)  # [B, S, pt * ph * pw * out_channels]
-        return rearrange(
-            velocity,
-            "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)",
-            f=frames,
-            h=height,
-            w=width,
-            pt=pt,
-            ph=ph,
-            pw=pw,
-        )
+        return rearrange(velocity, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", **axes)
 
     def check_shapes(self, latents: jax.Array, timesteps: jax.Array, context: Context) -> tuple[int, int, int]:
         """Returns the number of tokens along frames, height and width."""
