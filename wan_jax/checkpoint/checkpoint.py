@@ -1,6 +1,6 @@
 """Opens a checkpoint of any layout and loads its models: the one door to weights."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from wan_jax.checkpoint.components import Component, Shardings, load_component
-from wan_jax.checkpoint.sources import Layout, detect, open_diffusers
+from wan_jax.checkpoint.sources import Layout, detect, open_source
 from wan_jax.checkpoint.tensors import Progress
 from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
@@ -105,12 +105,18 @@ class Checkpoint:
         )
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path | Sequence[str | Path]) -> Checkpoint:
     """Opens a checkpoint of any layout (see sources.py) and verifies every name, shape and dtype.
 
-    Raises InputError, one line, for anything that is missing, damaged, unexpected or of another family.
+    Several paths are ComfyUI files of one model, such as the two experts. Raises InputError, one line, for anything
+    that is missing, damaged, unexpected or of another family.
     """
-    path = Path(path)
-    layout = detect(path)
-    opened = {"diffusers": open_diffusers}[layout](path)
-    return Checkpoint(path, layout, opened.config, opened.parts, opened.tokenizer_folder, opened.notes)
+    paths = [Path(path)] if isinstance(path, str | Path) else [Path(item) for item in path]
+    if not paths:
+        raise InputError("no checkpoint given; name a folder or files")
+    layouts = {detect(item) for item in paths}
+    layout = layouts.pop()
+    if len(paths) > 1 and (layouts or layout != "comfyui"):
+        raise InputError(f"{paths[0]} and {paths[1]}: only ComfyUI files can be opened together; give one folder")
+    opened = open_source(layout, paths)
+    return Checkpoint(paths[0], layout, opened.config, opened.parts, opened.tokenizer_folder, opened.notes)

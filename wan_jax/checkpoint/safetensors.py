@@ -7,14 +7,22 @@ byte range of each tensor, then the data. Large models are split into several fi
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from math import prod
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from wan_jax.checkpoint.tensors import TensorInfo, cast, read_exactly
+from wan_jax.checkpoint.tensors import (
+    ReadMany,
+    TensorInfo,
+    TensorStore,
+    cast,
+    check_description,
+    raw_bytes,
+    read_exactly,
+    split_by_bytes,
+)
 from wan_jax.errors import InputError
 
 DTYPES: dict[str, np.dtype] = {
@@ -45,7 +53,7 @@ SHARD_BYTES = 5_000_000_000  # what diffusers and transformers write by default
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 
 
-class SafetensorsFile:
+class SafetensorsFile(TensorStore):
     """One file. Opening reads and checks the header; `read` reads one tensor.
 
     Raises InputError for a file that is truncated or whose header is not valid.
@@ -118,23 +126,24 @@ class SafetensorsFile:
         return tensors, offsets
 
 
-class SafetensorsFiles:
+class SafetensorsFiles(TensorStore):
     """Several files that together hold one model. Raises InputError for a tensor in two of them."""
 
     def __init__(self, paths: Sequence[Path], place: str):
         self.place = place
-        self.tensors: dict[str, TensorInfo] = {}
+        tensors: dict[str, TensorInfo] = {}
         self._files: dict[str, SafetensorsFile] = {}
         for path in paths:
             file = SafetensorsFile(path)
-            twice = sorted(file.tensors.keys() & self.tensors.keys())
+            twice = sorted(file.tensors.keys() & tensors.keys())
             if twice:
                 raise InputError(
-                    f"{twice[0]} is twice in {place}: in {Path(self.tensors[twice[0]].file).name} and in {path.name}"
+                    f"{twice[0]} is twice in {place}: in {Path(tensors[twice[0]].file).name} and in {path.name}"
                     f"{f' (and {len(twice) - 1} more tensors)' if len(twice) > 1 else ''}; remove one of the files"
                 )
-            self.tensors |= file.tensors
+            tensors |= file.tensors
             self._files |= dict.fromkeys(file.tensors, file)
+        self.tensors = tensors
 
     def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
         return self._files[name].read(name, dtype)
@@ -191,44 +200,28 @@ def _open_indexed(index: Path) -> SafetensorsFiles:
     return SafetensorsFiles([index.parent / name for name in names], str(index.parent))
 
 
-def plan_shards(tensors: Mapping[str, TensorInfo], shard_bytes: int = SHARD_BYTES) -> list[dict[str, TensorInfo]]:
-    """Splits the tensors, in order, into shards of at most `shard_bytes` (a larger tensor gets its own)."""
-    shards: list[dict[str, TensorInfo]] = [{}]
-    filled = 0
-    for name, info in tensors.items():
-        if shards[-1] and filled + info.nbytes > shard_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = info
-        filled += info.nbytes
-    return shards
-
-
 def write_safetensors(
     folder: Path,
     stem: str,
     tensors: Mapping[str, TensorInfo],
-    read: Callable[[str], np.ndarray],
+    read_many: ReadMany,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Writes a model in the HuggingFace style: `stem.safetensors`, or numbered shards with an index.json.
-
-    `read` is called once per tensor, when its turn comes; it must return the described shape and dtype.
-    """
-    shards = plan_shards(tensors, shard_bytes)
+    """Writes a model in the HuggingFace style: `stem.safetensors`, or numbered shards with an index.json."""
+    shards = split_by_bytes(tensors, shard_bytes)
     if len(shards) == 1:
-        write_safetensors_file(folder / f"{stem}.safetensors", shards[0], read)
+        write_safetensors_file(folder / f"{stem}.safetensors", shards[0], read_many)
         return
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_safetensors_file(folder / name, shard, read)
+        write_safetensors_file(folder / name, shard, read_many)
         weight_map |= dict.fromkeys(shard, name)
     index = {"metadata": {"total_size": sum(info.nbytes for info in tensors.values())}, "weight_map": weight_map}
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_safetensors_file(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray]) -> None:
+def write_safetensors_file(path: Path, tensors: Mapping[str, TensorInfo], read_many: ReadMany) -> None:
     """Writes one file under a temporary name, header first, then tensor by tensor, and renames it."""
     # The widest dtypes first: readers view the data in place, which needs aligned offsets.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
@@ -247,11 +240,9 @@ def write_safetensors_file(path: Path, tensors: Mapping[str, TensorInfo], read: 
     try:
         with open(partial, "wb") as file:
             file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for name, info in ordered.items():
-                array = np.ascontiguousarray(read(name))
-                if array.size != prod(info.shape) or array.dtype != info.dtype:
-                    raise ValueError(f"{name}: got {array.dtype} {array.shape}, the header says {info}")
-                file.write(array.reshape(-1).view(np.uint8).data)
+            for name, array in zip(ordered, read_many(list(ordered)), strict=True):
+                check_description(name, array, ordered[name])
+                file.write(raw_bytes(array))
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -3,13 +3,15 @@
 - diffusers: a tree with model_index.json.
 - official: the release's tree, Wan2.2 with one folder per expert or Wan2.1 with the denoiser at the top.
 - comfyui: single files, in one folder or in ComfyUI's diffusion_models/, text_encoders/, vae/.
+- orbax: ours (see orbax.py), with wan_jax.json.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from wan_jax.checkpoint.comfyui import ComfyFile, choose_files, find_files
 from wan_jax.checkpoint.components import Component, bind_component
 from wan_jax.checkpoint.configs import (
     another_family,
@@ -17,16 +19,25 @@ from wan_jax.checkpoint.configs import (
     diffusers_denoiser_config,
     diffusers_text_encoder_config,
     diffusers_vae_config,
+    infer_denoiser_config,
+    infer_text_encoder_config,
+    infer_vae_config,
+    official_denoiser_config,
     read_json,
 )
 from wan_jax.checkpoint.layouts import ModelConfig
+from wan_jax.checkpoint.orbax import MANIFEST, open_orbax
 from wan_jax.checkpoint.safetensors import open_safetensors_folder
-from wan_jax.config import WanConfig
+from wan_jax.checkpoint.torch_pickle import TorchPickleFile
+from wan_jax.config import DenoiserConfig, WanConfig
 from wan_jax.errors import InputError
 
 Layout = Literal["orbax", "diffusers", "official", "comfyui"]
 
-MANIFEST = "wan_jax.json"
+EXPERT_FOLDERS = {"high_noise": "high_noise_model", "low_noise": "low_noise_model"}  # of the official tree
+OFFICIAL_TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
+OFFICIAL_VAE = "Wan2.1_VAE.pth"
+OFFICIAL_TOKENIZER = "google/umt5-xxl"
 
 
 @dataclass(frozen=True)
@@ -43,13 +54,42 @@ def detect(path: Path) -> Layout:
     """Says which layout a path is. Raises InputError for anything else."""
     if not path.exists():
         raise InputError(f"{path}: no such checkpoint")
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            return "comfyui"
+        raise InputError(f"{path}: a single file must be .safetensors; otherwise give the checkpoint's folder")
     if (path / MANIFEST).is_file():
         return "orbax"
     if (path / "model_index.json").is_file():
         return "diffusers"
+    if any((path / name).exists() for name in (*EXPERT_FOLDERS.values(), OFFICIAL_VAE)) or _is_official_denoiser(path):
+        return "official"
+    if find_files(path):
+        return "comfyui"
     raise InputError(
         f"{path}: not a checkpoint that wan_jax knows (its own, the official tree, a diffusers tree or ComfyUI files)"
     )
+
+
+def _is_official_denoiser(folder: Path) -> bool:
+    """Whether a folder is the official one of a denoiser: by its config.json or, without one, by its files' names."""
+    config = folder / "config.json"
+    if config.is_file():
+        return read_json(config).get("_class_name") == "WanModel"
+    return any(folder.glob("diffusion_pytorch_model*.safetensors"))
+
+
+def open_source(layout: Layout, paths: Sequence[Path]) -> Opened:
+    """Opens a checkpoint of a known layout; only ComfyUI files may be several."""
+    match layout:
+        case "orbax":
+            return Opened(*open_orbax(paths[0]))
+        case "diffusers":
+            return open_diffusers(paths[0])
+        case "official":
+            return open_official(paths[0])
+        case "comfyui":
+            return open_comfyui(paths)
 
 
 def open_diffusers(path: Path) -> Opened:
@@ -77,8 +117,7 @@ def open_diffusers(path: Path) -> Opened:
         folders = {"high_noise": path / "transformer", "low_noise": path / "transformer_2"}
 
     denoisers = {name: diffusers_denoiser_config(folder / "config.json") for name, folder in folders.items()}
-    if len(set(denoisers.values())) > 1:
-        raise InputError(f"{path}: the configs of transformer and transformer_2 differ; are they from one release?")
+    denoiser = _same_config(path, denoisers)
     configs: dict[str, ModelConfig] = dict(denoisers)
     text_encoder = vae = None
     if present("text_encoder", "UMT5EncoderModel"):
@@ -95,14 +134,90 @@ def open_diffusers(path: Path) -> Opened:
     boundary = index.get("boundary_ratio")
     config = assemble_config(
         str(path),
-        next(iter(denoisers.values())),
+        denoiser,
         experts=len(denoisers),
         text_encoder=text_encoder,
         vae=vae,
         boundary=None if boundary is None else float(boundary),
     )
-    tokenizer = path / "tokenizer"
-    return Opened(config, parts, tokenizer if tokenizer.is_dir() else None, _scheduler_notes(path, config))
+    notes = (*_scheduler_notes(path, config), *_absent(path, parts))
+    return Opened(config, parts, _tokenizer(path, "tokenizer"), notes)
+
+
+def open_official(path: Path) -> Opened:
+    """The official tree, Wan2.2 or Wan2.1, or the folder of one expert alone."""
+    present = {name: path / folder for name, folder in EXPERT_FOLDERS.items() if (path / folder).is_dir()}
+    if len(present) == 1:
+        missing = next(folder for name, folder in EXPERT_FOLDERS.items() if name not in present)
+        raise InputError(f"{path}: {missing}/ is missing; download it, or open the other expert's folder alone")
+    folders = present or {"denoiser": path}
+    stores = {name: open_safetensors_folder(folder) for name, folder in folders.items()}
+    denoisers = {}
+    for name, folder in folders.items():
+        denoisers[name] = infer_denoiser_config(stores[name].place, stores[name].tensors)
+        if (folder / "config.json").is_file():
+            denoisers[name] = official_denoiser_config(folder / "config.json", denoisers[name])
+    denoiser = _same_config(path, denoisers)
+    parts = {name: bind_component(name, denoiser, "official", stores[name]) for name in folders}
+
+    text_encoder = vae = None
+    encoders = sorted(path.glob("models_t5_umt5-xxl-enc-*.pth"))
+    if len(encoders) > 1:
+        raise InputError(f"{path}: both {encoders[0].name} and {encoders[1].name} are a text encoder; keep one")
+    if encoders:
+        encoder_file = TorchPickleFile(encoders[0])
+        text_encoder = infer_text_encoder_config(encoder_file.place, encoder_file.tensors, "official")
+        parts["text_encoder"] = bind_component("text_encoder", text_encoder, "official", encoder_file)
+    if (path / OFFICIAL_VAE).is_file():
+        vae_file = TorchPickleFile(path / OFFICIAL_VAE)
+        vae = infer_vae_config(vae_file.place, vae_file.tensors)
+        parts["vae"] = bind_component("vae", vae, "official", vae_file)
+    config = assemble_config(str(path), denoiser, experts=len(folders), text_encoder=text_encoder, vae=vae)
+    return Opened(config, parts, _tokenizer(path, OFFICIAL_TOKENIZER), tuple(_absent(path, parts)))
+
+
+def open_comfyui(paths: Sequence[Path]) -> Opened:
+    """ComfyUI files: a folder of them, one file, or several (such as the two experts)."""
+    place = ", ".join(map(str, paths))
+    files = [ComfyFile(file) for path in paths for file in (find_files(path) if path.is_dir() else [path])]
+    chosen, others = choose_files(files, place)
+    denoisers = {
+        name: infer_denoiser_config(file.place, file.tensors)
+        for name, file in chosen.items()
+        if file.role == "denoiser"
+    }
+    if not denoisers:
+        raise InputError(f"{place}: holds no denoiser of Wan; give the folder or file with the diffusion model")
+    denoiser = _same_config(place, denoisers)
+    parts = {name: bind_component(name, denoiser, "official", chosen[name]) for name in denoisers}
+    text_encoder = vae = None
+    if file := chosen.get("text_encoder"):
+        text_encoder = infer_text_encoder_config(file.place, file.tensors, "diffusers")
+        parts["text_encoder"] = bind_component("text_encoder", text_encoder, "diffusers", file)
+    if file := chosen.get("vae"):
+        vae = infer_vae_config(file.place, file.tensors)
+        parts["vae"] = bind_component("vae", vae, "official", file)
+    config = assemble_config(place, denoiser, experts=len(denoisers), text_encoder=text_encoder, vae=vae)
+    notes = [f"{file.place}: stored in float8, dequantised when read" for file in chosen.values() if file.quantized]
+    notes += [f"{file.place}: ignored, it is no model of Wan text-to-video" for file in others]
+    folder = paths[0] if paths[0].is_dir() else paths[0].parent
+    return Opened(config, parts, _tokenizer(folder, "tokenizer", OFFICIAL_TOKENIZER), (*notes, *_absent(place, parts)))
+
+
+def _same_config(place: object, denoisers: Mapping[str, DenoiserConfig]) -> DenoiserConfig:
+    first, *rest = denoisers.values()
+    if any(config != first for config in rest):
+        raise InputError(f"{place}: the two experts have different dimensions; are they from one release?")
+    return first
+
+
+def _tokenizer(path: Path, *candidates: str) -> Path | None:
+    return next((path / candidate for candidate in candidates if (path / candidate).is_dir()), None)
+
+
+def _absent(place: object, parts: Mapping[str, Component]) -> list[str]:
+    names = [name for name in ("text_encoder", "vae") if name not in parts]
+    return [f"{place}: holds no {' and no '.join(names)}"] if names else []
 
 
 def _scheduler_notes(path: Path, config: WanConfig) -> tuple[str, ...]:

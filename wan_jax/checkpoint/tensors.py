@@ -1,10 +1,9 @@
 """What every kind of weight file has in common: named tensors described by a header and read one at a time."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -36,19 +35,48 @@ class TensorInfo:
         return self.size * self.dtype.itemsize
 
 
-class TensorStore(Protocol):
+class TensorStore:
     """Named tensors that are read one at a time."""
 
-    @property
-    def place(self) -> str:
-        """The file or folder, for messages."""
-
-    @property
-    def tensors(self) -> Mapping[str, TensorInfo]:
-        """What it holds, by stored name."""
+    place: str  # the file or folder, for messages
+    tensors: Mapping[str, TensorInfo]  # what it holds, by stored name
 
     def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
         """The tensor in `dtype` (None: as described), rounded at most once."""
+        raise NotImplementedError
+
+    def read_many(self, names: Sequence[str], dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
+        """The tensors in the order of `names`; stores that read faster in groups hold a small group at a time."""
+        for name in names:
+            yield self.read(name, dtype)
+
+
+# What a writer reads from: the tensors of the given names, in that order.
+ReadMany = Callable[[Sequence[str]], Iterator[np.ndarray]]
+
+
+def split_by_bytes(tensors: Mapping[str, TensorInfo], limit: int) -> list[dict[str, TensorInfo]]:
+    """Splits the tensors, in order, into groups of at most `limit` bytes (a larger tensor gets its own)."""
+    groups: list[dict[str, TensorInfo]] = [{}]
+    filled = 0
+    for name, info in tensors.items():
+        if groups[-1] and filled + info.nbytes > limit:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = info
+        filled += info.nbytes
+    return groups
+
+
+def check_description(name: str, array: np.ndarray, info: TensorInfo) -> None:
+    """Raises ValueError where a tensor to be written differs from what its file's header says (a bug)."""
+    if array.shape != info.shape or array.dtype != info.dtype:
+        raise ValueError(f"{name} is {array.dtype} {array.shape}, the header says {info.dtype} {info.shape}")
+
+
+def raw_bytes(array: np.ndarray) -> memoryview:
+    """The array's bytes in C order, without a copy where it is contiguous."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def cast(array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:

@@ -10,7 +10,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from math import prod
@@ -20,7 +20,15 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from wan_jax.checkpoint.tensors import TensorInfo, cast, read_exactly
+from wan_jax.checkpoint.tensors import (
+    ReadMany,
+    TensorInfo,
+    TensorStore,
+    cast,
+    check_description,
+    raw_bytes,
+    read_exactly,
+)
 from wan_jax.errors import InputError
 
 STORAGE_DTYPES: dict[str, np.dtype] = {
@@ -103,7 +111,7 @@ class _Unpickler(pickle.Unpickler):
         return _Storage(STORAGE_DTYPES[storage_type], key, size)
 
 
-class TorchPickleFile:
+class TorchPickleFile(TensorStore):
     """One `.pth` or `.pt` file with a flat state dict, or one nested under "state_dict" or "model".
 
     Opening reads the pickle and the zip directory only. Raises InputError for anything that is not plain tensors.
@@ -143,8 +151,8 @@ class TorchPickleFile:
         """Offset and size in bytes of every storage by key, and the pickle."""
         if os.pread(self._descriptor, 4, 0) != b"PK\x03\x04":
             raise InputError(
-                f"{self.place}: not a zip archive of torch.save: damaged, or older than PyTorch 1.6; load it in PyTorch "
-                "and torch.save it again, or use a safetensors version"
+                f"{self.place}: not a zip archive of torch.save: damaged, or older than PyTorch 1.6; load and save it "
+                "in PyTorch, or use a safetensors version"
             )
         members = {}
         try:
@@ -220,30 +228,26 @@ class TorchPickleFile:
 _ALIGNMENT = 64  # PyTorch aligns storages to this, so that it can map them
 
 
-def write_torch_pickle(
-    path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], np.ndarray], root: str = "archive"
-) -> None:
+def write_torch_pickle(path: Path, tensors: Mapping[str, TensorInfo], read_many: ReadMany) -> None:
     """Writes a state dict as `torch.save` does; `torch.load(path, weights_only=True)` reads it.
 
-    `read` is called once per tensor, when its turn comes. Temporary name, then rename.
+    Tensor by tensor, under a temporary name that is then changed.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            archive.writestr(zipfile.ZipInfo(f"{root}/data.pkl"), _pickle_state_dict(tensors))
-            archive.writestr(zipfile.ZipInfo(f"{root}/byteorder"), b"little")
-            for key, (name, info) in enumerate(tensors.items()):
-                array = np.ascontiguousarray(read(name))
-                if array.size != info.size or array.dtype != info.dtype:
-                    raise ValueError(f"{name}: got {array.dtype} {array.shape}, expected {info}")
-                member = zipfile.ZipInfo(f"{root}/data/{key}")
+            archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickle_state_dict(tensors))
+            archive.writestr(zipfile.ZipInfo("archive/byteorder"), b"little")
+            for key, (name, array) in enumerate(zip(tensors, read_many(list(tensors)), strict=True)):
+                check_description(name, array, tensors[name])
+                member = zipfile.ZipInfo(f"archive/data/{key}")
                 # Room for the 64-bit sizes is always kept, so that the padding is known before.
                 header_end = archive.fp.tell() + 30 + len(member.filename) + 20 + 4  # type: ignore[union-attr]
                 padding = -header_end % _ALIGNMENT
                 member.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
                 with archive.open(member, "w", force_zip64=True) as file:
-                    file.write(array.reshape(-1).view(np.uint8).data)
-            archive.writestr(zipfile.ZipInfo(f"{root}/version"), b"3\n")
+                    file.write(raw_bytes(array))
+            archive.writestr(zipfile.ZipInfo("archive/version"), b"3\n")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
