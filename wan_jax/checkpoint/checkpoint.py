@@ -1,8 +1,10 @@
 """Opens a checkpoint of any layout and loads its models: the one door to weights."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,25 +13,47 @@ from jax.typing import DTypeLike
 
 from wan_jax.checkpoint.components import Component, Shardings, load_component
 from wan_jax.checkpoint.sources import Layout, detect, open_source
-from wan_jax.checkpoint.tensors import Progress
+from wan_jax.checkpoint.tensors import Progress, TensorInfo, readable
 from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
 
 
 @dataclass(frozen=True)
 class ComponentInfo:
-    """One model of a checkpoint, for people."""
+    """One model of a checkpoint. str() is for people."""
 
     name: str
     tensors: int
     parameters: int
     nbytes: int
-    dtypes: Mapping[str, int]  # dtype -> number of tensors
+    dtypes: Mapping[str, int]  # dtype -> number of tensors, the most frequent first
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "tensors": self.tensors,
+            "parameters": self.parameters,
+            "bytes": self.nbytes,
+            "dtypes": dict(self.dtypes),
+        }
+
+    def __str__(self) -> str:
+        dtypes = " + ".join(self.dtypes)
+        return (
+            f"{self.name:<13} {self.parameters:>15,} parameters in {self.tensors:>5,} tensors, "
+            f"{readable(self.nbytes):>9}, {dtypes}"
+        )
+
+
+def describe(component: Component, tensors: Mapping[str, TensorInfo]) -> ComponentInfo:
+    """Sums up a component whose tensors are (to be) stored like this."""
+    dtypes = Counter(info.dtype.name for info in tensors.values())
+    nbytes = sum(info.nbytes for info in tensors.values())
+    return ComponentInfo(component.name, len(tensors), component.size, nbytes, dict(dtypes.most_common()))
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint is, for people."""
+    """What a checkpoint is. str() is for people."""
 
     path: str
     layout: Layout
@@ -45,6 +69,16 @@ class CheckpointInfo:
     @property
     def nbytes(self) -> int:
         return sum(component.nbytes for component in self.components)
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"{self.path}: {self.model}, {self.layout} layout, {self.parameters:,} parameters, "
+                f"{readable(self.nbytes)}, {'with' if self.tokenizer else 'without'} tokenizer",
+                *map(str, self.components),
+                *(f"note: {note}" for note in self.notes),
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -97,8 +131,7 @@ class Checkpoint:
     def info(self) -> CheckpointInfo:
         """A summary for people."""
         components = tuple(
-            ComponentInfo(name, len(part.rows), part.size, part.nbytes, part.dtypes)
-            for name, part in self.parts.items()
+            describe(part, {row.ours: part.info(row) for row in part.rows}) for part in self.parts.values()
         )
         return CheckpointInfo(
             str(self.path), self.layout, self.config.name, components, self.tokenizer_folder is not None, self.notes

@@ -1,6 +1,5 @@
 """One model of a checkpoint, bound to its stored tensors: every name and shape is verified before any data is read."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,11 +45,6 @@ class Component:
     def size(self) -> int:
         """Number of parameters."""
         return sum(row.size for row in self.rows)
-
-    @property
-    def dtypes(self) -> dict[str, int]:
-        """How many tensors are stored in each dtype, the most frequent first."""
-        return dict(Counter(self.info(row).dtype.name for row in self.rows).most_common())
 
     def read_ours(self, rows: Sequence[Row], dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
         """Parameters in our layout, in the order of `rows`; `dtype` None keeps the stored ones."""

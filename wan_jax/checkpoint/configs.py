@@ -154,17 +154,20 @@ OFFICIAL_DENOISER_KEYS = {
     "freq_dim": "freq_dim",
     "eps": "eps",
 }
+OFFICIAL_DENOISER_FIXED = {"_class_name": "WanModel", "model_type": "t2v"}
 
 
 def official_denoiser_config(path: Path, inferred: DenoiserConfig) -> DenoiserConfig:
     """From config.json of an expert's official folder; it lacks patch_size and text_dim, which the tensors tell."""
     content = read_json(path)
-    _require(path, content, {"_class_name": "WanModel", "model_type": "t2v"})
+    _require(path, content, OFFICIAL_DENOISER_FIXED)
     fields = _build(path, DenoiserConfig, content, OFFICIAL_DENOISER_KEYS)
     return _text_to_video(path, dataclasses.replace(inferred, **fields))
 
 
 def _text_to_video(place: object, config: DenoiserConfig) -> DenoiserConfig:
+    if config.in_channels == 48:
+        raise another_family(place, "the denoiser takes 48 channels (TI2V-5B)")
     if config.in_channels != config.out_channels:
         raise another_family(
             place, f"the denoiser takes {config.in_channels} channels and gives {config.out_channels} (image to video)"

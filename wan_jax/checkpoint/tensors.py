@@ -98,3 +98,8 @@ def read_exactly(descriptor: int, offset: int, nbytes: int, place: str) -> np.nd
             raise InputError(f"{place}: ends {nbytes - done} bytes early while being read; copy the file again")
         done += count
     return buffer
+
+
+def readable(nbytes: int) -> str:
+    """A number of bytes for people: "28.58 GB", "3.10 MB"."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
