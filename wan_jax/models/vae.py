@@ -9,6 +9,7 @@ Inside, activations are channels-last: [batch, time, height, width, channels].
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import TypedDict, Unpack
 
@@ -143,7 +144,7 @@ class SpatialConv(nnx.Module):
 def _conv_parameters(size: tuple[int, ...], in_channels: int, out_channels: int, options: Options):
     param_dtype = options["param_dtype"]
     shape = (*size, in_channels, out_channels)
-    kernel = jax.random.normal(options["rngs"].params(), shape, param_dtype) * np.prod(shape[:-1]) ** -0.5
+    kernel = jax.random.normal(options["rngs"].params(), shape, param_dtype) * math.prod(shape[:-1]) ** -0.5
     axes = (*[None] * len(size), "conv_in", "conv_out")
     bias = nnx.Param(jnp.zeros((out_channels,), param_dtype), axes=("conv_out",))
     return nnx.Param(kernel.astype(param_dtype), axes=axes), bias
