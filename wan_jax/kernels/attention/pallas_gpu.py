@@ -1,0 +1,476 @@
+"""Space-time attention for Hopper GPUs: a Pallas Mosaic-GPU kernel in the manner of FlashAttention-3.
+
+One block of threads (CTA) computes 128 query rows of one head: two consumer warpgroups of 64 rows each, and a producer
+warpgroup that streams key and value blocks through shared memory with TMA. Arrays stay [B, S, H, D] throughout: TMA
+cuts a head out of them, fills rows past the end with zeros and clips writes, so nothing is padded or transposed.
+The key blocks that need a mask (the last, if the length is not a multiple of the block) are visited first; the loop
+over the others has no condition in it.
+
+Shah et al., FlashAttention-3, arXiv 2407.08608.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from wan_jax.errors import InputError
+from wan_jax.kernels.attention.block_lists import BlockLists
+
+JAX_NEEDED = (0, 11, 2)
+TOO_OLD = f"it needs jax >= {'.'.join(map(str, JAX_NEEDED))} (Python >= 3.12) and this is jax {jax.__version__}"
+if jax.__version_info__ >= JAX_NEEDED:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+WARPGROUP_ROWS = 64  # rows of one Hopper matrix instruction
+CONSUMERS = 2
+QUERY_TILE = CONSUMERS * WARPGROUP_ROWS
+LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What may change the speed and never the result.
+
+    Attributes:
+      key_block: keys per step.
+      stages: key (and value) blocks in shared memory at once.
+      schedule: how softmax hides under matrix products. "ping_pong": the two warpgroups alternate, one's softmax under
+        the other's products. "two_stage": each runs its own softmax of block i + 1 under its product with value block
+        i. "two_stage_ping_pong": both.
+      cluster: neighbouring CTAs that read each key and value block once for all of them (TMA multicast).
+    """
+
+    key_block: int = 192
+    stages: int = 2
+    schedule: Literal["ping_pong", "two_stage", "two_stage_ping_pong"] = "ping_pong"
+    cluster: int = 1
+
+    def shared_memory_bytes(self, head_dim: int) -> int:
+        """Query (later output) tile, key and value rings, log-sum-exp."""
+        return 2 * head_dim * (QUERY_TILE + 2 * self.stages * self.key_block) + 4 * QUERY_TILE
+
+
+def default_tuning(key_length: int) -> Tuning:
+    """The fastest measured (benchmarks/NOTES.md, section attention)."""
+    # 192 keys waste up to 191: with few keys, smaller blocks win.
+    return Tuning(key_block=192 if key_length >= 2048 else 128)
+
+
+def supports(query: jax.Array, key: jax.Array, value: jax.Array) -> str | None:
+    """Why this kernel cannot run this call here, or None."""
+    del key, value
+    if jax.__version_info__ < JAX_NEEDED:
+        return TOO_OLD
+    device = jax.devices()[0]
+    if device.platform != "gpu" or device.compute_capability != "9.0":
+        return f"it needs a Hopper GPU (compute capability 9.0) and JAX runs on {device.device_kind}"
+    return unsupported_shape(query)
+
+
+def unsupported_shape(query: jax.Array) -> str | None:
+    if query.dtype != jnp.bfloat16:
+        return f"it needs bfloat16 and the query is {query.dtype}"
+    if query.shape[-1] not in (64, 128):
+        return f"it needs a head_dim of 64 or 128, not {query.shape[-1]}"
+    return None
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float | None = None,
+    block_lists: BlockLists | None = None,
+    return_lse: bool = False,
+    tuning: Tuning | None = None,
+    interpret: Any = None,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """softmax(query key^T scale) value per head, over all keys or over the key blocks that `block_lists` names.
+
+    Logits, softmax and sums are float32; probabilities meet the values in bfloat16, unnormalised.
+
+    Args:
+      query: [B, Sq, H, D] bfloat16, D 64 or 128.
+      key, value: [B, Sk, H, D] bfloat16. Lengths are free; ones above 8 that 8 does not divide cost a padded copy.
+      scale: what the logits are multiplied by, positive; 1/sqrt(D) if None.
+      block_lists: which key blocks each tile of queries sees; its key_block is used.
+      return_lse: also return the logits' log-sum-exp (natural logarithm).
+      tuning: how to run; a default by shape if None.
+      interpret: plgpu.InterpretGPUParams to run on the CPU.
+
+    Returns:
+      [B, Sq, H, D] bfloat16, and [B, H, Sq] float32 if return_lse. A query that sees no key gives 0 and -inf.
+
+    Raises:
+      InputError: an old jax, or shapes, dtypes, a scale or block lists that do not fit.
+    """
+    batch, query_length, heads, head_dim = query.shape
+    key_length = key.shape[1]
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    if tuning is None:
+        tuning = default_tuning(key_length)
+    if block_lists is not None:
+        tuning = dataclasses.replace(tuning, key_block=block_lists.key_block, cluster=1)
+    if jax.__version_info__ < JAX_NEEDED:
+        raise InputError(f"the pallas_gpu attention cannot run here: {TOO_OLD}")
+    if reason := unsupported_shape(query):
+        raise InputError(f"the pallas_gpu attention cannot run this call: {reason}")
+    if key.shape != value.shape or key.shape != (batch, key_length, heads, head_dim):
+        raise InputError(f"attention of a query {query.shape} needs key and value [B, Sk, H, D]; got {key.shape}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise InputError(f"attention needs one dtype; got {query.dtype}, {key.dtype} and {value.dtype}")
+    if key_length == 0 or query_length == 0:
+        raise InputError(f"attention needs at least one query and one key; got {query.shape} and {key.shape}")
+    if scale <= 0:
+        raise InputError(f"attention needs a positive scale, not {scale}; negate the query instead")
+    if block_lists is not None:
+        if block_lists.query_tile != QUERY_TILE:
+            raise InputError(f"this kernel has tiles of {QUERY_TILE} queries; make the block lists for query_tile={QUERY_TILE}")
+        block_lists.check(batch, heads, query_length, key_length)
+    arrays = () if block_lists is None else kernel_arrays(block_lists, key_length)
+    # TMA takes rows in eights.
+    padded = (pad_rows_to_eights(x) for x in (query, key, value))
+    output, *lse = forward(
+        *padded,
+        arrays,
+        key_length=key_length,
+        scale=scale,
+        tuning=tuning,
+        return_lse=return_lse,
+        interpret=interpret,
+    )
+    output = output[:, :query_length]
+    return (output, lse[0][..., :query_length]) if return_lse else output
+
+
+def pad_rows_to_eights(x: jax.Array) -> jax.Array:
+    length = x.shape[1]
+    if length <= 8 or length % 8 == 0:
+        return x
+    return jnp.pad(x, ((0, 0), (0, -length % 8), (0, 0), (0, 0)))
+
+
+def kernel_arrays(lists: BlockLists, key_length: int) -> tuple[jax.Array, ...]:
+    """The block lists as the kernel reads them.
+
+    (indices [B or 1, H or 1, tiles, blocks], counts [B or 1, H or 1, tiles]) and, if the lists have key ranges,
+    (partial_counts, as counts; first [tiles * QUERY_TILE]; stop, as first).
+    """
+    indices, counts = lists.indices.astype(jnp.int32), lists.counts.astype(jnp.int32)
+    tiles = indices.shape[-2]
+    lead = (1,) * (4 - indices.ndim) + indices.shape[:-2]
+    if lists.key_ranges is not None and lists.partial_counts is not None:
+        partial_counts = lists.partial_counts.astype(jnp.int32).reshape(*lead, tiles)
+        ranges = jnp.pad(lists.key_ranges.astype(jnp.int32), ((0, tiles * QUERY_TILE - len(lists.key_ranges)), (0, 0)))
+        ranges = (partial_counts, ranges[:, 0], ranges[:, 1])
+    else:
+        ranges = ()
+        if key_length % lists.key_block:
+            # The block that reaches past the last key is masked: it changes places with the first.
+            last, entry = key_length // lists.key_block, jnp.arange(indices.shape[-1])
+            is_last = (indices == last) & (entry < counts[..., None])
+            indices = jnp.where(is_last, indices[..., :1], indices)
+            indices = jnp.where((entry == 0) & is_last.any(-1, keepdims=True), last, indices)
+    return (indices.reshape(*lead, *indices.shape[-2:]), counts.reshape(*lead, tiles), *ranges)
+
+
+@functools.partial(jax.jit, static_argnames=("key_length", "scale", "tuning", "return_lse", "interpret"))
+def forward(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    list_arrays: tuple[jax.Array, ...],
+    *,
+    key_length: int,
+    scale: float,
+    tuning: Tuning,
+    return_lse: bool,
+    interpret: Any,
+) -> list[jax.Array]:
+    """Runs the kernel: [output [B, Sq, H, D]] or [output, lse [B, H, Sq rounded up to whole tiles]]."""
+    batch, query_length, heads, head_dim = query.shape
+    key_block, stages, cluster = tuning.key_block, tuning.stages, tuning.cluster
+    tiles = pl.cdiv(pl.cdiv(query_length, QUERY_TILE), cluster) * cluster
+    blocks = pl.cdiv(key_length, key_block)
+    has_lists, has_ranges = bool(list_arrays), len(list_arrays) > 2
+    first_is_partial = has_ranges or key_length % key_block > 0
+    scale_log2 = scale * LOG2_E  # exp(x scale) = 2^(x scale_log2)
+    wgmma_layout = plgpu.Layout.WGMMA
+    row_layout = wgmma_layout.reduce(1)
+
+    def kernel(*refs, smem, ready, free, turn):
+        query_ref, key_ref, value_ref, *list_refs = refs[: 3 + len(list_arrays)]
+        output_ref, *lse_ref = refs[3 + len(list_arrays) :]
+        query_smem, key_smem, value_smem, *other_smem = smem
+        query_ready, key_ready, value_ready = ready
+        key_free, value_free = free
+        b, h, thread = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
+        tile = lax.axis_index("tile")
+        if cluster > 1:
+            tile = tile * cluster + lax.axis_index("cluster")
+
+        def of_this_tile(ref, *index):
+            return ref[b if ref.shape[0] > 1 else 0, h if ref.shape[1] > 1 else 0, tile, *index]
+
+        def block_at(step):
+            """The key block of a step: as listed, or the last one and then the others in order."""
+            return of_this_tile(list_refs[0], step) if has_lists else lax.rem(step + (blocks - 1), blocks)
+
+        def slot_of(step):
+            return lax.rem(step, jnp.int32(stages))
+
+        steps = of_this_tile(list_refs[1]) if has_lists else blocks
+
+        @pl.when(thread == CONSUMERS)
+        def produce():
+            plgpu.set_max_registers(24, action="decrease")
+            multicast = {"collective_axes": "cluster"} if cluster > 1 else {}
+
+            @pl.loop(0, steps)
+            def load(step):
+                slot, keys = slot_of(step), pl.ds(block_at(step) * key_block, key_block)
+                for source, smem, ready, free in (
+                    (key_ref, key_smem, key_ready, key_free),
+                    (value_ref, value_smem, value_ready, value_free),
+                ):
+                    pl.when(step >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+                    plgpu.copy_gmem_to_smem(source.at[b, keys, h], smem.at[slot], ready.at[slot], **multicast)
+
+            # Nobody leaves while a neighbour may still write here or signal.
+            @pl.loop(lax.max(steps - stages, 0), steps)
+            def drain(step):
+                plgpu.barrier_wait(key_free.at[slot_of(step)])
+                plgpu.barrier_wait(value_free.at[slot_of(step)])
+
+        @pl.when(thread < CONSUMERS)
+        def consume():
+            plgpu.set_max_registers(240, action="increase")
+            rows = pl.ds((tile * CONSUMERS + thread) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            query_tile = query_smem.at[thread]
+            plgpu.copy_gmem_to_smem(query_ref.at[b, rows, h], query_tile, query_ready.at[thread])
+            plgpu.barrier_wait(query_ready.at[thread])
+            if has_ranges:
+                first_key, stop_key = (plgpu.load(ref.at[rows], layout=row_layout, optimized=False) for ref in list_refs[3:])
+                partial_steps = of_this_tile(list_refs[2])
+
+            def across(row_values, width):
+                return lax.broadcast_in_dim(row_values, (WARPGROUP_ROWS, width), [0])
+
+            def start_logits(logits_ref, slot):
+                plgpu.wgmma(logits_ref, query_tile, key_smem.at[slot].T)
+
+            def start_values(output_acc, output, probabilities, slot):
+                """Begins output + probabilities @ values."""
+                if interpret is None:
+                    output_acc[...] = output
+                else:  # The interpreter starts accumulators from zero and takes no operand from registers.
+                    other_smem[-1][thread] = probabilities
+                    plgpu.commit_smem()
+                    probabilities = other_smem[-1].at[thread]
+                plgpu.wgmma(output_acc, probabilities, value_smem.at[slot])
+
+            def finish_values(output_acc, output):
+                return output_acc[...] if interpret is None else output_acc[...] + output
+
+            def softmax(logits, maximum, total, step, partial):
+                """Online: (probabilities bf16, new maximum, new total, factor for what came before). Base 2."""
+                if partial:
+                    shape = (WARPGROUP_ROWS, key_block)
+                    keys = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=wgmma_layout)
+                    keys += block_at(step) * key_block
+                    visible = keys < key_length
+                    if has_ranges:
+                        visible = (across(first_key, key_block) <= keys) & (keys < across(stop_key, key_block))
+                    logits = jnp.where(visible, logits, -jnp.inf)
+                new_maximum = jnp.maximum(maximum, logits.max(axis=1) * scale_log2)
+                offset = new_maximum
+                if partial and has_ranges:  # A row may have seen nothing yet: no inf - inf.
+                    offset = jnp.where(new_maximum == -jnp.inf, 0.0, new_maximum)
+                probabilities = jnp.exp2(logits * scale_log2 - across(offset, key_block))
+                factor = jnp.exp2(maximum - offset)
+                total = total * factor + probabilities.sum(axis=1)
+                return probabilities.astype(jnp.bfloat16), new_maximum, total, factor
+
+            def ping_pong():
+                def swap():
+                    plgpu.barrier_arrive(turn)
+                    plgpu.barrier_wait(turn)
+
+                def body(step, carry, partial=False):
+                    output, maximum, total = carry
+                    slot = slot_of(step)
+
+                    def compute_logits(logits_ref):
+                        start_logits(logits_ref, slot)
+                        swap()
+                        return logits_ref[...]
+
+                    logits = pl.run_scoped(compute_logits, plgpu.ACC((WARPGROUP_ROWS, key_block)))
+                    plgpu.barrier_arrive(key_free.at[slot])
+                    probabilities, maximum, total, factor = softmax(logits, maximum, total, step, partial)
+                    output *= across(factor, head_dim)
+                    output, probabilities, maximum, total = lax.optimization_barrier(
+                        (output, probabilities, maximum, total)
+                    )
+                    plgpu.barrier_arrive(turn)
+                    plgpu.barrier_wait(value_ready.at[slot])
+                    plgpu.barrier_wait(turn)
+
+                    def add_values(output_acc):
+                        start_values(output_acc, output, probabilities, slot)
+                        pl.when(step + 1 < steps)(lambda: plgpu.barrier_wait(key_ready.at[slot_of(step + 1)]))
+                        return finish_values(output_acc, output)
+
+                    output = pl.run_scoped(add_values, plgpu.ACC((WARPGROUP_ROWS, head_dim)))
+                    plgpu.barrier_arrive(value_free.at[slot])
+                    return output, maximum, total
+
+                plgpu.barrier_wait(key_ready.at[0])
+                pl.when(thread == 1)(swap)
+                carry = run_steps(body, 0, initial())
+                pl.when(thread == 0)(swap)
+                return carry
+
+            def two_stage():
+                alternate = tuning.schedule == "two_stage_ping_pong"
+
+                def body(step, carry, partial=False):
+                    """Logits of this step beside the values of the one before."""
+                    output, probabilities, maximum, total = carry
+                    slot, slot_before = slot_of(step), slot_of(step - 1)
+                    plgpu.barrier_wait(key_ready.at[slot])
+                    if alternate:
+                        plgpu.barrier_wait(turn.at[thread])
+
+                    def overlap(logits_ref, output_acc):
+                        start_logits(logits_ref, slot)
+                        start_values(output_acc, output, probabilities, slot_before)
+                        if alternate:
+                            plgpu.barrier_arrive(turn.at[1 - thread])
+                        logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
+                        plgpu.barrier_arrive(key_free.at[slot])
+                        after = softmax(logits, maximum, total, step, partial)
+                        # This wait keeps the compiler from moving the next one above the exponentials.
+                        plgpu.barrier_wait(value_ready.at[slot])
+                        return finish_values(output_acc, output), *after
+
+                    logits_type = plgpu.ACC((WARPGROUP_ROWS, key_block))
+                    output, probabilities, maximum, total, factor = pl.run_scoped(
+                        overlap, logits_type, plgpu.ACC((WARPGROUP_ROWS, head_dim))
+                    )
+                    plgpu.barrier_arrive(value_free.at[slot_before])
+                    return output * across(factor, head_dim), probabilities, maximum, total
+
+                if alternate:
+                    pl.when(thread == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+                plgpu.barrier_wait(key_ready.at[0])
+
+                def first_logits(logits_ref):
+                    start_logits(logits_ref, 0)
+                    return logits_ref[...]
+
+                logits = pl.run_scoped(first_logits, plgpu.ACC((WARPGROUP_ROWS, key_block)))
+                plgpu.barrier_arrive(key_free.at[0])
+                output, maximum, total = initial()
+                probabilities, maximum, total, _ = softmax(logits, maximum, total, 0, first_is_partial)
+                plgpu.barrier_wait(value_ready.at[0])
+                output, probabilities, maximum, total = run_steps(body, 1, (output, probabilities, maximum, total))
+                last = slot_of(jnp.int32(steps - 1))
+
+                def last_values(output_acc):
+                    start_values(output_acc, output, probabilities, last)
+                    return finish_values(output_acc, output)
+
+                output = pl.run_scoped(last_values, plgpu.ACC((WARPGROUP_ROWS, head_dim)))
+                plgpu.barrier_arrive(value_free.at[last])
+                if alternate:
+                    pl.when(thread == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+                return output, maximum, total
+
+            def initial():
+                output = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, head_dim), jnp.float32), wgmma_layout)
+                maximum = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), -jnp.inf, jnp.float32), row_layout)
+                total = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), row_layout)
+                return output, maximum, total
+
+            def run_steps(body, start, carry):
+                """body over the steps from `start` on, those with partial blocks first."""
+                if has_ranges:
+                    carry = lax.fori_loop(start, partial_steps, functools.partial(body, partial=True), carry)
+                    start = lax.max(jnp.int32(start), partial_steps)
+                elif start == 0:
+                    carry, start = body(jnp.int32(0), carry, partial=first_is_partial), 1
+                return lax.fori_loop(start, steps, body, carry)
+
+            def write(output, lse):
+                query_smem[thread] = output.astype(jnp.bfloat16)  # this warpgroup is done with its queries
+                if return_lse:
+                    other_smem[0][thread] = lse
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(query_smem.at[thread], output_ref.at[b, rows, h])
+                if return_lse:
+                    plgpu.copy_smem_to_gmem(other_smem[0].at[thread], lse_ref[0].at[b, h, rows])
+                plgpu.wait_smem_to_gmem(0)
+
+            def attend():
+                output, maximum, total = ping_pong() if tuning.schedule == "ping_pong" else two_stage()
+                share = jnp.where(total > 0.0, 1.0 / total, 0.0)
+                lse = jnp.where(total > 0.0, maximum * (1 / LOG2_E) + jnp.log(total), -jnp.inf)
+                write(output * across(share, head_dim), lse)
+
+            def attend_nothing():
+                output, nothing, _ = initial()
+                write(output, nothing)
+
+            if has_lists:
+                lax.cond(steps > 0, attend, attend_nothing)
+            else:
+                attend()
+
+    def smem(*shape, dtype=jnp.bfloat16):
+        swizzle = plgpu.find_swizzle(shape[-1] * 16)
+        transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+        return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+    free = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",)) if cluster > 1 else plgpu.Barrier
+    free = free(num_arrivals=CONSUMERS, num_barriers=stages)
+    turn = plgpu.Barrier(num_arrivals=2)
+    if tuning.schedule == "two_stage_ping_pong":
+        turn = plgpu.Barrier(num_barriers=2)
+    output_types = [jax.ShapeDtypeStruct(query.shape, query.dtype)]
+    if return_lse:
+        output_types.append(jax.ShapeDtypeStruct((batch, heads, tiles * QUERY_TILE), jnp.float32))
+    return plgpu.kernel(
+        kernel,
+        out_type=output_types,
+        scratch_types={
+            "smem": (
+                smem(CONSUMERS, WARPGROUP_ROWS, head_dim),
+                smem(stages, key_block, head_dim),
+                smem(stages, key_block, head_dim),
+                *([plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS), jnp.float32)] if return_lse else []),
+                *([smem(CONSUMERS, WARPGROUP_ROWS, key_block)] if interpret is not None else []),
+            ),
+            "ready": (
+                plgpu.Barrier(num_barriers=CONSUMERS),
+                plgpu.Barrier(num_barriers=stages),
+                plgpu.Barrier(num_barriers=stages),
+            ),
+            "free": (free, free),
+            "turn": turn,
+        },
+        grid=(batch, heads, tiles // cluster),
+        grid_names=("batch", "head", "tile"),
+        **({"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}),
+        num_threads=CONSUMERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        interpret=interpret,
+    )(query, key, value, *list_arrays)
