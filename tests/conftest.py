@@ -23,3 +23,13 @@ def tokenizer_folder(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     train_small_tokenizer(PROMPTS, 300, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def diffusers_tree(tokenizer_folder, tmp_path_factory) -> pathlib.Path:
+    """A two-expert checkpoint as diffusers saves it, float32, with diffusers' own flow_shift."""
+    from tests import originals
+
+    folder = tmp_path_factory.mktemp("diffusers")
+    originals.pipeline(tokenizer_folder).save_pretrained(folder)
+    return folder

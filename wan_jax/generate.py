@@ -8,7 +8,7 @@ import pathlib
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from wan_jax.diffusion.schedule import GRIDS
 from wan_jax.errors import InputError
 from wan_jax.settings import DTYPES, NOISES, Settings, parse_guidance, parse_size
 from wan_jax.video import Video, check_folder, check_output, save_array
+
+if TYPE_CHECKING:
+    from wan_jax.checkpoint import Checkpoint
+    from wan_jax.progress import Bars
 
 
 def _option(kind: type, text: str, *, default: Any = None, metavar: str | None = None) -> Any:
@@ -68,15 +72,12 @@ def generate(options: Options) -> dict[str, Any]:
     }
     initial_latents = _read_latents(options.initial_latents) if options.initial_latents else None
 
-    from wan_jax.checkpoint import open_checkpoint
-    from wan_jax.checkpoint.hub import local_checkpoint
-    from wan_jax.demo import demo_checkpoint
     from wan_jax.pipeline import WanPipeline, peak_bytes
     from wan_jax.progress import Bars
 
     bars = Bars(not options.quiet)
     start = time.perf_counter()
-    checkpoint = open_checkpoint(local_checkpoint(options.checkpoint) if options.checkpoint else demo_checkpoint(bars))
+    checkpoint = _open(options, bars)
     settings = Settings.resolve(
         checkpoint.config,
         negative_prompt=options.negative_prompt,
@@ -137,16 +138,25 @@ def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
     output = check_output(options.output)
     latents = _read_latents(latents_file)
 
-    from wan_jax.checkpoint import open_checkpoint
-    from wan_jax.checkpoint.hub import local_checkpoint
-    from wan_jax.demo import demo_checkpoint
     from wan_jax.pipeline import WanPipeline
     from wan_jax.progress import Bars
 
     bars = Bars(not options.quiet)
-    checkpoint = open_checkpoint(local_checkpoint(options.checkpoint) if options.checkpoint else demo_checkpoint(bars))
+    checkpoint = _open(options, bars)
     pipeline = WanPipeline.from_checkpoint(checkpoint, options.dtype, progress=not options.quiet)
     return Video(pipeline.decode(latents), latents, checkpoint.config.sampling.fps).save(output)
+
+
+def _open(options: Options, bars: "Bars") -> "Checkpoint":
+    from wan_jax.checkpoint import open_checkpoint
+    from wan_jax.checkpoint.hub import local_checkpoint
+
+    if options.checkpoint is not None:
+        return open_checkpoint(local_checkpoint(options.checkpoint))
+
+    from wan_jax.demo import demo_checkpoint
+
+    return open_checkpoint(demo_checkpoint(bars))
 
 
 def _read_prompts(options: Options) -> list[str]:

@@ -20,15 +20,8 @@ def original(tokenizer_folder):
 
 
 @pytest.fixture(scope="module")
-def tree(original, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("diffusers")
-    original.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipe(tree):
-    return WanPipeline.from_pretrained(tree, dtype="float32")
+def pipe(diffusers_tree):
+    return WanPipeline.from_pretrained(diffusers_tree, dtype="float32")
 
 
 @pytest.fixture(scope="module")
