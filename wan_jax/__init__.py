@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from wan_jax.pipeline import WanPipeline
     from wan_jax.video import Video, read_video
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "PRESETS": "wan_jax.config",
     "WanConfig": "wan_jax.config",

@@ -115,9 +115,12 @@ def _decode(values: argparse.Namespace) -> None:
 
 def _convert(values: argparse.Namespace) -> None:
     from wan_jax.checkpoint import convert
+    from wan_jax.checkpoint.hub import local_checkpoint
     from wan_jax.progress import Bars
 
-    print(convert(values.source, values.destination, values.dtype, values.to, bars=Bars(not values.quiet)))
+    with Bars(not values.quiet).transfers("convert") as report:
+        summary = convert(local_checkpoint(values.source), values.destination, values.dtype, values.to, report)
+    print(summary)
 
 
 def _info(values: argparse.Namespace) -> None:
@@ -130,7 +133,7 @@ def _info(values: argparse.Namespace) -> None:
 def _demo(values: argparse.Namespace) -> None:
     from wan_jax.demo import run_demo
 
-    run_demo(pathlib.Path(values.folder))
+    print(run_demo(pathlib.Path(values.folder)))
 
 
 def _use_compile_cache() -> None:

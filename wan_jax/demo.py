@@ -4,18 +4,30 @@ The structure is that of Wan2.2-T2V-A14B (two experts, UMT5, causal VAE, tokeniz
 are coloured noise.
 """
 
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal
+
 import jax.numpy as jnp
 from flax import nnx
 
+from wan_jax import __version__
+from wan_jax.checkpoint import convert
+from wan_jax.checkpoint.memory import memory_checkpoint
 from wan_jax.config import DenoiserConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig
+from wan_jax.demo_tokenizer import train_small_tokenizer
+from wan_jax.generate import Options, generate
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.parameters import abstract_parameters, random_parameters, with_parameters
+from wan_jax.models.parameters import abstract_parameters, named_parameters, random_parameters, with_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.pipeline import WanPipeline
+from wan_jax.progress import Bars
 from wan_jax.tokenizer import Tokenizer
 
 PROMPT = "a red circle moves right"
+CACHE = Path.home() / ".cache" / "wan_jax"
 DEMO = WanConfig(
     name="demo",
     denoiser=DenoiserConfig(num_layers=2, dim=96, num_heads=4, ffn_dim=256, text_dim=64, freq_dim=64),
@@ -28,7 +40,7 @@ DEMO = WanConfig(
 def random_pipeline(
     config: WanConfig, tokenizer: Tokenizer, dtype: str = "bfloat16", *, progress: bool = False
 ) -> WanPipeline:
-    """A pipeline of any size with fixed random weights, made on the device."""
+    """A pipeline of any size with fixed random weights."""
 
     def model(make, model_config, dtype: str, seed: int):
         def build():
@@ -44,3 +56,48 @@ def random_pipeline(
         vae=model(VAE, config.vae, "float32", 0),
         progress=progress,
     )
+
+
+def write_demo(destination: Path, layout: Literal["orbax", "diffusers"]) -> None:
+    """Writes the demo model as a checkpoint; raises InputError where `destination` exists."""
+    with tempfile.TemporaryDirectory() as folder:
+        train_small_tokenizer([PROMPT], DEMO.text_encoder.vocab_size, Path(folder))
+        pipeline = random_pipeline(DEMO, Tokenizer.from_pretrained(folder))
+        models = {"text_encoder": pipeline.text_encoder, "vae": pipeline.vae, **pipeline.denoisers}
+        components = {name: named_parameters(model) for name, model in models.items()}
+        convert(memory_checkpoint(DEMO, components, Path(folder)), destination, to=layout)
+
+
+def demo_checkpoint(bars: Bars) -> Path:
+    """The demo model in our own format, from the cache; it is written there first if need be."""
+    path = CACHE / f"demo-{__version__}"
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        write_demo(path, "orbax")
+    bars.note("no --checkpoint given: this is the demo model; its weights are random and its videos are noise")
+    return path
+
+
+def run_demo(folder: Path) -> Path:
+    """Writes a diffusers tree, converts it to our format and generates a video; returns the video's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tree, checkpoint, video = folder / "diffusers", folder / "orbax", folder / "demo.mp4"
+    print(f"1. a small checkpoint with random weights, as diffusers publishes them: {tree}", file=sys.stderr)
+    if not tree.exists():
+        write_demo(tree, "diffusers")
+    print(f"2. the same in wan_jax's own format: {checkpoint}", file=sys.stderr)
+    if not checkpoint.exists():
+        print(convert(tree, checkpoint), file=sys.stderr)
+    print(f"3. a video of {PROMPT!r}: {video}", file=sys.stderr)
+    width, height = DEMO.sampling.size
+    generate(
+        Options(
+            prompt=PROMPT,
+            checkpoint=str(checkpoint),
+            size=f"{width}x{height}",
+            frames=DEMO.sampling.frames,
+            steps=DEMO.sampling.steps,
+            output=str(video),
+        )
+    )
+    return video

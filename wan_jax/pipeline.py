@@ -40,6 +40,7 @@ class WanPipeline:
 
     Attributes:
         config: what the model is, and its sampling defaults.
+        text_encoder, denoisers, vae: the models; `denoisers` by expert name.
         seconds: wall time of the last run by stage: "load", "text", "compile", "denoise", "decode".
         latents: float32 [B, C, F', h, w] of the last run. They are kept as soon as denoising ends, so that nothing is
             lost if decoding or saving fails; None before the first run.
@@ -60,9 +61,9 @@ class WanPipeline:
         self.seconds: dict[str, float] = {}
         self._bars = Bars(progress)
         self._tokenizer = tokenizer
-        self._denoisers = denoisers
-        self._text_encoder = text_encoder
-        self._vae = vae
+        self.denoisers = denoisers
+        self.text_encoder = text_encoder
+        self.vae = vae
         # The encoder rounds where the original rounds: XLA may not skip that.
         self._encode_text = Program(
             lambda encoder, tokens, mask: encoder(tokens, mask),
@@ -195,7 +196,7 @@ class WanPipeline:
         negative = self._encode_prompts([settings.negative_prompt] * len(prompts))
 
         def get_expert(name: str) -> Expert:
-            return Expert.prepare(self._denoisers[name], positive, negative)
+            return Expert.prepare(self.denoisers[name], positive, negative)
 
         with self._bars.task("denoise (compiling)", total=settings.steps) as bar:
 
@@ -227,12 +228,12 @@ class WanPipeline:
         latents = jnp.asarray(latents)[None]
         count = latents.shape[2]
         with self._bars.task("decode", total=count) as bar:
-            frames, cache = self._run("decode", self._decode_first, self._vae, latents[:, :, :1])
+            frames, cache = self._run("decode", self._decode_first, self.vae, latents[:, :, :1])
             chunks = [np.asarray(frames)]
             bar.advance()
             for index in range(1, count):
                 latent_frame = latents[:, :, index : index + 1]
-                frames, cache = self._run("decode", self._decode_next, self._vae, cache, latent_frame)
+                frames, cache = self._run("decode", self._decode_next, self.vae, cache, latent_frame)
                 chunks.append(np.asarray(frames))
                 bar.advance()
         return np.concatenate(chunks)
@@ -259,9 +260,7 @@ class WanPipeline:
                 if len(self._encoded_prompts) >= CACHED_PROMPTS:
                     self._encoded_prompts.pop(next(iter(self._encoded_prompts)))
                 tokens, mask = self._tokenizer([prompt], self.config.denoiser.text_length)
-                self._encoded_prompts[prompt] = self._run("text", self._encode_text, self._text_encoder, tokens, mask)[
-                    0
-                ]
+                self._encoded_prompts[prompt] = self._run("text", self._encode_text, self.text_encoder, tokens, mask)[0]
         return jnp.stack([self._encoded_prompts[prompt] for prompt in prompts])
 
     def _run(self, stage: str, program: Program, *args: Any) -> Any:

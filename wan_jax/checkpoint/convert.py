@@ -67,13 +67,13 @@ class ConversionSummary:
 
 
 def convert(
-    source: str | Path | Sequence[str | Path],
+    source: str | Path | Sequence[str | Path] | Checkpoint,
     destination: str | Path,
     dtype: DTypeLike | None = None,
     to: Target = "orbax",
     progress: Progress | None = None,
 ) -> ConversionSummary:
-    """Converts the checkpoint at `source` (any layout) into a new folder `destination`.
+    """Converts the checkpoint at `source` (any layout, or one that is open) into a new folder `destination`.
 
     `dtype` is that of the text encoder and the denoisers, rounded once; None keeps every tensor's stored dtype, and a
     round trip then gives back the same bits. The VAE always keeps its own. Memory stays at about a gigabyte and a
@@ -90,7 +90,7 @@ def convert(
     wanted = None if dtype is None else np.dtype(dtype)
     if wanted not in (None, BFLOAT16, np.dtype(np.float32)):
         raise InputError(f"dtype {wanted} is no dtype for weights; choose bfloat16 or float32")
-    checkpoint = open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     destination = Path(destination)
     plans = [_Plan(part, NAMINGS[to], None if name == "vae" else wanted) for name, part in checkpoint.parts.items()]
     for plan in plans:
