@@ -1,0 +1,197 @@
+"""The tables of names against the models, against diffusers and transformers, and against the release's numbers."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests import originals
+from wan_jax.checkpoint.components import check_against_model
+from wan_jax.checkpoint.layouts import (
+    denoiser_rows,
+    expand_layers,
+    model_rows,
+    num_layers,
+    text_encoder_rows,
+    vae_rows,
+)
+from wan_jax.config import PRESETS, DenoiserConfig, TextEncoderConfig, VAEConfig
+
+DENOISERS = (
+    DenoiserConfig(num_layers=2, dim=60, num_heads=3, ffn_dim=52, text_dim=28, freq_dim=64),
+    DenoiserConfig(num_layers=1, dim=24, num_heads=2, ffn_dim=40, in_channels=5, out_channels=7, patch_size=(2, 1, 3)),
+)
+TEXT_ENCODER = TextEncoderConfig(vocab_size=67, dim=28, num_layers=2, num_heads=5, head_dim=6, ffn_dim=44)
+VAES = (
+    VAEConfig(base_dim=6),
+    VAEConfig(base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,)),
+    VAEConfig(base_dim=4, dim_mult=(2, 1, 3, 1, 2), num_res_blocks=3, temporal_downsample=(True, False, True, False)),
+)
+MODELS = (*DENOISERS, TEXT_ENCODER, *VAES)
+
+
+def rows_of(config):
+    return expand_layers(model_rows(config), num_layers(config))
+
+
+@pytest.mark.parametrize("config", MODELS)
+def test_names_and_shapes_are_the_models(config):
+    check_against_model(config)
+
+
+def test_a_table_that_differs_from_the_model_is_found(monkeypatch):
+    rows = text_encoder_rows(TEXT_ENCODER)
+    monkeypatch.setattr("wan_jax.checkpoint.components.model_rows", lambda config: rows[:-1])
+    with pytest.raises(ValueError, match=r"1 names or shapes differ .* final_norm\.scale"):
+        check_against_model(TEXT_ENCODER)
+
+
+def diffusers_original(config):
+    match config:
+        case DenoiserConfig():
+            return originals.denoiser(
+                0,
+                num_attention_heads=config.num_heads,
+                attention_head_dim=config.head_dim,
+                in_channels=config.in_channels,
+                out_channels=config.out_channels,
+                patch_size=config.patch_size,
+                text_dim=config.text_dim,
+                freq_dim=config.freq_dim,
+                ffn_dim=config.ffn_dim,
+                num_layers=config.num_layers,
+            )
+        case TextEncoderConfig():
+            return originals.text_encoder(0, config.vocab_size, tie_word_embeddings=True)
+        case VAEConfig():
+            return originals.vae(
+                0,
+                base_dim=config.base_dim,
+                dim_mult=list(config.dim_mult),
+                num_res_blocks=config.num_res_blocks,
+                temperal_downsample=list(config.temporal_downsample),
+            )
+
+
+@pytest.mark.parametrize("config", MODELS)
+def test_diffusers_names_and_shapes(config):
+    theirs = {name: tuple(tensor.shape) for name, tensor in diffusers_original(config).state_dict().items()}
+    theirs.pop("encoder.embed_tokens.weight", None)  # a second name of shared.weight
+    assert {row.diffusers: row.shape for row in rows_of(config)} == theirs
+
+
+@pytest.mark.parametrize("config", MODELS)
+@pytest.mark.parametrize("naming", ["ours", "official", "diffusers"])
+def test_names_are_unique(config, naming):
+    names = [row.name(naming) for row in rows_of(config)]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "parameters"),
+    [
+        (PRESETS["t2v-a14b"].denoiser, 1095, 14_288_491_584),
+        (PRESETS["t2v-1.3b"].denoiser, 825, 1_418_996_800),
+        (TextEncoderConfig(), 242, 5_680_910_336),
+        (VAEConfig(), 194, 126_892_531),
+    ],
+)
+def test_counts_of_the_release(config, tensors, parameters):
+    rows = rows_of(config)
+    assert len(rows) == tensors
+    assert sum(row.size for row in rows) == parameters
+    assert sum(math.prod(row.our_shape) for row in rows) == parameters
+
+
+def test_official_vae_indices_of_the_release():
+    official = {row.official: row.ours for row in vae_rows(VAEConfig())}
+    expected = {
+        "encoder.downsamples.1.residual.6.weight": "encoder.stages.0.blocks.1.conv_2.kernel",
+        "encoder.downsamples.2.resample.1.weight": "encoder.stages.0.downsample.conv.kernel",
+        "encoder.downsamples.3.shortcut.weight": "encoder.stages.1.blocks.0.shortcut.kernel",
+        "encoder.downsamples.5.time_conv.bias": "encoder.stages.1.downsample.time_conv.bias",
+        "encoder.downsamples.10.residual.0.gamma": "encoder.stages.3.blocks.1.norm_1.scale",
+        "encoder.middle.1.to_qkv.weight": "encoder.middle.attention.qkv.kernel",
+        "encoder.head.0.gamma": "encoder.norm_out.scale",
+        "conv1.weight": "quant_conv.kernel",
+        "conv2.bias": "post_quant_conv.bias",
+        "decoder.upsamples.3.time_conv.weight": "decoder.stages.0.upsample.time_conv.kernel",
+        "decoder.upsamples.4.shortcut.weight": "decoder.stages.1.blocks.0.shortcut.kernel",
+        "decoder.upsamples.11.resample.1.bias": "decoder.stages.2.upsample.conv.bias",
+        "decoder.upsamples.14.residual.2.weight": "decoder.stages.3.blocks.2.conv_1.kernel",
+        "decoder.head.2.weight": "decoder.conv_out.kernel",
+    }
+    assert {name: official.get(name) for name in expected} == expected
+    assert "decoder.upsamples.11.time_conv.weight" not in official
+    assert "encoder.downsamples.2.time_conv.weight" not in official
+
+
+def test_official_denoiser_names_of_the_release():
+    names = {row.official: (row.ours, row.diffusers) for row in denoiser_rows(DenoiserConfig())}
+    # The official norm3 is the cross-attention norm, which diffusers calls norm2.
+    assert names["blocks.{layer}.norm3.weight"] == (
+        "blocks.{layer}.cross_attention_norm.scale",
+        "blocks.{layer}.norm2.weight",
+    )
+    assert names["blocks.{layer}.self_attn.o.bias"][1] == "blocks.{layer}.attn1.to_out.0.bias"
+    assert names["blocks.{layer}.ffn.2.weight"][1] == "blocks.{layer}.ffn.net.2.weight"
+    assert names["head.modulation"][1] == "scale_shift_table"
+    assert names["time_projection.1.weight"][1] == "condition_embedder.time_proj.weight"
+
+
+def test_official_text_encoder_names_of_the_release():
+    names = {row.official: row.diffusers for row in text_encoder_rows(TextEncoderConfig())}
+    block = "encoder.block.{layer}.layer.1.DenseReluDense"
+    assert names["blocks.{layer}.ffn.gate.0.weight"] == f"{block}.wi_0.weight"
+    assert names["blocks.{layer}.ffn.fc1.weight"] == f"{block}.wi_1.weight"
+    assert names["blocks.{layer}.ffn.fc2.weight"] == f"{block}.wo.weight"
+
+
+@pytest.mark.parametrize("config", MODELS)
+def test_rearranging_is_exactly_invertible(config):
+    generator = np.random.default_rng(0)
+    for row in rows_of(config):
+        tensor = generator.standard_normal(row.shape)
+        ours = row.to_ours(tensor)
+        assert ours.shape == row.our_shape
+        np.testing.assert_array_equal(row.from_ours(ours), tensor)
+
+
+def test_rearrangements_are_the_right_ones():
+    """Each kind against the operation that it serves, in torch."""
+    generator = torch.Generator().manual_seed(0)
+    denoiser = {row.ours: row for row in denoiser_rows(DENOISERS[1])}
+    vae = {row.ours: row for row in vae_rows(VAES[0])}
+
+    def random(row):
+        return torch.randn(row.shape, generator=generator, dtype=torch.float64)
+
+    row = denoiser["time_projection.kernel"]
+    weight, x = random(row), torch.randn(3, 24, generator=generator, dtype=torch.float64)
+    np.testing.assert_allclose(
+        x.numpy() @ row.to_ours(weight.numpy()), torch.nn.functional.linear(x, weight), rtol=1e-12
+    )
+
+    row = denoiser["patch_embedding.kernel"]
+    weight, x = random(row), torch.randn(1, 5, 2, 1, 3, generator=generator, dtype=torch.float64)
+    conv = torch.nn.functional.conv3d(x, weight).reshape(-1)
+    np.testing.assert_allclose(x.numpy().reshape(-1) @ row.to_ours(weight.numpy()), conv, rtol=1e-12)
+
+    row = vae["encoder.middle.attention.qkv.kernel"]
+    weight, x = random(row), torch.randn(1, 24, 1, 1, generator=generator, dtype=torch.float64)
+    conv = torch.nn.functional.conv2d(x, weight).reshape(-1)
+    np.testing.assert_allclose(x.numpy().reshape(-1) @ row.to_ours(weight.numpy()), conv, rtol=1e-12)
+
+    for name, einsum, conv in (
+        ("decoder.conv_in.kernel", "bithw,thwio->bo", torch.nn.functional.conv3d),
+        ("encoder.stages.0.downsample.conv.kernel", "bihw,hwio->bo", torch.nn.functional.conv2d),
+    ):
+        row = vae[name]
+        weight = random(row)
+        x = torch.randn(1, *row.shape[1:], generator=generator, dtype=torch.float64)
+        ours = np.einsum(einsum, x.numpy(), row.to_ours(weight.numpy()))
+        np.testing.assert_allclose(ours.reshape(-1), conv(x, weight).reshape(-1), rtol=1e-12)
+
+    table = random(denoiser["head.modulation"])
+    np.testing.assert_array_equal(denoiser["head.modulation"].to_ours(table.numpy()), table[0])
