@@ -1,9 +1,9 @@
 """A full-size Wan2.2-T2V-A14B with random weights, prompt to mp4, on one accelerator: seconds per stage, peak memory.
 
-    python benchmarks/generate_full_size.py --size 832x480 --frames 81 --steps 2 --output result.json
+    python benchmarks/generate_full_size.py --size 832x480 1280x720 --frames 81 --steps 2 --output result.json
 
-Both experts, UMT5-XXL and the VAE are resident. Speed does not depend on the values of the weights. The second run
-measures warm programs: same shapes, another prompt, seed and guidance, and it must compile nothing.
+Both experts, UMT5-XXL and the VAE are resident. Speed does not depend on the values of the weights. Each size runs cold
+and, but for --cold-only sizes, once more warm: another prompt, seed and guidance, and nothing may compile.
 """
 
 import argparse
@@ -16,9 +16,11 @@ import time
 import jax
 
 from wan_jax.config import get_preset
-from wan_jax.demo import random_pipeline, train_demo_tokenizer
-from wan_jax.pipeline import peak_bytes
+from wan_jax.demo import random_pipeline
+from wan_jax.demo_tokenizer import train_small_tokenizer
+from wan_jax.pipeline import WanPipeline, peak_bytes
 from wan_jax.settings import Settings, parse_size
+from wan_jax.tokenizer import Tokenizer
 from wan_jax.video import Video
 
 PROMPTS = ("Two cats in boxing gear and bright gloves fight on a spotlighted stage.", "一只白色的小狗在草地上奔跑。")
@@ -28,7 +30,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="t2v-a14b")
     parser.add_argument("--layers", type=int, help="fewer layers, to try the script on a small machine")
-    parser.add_argument("--size", default="832x480")
+    parser.add_argument("--size", nargs="+", default=["832x480"])
+    parser.add_argument("--cold-only", nargs="*", default=[], help="sizes that run once")
+    parser.add_argument("--shift", type=float, default=5.0, help="5 makes even 2 steps use both experts")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--output", type=pathlib.Path, required=True, help="JSON file")
@@ -44,34 +48,43 @@ def main() -> None:
         )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = train_demo_tokenizer(pathlib.Path(folder))
+        train_small_tokenizer(PROMPTS, 512, folder)
+        tokenizer = Tokenizer.from_pretrained(folder)
     pipeline = random_pipeline(config, tokenizer, dtype="bfloat16", progress=True)
     print(f"random weights in {time.perf_counter() - start:.1f} s; peak {peak_bytes()}", flush=True)
 
-    runs = []
-    for index, prompt in enumerate(PROMPTS):
-        settings = Settings.resolve(
-            config,
-            size=parse_size(values.size),
-            frames=values.frames,
-            steps=values.steps,
-            seed=index,
-            guidance=(3.0 + index, 4.0 + index),
-        )
-        start = time.perf_counter()
-        latents = pipeline.denoise([prompt], settings)[0]
-        frames = pipeline.decode(latents)
-        saving = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            path = values.video or pathlib.Path(folder) / "video.mp4"
-            Video(frames, latents, settings.fps, pipeline.metadata(prompt, settings)).save(path)
-            size = path.stat().st_size
-        seconds = {**pipeline.seconds, "save": time.perf_counter() - saving, "total": time.perf_counter() - start}
-        seconds.pop("load", None)
-        run = {"run": ("cold", "warm")[index], "seconds": seconds, "peak_bytes": peak_bytes(), "mp4_bytes": size}
-        print(json.dumps(run), flush=True)
-        runs.append(run)
-        values.output.write_text(json.dumps(_report(values, config, runs), indent=1) + "\n")
+    runs: list[dict] = []
+    for size in values.size:
+        for index, prompt in enumerate(PROMPTS):
+            if index and size in values.cold_only:
+                break
+            settings = Settings.resolve(
+                config,
+                size=parse_size(size),
+                frames=values.frames,
+                steps=values.steps,
+                shift=values.shift,
+                seed=index,
+                guidance=(3.0 + index, 4.0 + index),
+            )
+            runs.append(
+                {"size": size, "run": ("cold", "warm")[index], **_run(pipeline, prompt, settings, values.video)}
+            )
+            print(json.dumps(runs[-1]), flush=True)
+            values.output.write_text(json.dumps(_report(values, config, runs), indent=1) + "\n")
+
+
+def _run(pipeline: WanPipeline, prompt: str, settings: Settings, video: pathlib.Path | None) -> dict:
+    start = time.perf_counter()
+    latents = pipeline.denoise([prompt], settings)[0]
+    frames = pipeline.decode(latents)
+    saving = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = video or pathlib.Path(folder) / "video.mp4"
+        Video(frames, latents, settings.fps, pipeline.metadata(prompt, settings)).save(path)
+        mp4_bytes = path.stat().st_size
+    seconds = {**pipeline.seconds, "save": time.perf_counter() - saving, "total": time.perf_counter() - start}
+    return {"seconds": seconds, "peak_bytes": peak_bytes(), "mp4_bytes": mp4_bytes}
 
 
 def _report(values: argparse.Namespace, config, runs: list[dict]) -> dict:
@@ -83,11 +96,11 @@ def _report(values: argparse.Namespace, config, runs: list[dict]) -> dict:
         "jax": jax.__version__,
         "preset": values.preset,
         "layers": config.denoiser.num_layers,
-        "size": values.size,
         "frames": values.frames,
         "steps": values.steps,
         "forwards": 2 * values.steps,
-        "dtype": "bfloat16 (VAE float32)",
+        "shift": values.shift,
+        "dtype": "bfloat16 (VAE float32, TF32 convolutions)",
         "weights": "random",
         "runs": runs,
     }

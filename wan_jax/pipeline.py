@@ -69,8 +69,12 @@ class WanPipeline:
             lambda encoder, tokens, mask: encoder(tokens, mask),
             compiler_options={"xla_allow_excess_precision": False},
         )
-        self._decode_first = Program(_decode_first)
-        self._decode_next = Program(_decode_next, donate_argnums=(1,))
+        # Beside a bfloat16 denoiser the float32 VAE may use TF32 (on TPUs three passes of bfloat16), as PyTorch's
+        # convolutions do by default.
+        exact = next(iter(denoisers.values())).dtype == jnp.float32
+        vae_precision = None if exact else "tensorfloat32"
+        self._decode_first = Program(_decode_first, matmul_precision=vae_precision)
+        self._decode_next = Program(_decode_next, matmul_precision=vae_precision, donate_argnums=(1,))
         self._encoded_prompts: dict[str, jax.Array] = {}
 
     @classmethod

@@ -9,11 +9,12 @@ import jax
 class Program:
     """A function jitted by shapes: `compile` does the slow part when it is due, calling does the rest.
 
-    The keyword arguments go to `jax.jit`.
+    `matmul_precision` is the `jax.default_matmul_precision` to compile under; other keyword arguments go to `jax.jit`.
     """
 
-    def __init__(self, function: Callable, **jit_options: Any):
+    def __init__(self, function: Callable, *, matmul_precision: str | None = None, **jit_options: Any):
         self._jitted = jax.jit(function, **jit_options)
+        self._matmul_precision = matmul_precision
         self._executables: dict[Any, Callable] = {}
 
     def compile(self, *args: Any) -> bool:
@@ -21,7 +22,8 @@ class Program:
         key = _signature(args)
         if key in self._executables:
             return False
-        self._executables[key] = self._jitted.lower(*args).compile()
+        with jax.default_matmul_precision(self._matmul_precision):
+            self._executables[key] = self._jitted.lower(*args).compile()
         return True
 
     def __call__(self, *args: Any) -> Any:

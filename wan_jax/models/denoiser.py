@@ -73,6 +73,7 @@ class Denoiser(nnx.Module):
         )
         self.head = Head(config, param_dtype, rngs)
         self.config = config
+        self.dtype = dtype
 
     def encode_context(self, text: jax.Array) -> Context:
         """Projects a text for the cross-attention of every layer; it depends on neither latents nor timestep.

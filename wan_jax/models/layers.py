@@ -6,19 +6,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-
-def matmul_precision(dtype: DTypeLike) -> lax.Precision | None:
-    """float32 means float32: without this, GPUs may use TF32 and TPUs bfloat16 for float32 operands."""
-    return lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
-
-
-def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """float32 values rounded to what `dtype` can hold, still as float32.
-
-    A cast there and back may vanish, because XLA is free to keep excess precision (xla_allow_excess_precision).
-    """
-    info = jnp.finfo(dtype)
-    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+from wan_jax.precision import matmul_precision, rounded
 
 
 class Linear(nnx.Module):

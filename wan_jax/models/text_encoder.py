@@ -16,7 +16,8 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from wan_jax.config import TextEncoderConfig
-from wan_jax.models.layers import Linear, RMSNorm, matmul_precision, rounded, stack_layers
+from wan_jax.models.layers import Linear, RMSNorm, stack_layers
+from wan_jax.precision import matmul_precision, rounded
 
 
 class TextEncoder(nnx.Module):

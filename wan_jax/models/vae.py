@@ -24,7 +24,8 @@ from jax.typing import DTypeLike
 from wan_jax.config import VAEConfig
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
-from wan_jax.models.layers import Linear, matmul_precision
+from wan_jax.models.layers import Linear
+from wan_jax.precision import matmul_precision
 
 # One buffer [B, frames, H, W, C] per temporal convolution, in the order in which the network calls them.
 Cache = tuple[jax.Array, ...]

@@ -5,7 +5,8 @@ Materialises the logits [B, H, Sq, Sk] in float32.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+
+from wan_jax.precision import matmul_precision
 
 
 def supports(query: jax.Array, key: jax.Array, value: jax.Array) -> str | None:
@@ -22,6 +23,5 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, scale: floa
 
 
 def einsum_float32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """A product accumulated and returned in float32. Float32 operands keep all their bits (no TF32, no bfloat16)."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
+    """A product accumulated and returned in float32."""
+    return jnp.einsum(equation, x, y, precision=matmul_precision(x.dtype), preferred_element_type=jnp.float32)

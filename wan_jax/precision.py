@@ -1,0 +1,25 @@
+"""How products and roundings are kept as written, whatever the backend would do by itself."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+
+def matmul_precision(dtype: DTypeLike) -> lax.Precision | None:
+    """float32 means float32: without this, GPUs may use TF32 and TPUs bfloat16 for float32 operands.
+
+    A caller who asks for less by `jax.default_matmul_precision` gets less.
+    """
+    if jnp.dtype(dtype) == jnp.float32 and jax.config.jax_default_matmul_precision is None:
+        return lax.Precision.HIGHEST
+    return None
+
+
+def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """float32 values rounded to what `dtype` can hold, still as float32.
+
+    A cast there and back may vanish, because XLA is free to keep excess precision (xla_allow_excess_precision).
+    """
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
