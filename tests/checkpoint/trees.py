@@ -9,6 +9,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from tests import originals
+from wan_jax.checkpoint.export import DIFFUSERS_FOLDERS
 from wan_jax.checkpoint.layouts import Naming, component_config, expand_layers, model_rows, num_layers
 from wan_jax.config import DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig
 
@@ -82,6 +84,64 @@ def write_official(folder: pathlib.Path, dtype: str = "float32") -> pathlib.Path
     torch.save(text_encoder, folder / "models_t5_umt5-xxl-enc-bf16.pth")
     torch.save(state_dict("vae", "official"), folder / "Wan2.1_VAE.pth")
     write_tokenizer(folder / "google" / "umt5-xxl")
+    return folder
+
+
+def diffusers_models(dtype: str = "float32") -> dict:
+    """The four models of CONFIG in diffusers and transformers, with the values of `state_dict`."""
+    text, vae, denoiser = CONFIG.text_encoder, CONFIG.vae, CONFIG.denoiser
+    models = {
+        expert: originals.denoiser(
+            0,
+            num_layers=denoiser.num_layers,
+            num_attention_heads=denoiser.num_heads,
+            attention_head_dim=denoiser.head_dim,
+            ffn_dim=denoiser.ffn_dim,
+            text_dim=denoiser.text_dim,
+            freq_dim=denoiser.freq_dim,
+        )
+        for expert in ("high_noise", "low_noise")
+    }
+    models["vae"] = originals.vae(
+        0,
+        base_dim=vae.base_dim,
+        dim_mult=list(vae.dim_mult),
+        num_res_blocks=vae.num_res_blocks,
+        temperal_downsample=list(vae.temporal_downsample),
+    )
+    models["text_encoder"] = originals.text_encoder(
+        0,
+        text.vocab_size,
+        d_model=text.dim,
+        d_kv=text.head_dim,
+        d_ff=text.ffn_dim,
+        num_layers=text.num_layers,
+        num_heads=text.num_heads,
+        tie_word_embeddings=True,
+    )
+    for component, model in models.items():
+        stored = "float32" if component == "vae" else dtype
+        tensors = state_dict(component, "diffusers", stored)
+        if component == "text_encoder":
+            tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
+        for name, parameter in model.named_parameters():
+            parameter.data = tensors.pop(name)
+        assert not tensors.keys() - {"encoder.embed_tokens.weight"}
+    return models
+
+
+def write_diffusers(folder: pathlib.Path, dtype: str = "float32", max_shard_size: str = "1MB") -> pathlib.Path:
+    """The tree that diffusers and transformers themselves save, with their wrong flow_shift."""
+    index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875, "tokenizer": ["transformers", "T5TokenizerFast"]}
+    for component, model in diffusers_models(dtype).items():
+        name = DIFFUSERS_FOLDERS[component]
+        model.save_pretrained(folder / name, max_shard_size=max_shard_size)
+        library = "transformers" if component == "text_encoder" else "diffusers"
+        index[name] = [library, type(model).__name__]
+    originals.scheduler("unipc", 3.0).save_pretrained(folder / "scheduler")
+    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    write_tokenizer(folder / "tokenizer")
     return folder
 
 

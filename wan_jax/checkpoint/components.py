@@ -1,5 +1,6 @@
 """One model of a checkpoint, bound to its stored tensors: every name and shape is verified before any data is read."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -153,6 +154,7 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
         np.copyto(target[..., start : start + strip], source[..., start : start + strip])
 
 
+@functools.cache
 def check_against_model(config: ModelConfig) -> None:
     """Raises ValueError where a table and the model's abstract tree disagree (a bug in one of the two)."""
     table = {}
