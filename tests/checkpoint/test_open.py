@@ -67,31 +67,31 @@ def test_official(official_tree, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_diffusers(diffusers_tree, dtype):
-    checkpoint = open_checkpoint(str(diffusers_tree))
+def test_diffusers(saved_by_diffusers, dtype):
+    checkpoint = open_checkpoint(str(saved_by_diffusers))
     assert checkpoint.layout == "diffusers"
     assert checkpoint.config == CONFIG
-    assert checkpoint.tokenizer_folder == diffusers_tree / "tokenizer"
-    assert len(list((diffusers_tree / "transformer").glob("*.safetensors"))) > 1
+    assert checkpoint.tokenizer_folder == saved_by_diffusers / "tokenizer"
+    assert len(list((saved_by_diffusers / "transformer").glob("*.safetensors"))) > 1
     assert_loads(checkpoint, "diffusers", dtype)
 
 
-def test_the_flow_shift_of_a_diffusers_tree_loses_and_is_reported(diffusers_tree):
-    checkpoint = open_checkpoint(diffusers_tree)
+def test_the_flow_shift_of_a_saved_by_diffusers_loses_and_is_reported(saved_by_diffusers):
+    checkpoint = open_checkpoint(saved_by_diffusers)
     assert checkpoint.config.sampling.shift == 12.0
     (note,) = checkpoint.notes
     assert "flow_shift 3 is not used" in note
     assert "12" in note
 
 
-def test_the_boundary_of_a_diffusers_tree_counts(diffusers_tree, tmp_path):
-    tree = shutil.copytree(diffusers_tree, tmp_path / "tree")
+def test_the_boundary_of_a_saved_by_diffusers_counts(saved_by_diffusers, tmp_path):
+    tree = shutil.copytree(saved_by_diffusers, tmp_path / "tree")
     change_json(tree / "model_index.json", boundary_ratio=0.9)
     assert open_checkpoint(tree).config.sampling.boundary == 0.9
 
 
 @pytest.mark.parametrize(("naming", "shift"), [("official", 5.0), ("diffusers", 5.0)])
-def test_one_expert(official_tree, diffusers_tree, tmp_path, naming, shift):
+def test_one_expert(official_tree, saved_by_diffusers, tmp_path, naming, shift):
     """Wan2.1: one denoiser, at the top of the official tree."""
     tree = tmp_path / "tree"
     if naming == "official":
@@ -99,7 +99,7 @@ def test_one_expert(official_tree, diffusers_tree, tmp_path, naming, shift):
         for file in official_tree.glob("*.pth"):
             shutil.copy(file, tree)
     else:
-        shutil.copytree(diffusers_tree, tree)
+        shutil.copytree(saved_by_diffusers, tree)
         shutil.rmtree(tree / "transformer_2")
         change_json(tree / "model_index.json", transformer_2=[None, None], boundary_ratio=None)
     checkpoint = open_checkpoint(tree)
@@ -276,8 +276,8 @@ def official(official_tree, tmp_path):
 
 
 @pytest.fixture
-def diffusers(diffusers_tree, tmp_path):
-    return shutil.copytree(diffusers_tree, tmp_path / "diffusers")
+def diffusers(saved_by_diffusers, tmp_path):
+    return shutil.copytree(saved_by_diffusers, tmp_path / "diffusers")
 
 
 def rewrite_expert(folder: pathlib.Path, change) -> None:

@@ -99,6 +99,7 @@ def diffusers_models(dtype: str = "float32") -> dict:
             ffn_dim=denoiser.ffn_dim,
             text_dim=denoiser.text_dim,
             freq_dim=denoiser.freq_dim,
+            rope_max_seq_len=1024,
         )
         for expert in ("high_noise", "low_noise")
     }

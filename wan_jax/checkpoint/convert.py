@@ -25,7 +25,7 @@ from wan_jax.checkpoint.export import (
 )
 from wan_jax.checkpoint.layouts import Naming, Row
 from wan_jax.checkpoint.orbax import TOKENIZER, write_manifest, write_orbax
-from wan_jax.checkpoint.sources import OFFICIAL_TOKENIZER
+from wan_jax.checkpoint.sources import INCOMPLETE, OFFICIAL_TOKENIZER
 from wan_jax.checkpoint.tensors import BFLOAT16, Progress, TensorInfo, readable
 from wan_jax.errors import InputError
 
@@ -109,6 +109,7 @@ def convert(
             }[to]
             write(folder, plan.component.name, checkpoint.config, plan.tensors, partial(plan.read_many, progress))
         notes = _write_rest(folder, checkpoint, to, plans)
+        (folder / INCOMPLETE).unlink()
         _verify(folder, checkpoint, plans)
     components = tuple(describe(plan.component, plan.tensors) for plan in plans)
     seconds = time.perf_counter() - start
@@ -168,7 +169,8 @@ def _check_destination(destination: Path, nbytes: int) -> None:
 def _atomic_folder(destination: Path) -> Iterator[Path]:
     """A hidden folder beside the destination that takes its name when the block ends well, and vanishes otherwise.
 
-    A lock tells a running conversion from what a killed one left behind.
+    A lock tells a running conversion from what a killed one left behind. Until the block removes the file INCOMPLETE,
+    nothing opens the folder.
     """
     folder = destination.with_name(f".{destination.name}.converting")
     folder.mkdir(exist_ok=True)
@@ -179,6 +181,7 @@ def _atomic_folder(destination: Path) -> Iterator[Path]:
         except BlockingIOError:
             raise InputError(f"{destination}: another conversion is writing it; wait or choose another name") from None
         _empty(folder)
+        (folder / INCOMPLETE).touch()
         try:
             yield folder
             os.rename(folder, destination)

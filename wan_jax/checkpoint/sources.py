@@ -38,6 +38,7 @@ EXPERT_FOLDERS = {"high_noise": "high_noise_model", "low_noise": "low_noise_mode
 OFFICIAL_TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 OFFICIAL_VAE = "Wan2.1_VAE.pth"
 OFFICIAL_TOKENIZER = "google/umt5-xxl"
+INCOMPLETE = "CONVERSION_INCOMPLETE"  # a file that marks what a conversion has not finished
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def detect(path: Path) -> Layout:
         if path.suffix == ".safetensors":
             return "comfyui"
         raise InputError(f"{path}: a single file must be .safetensors; otherwise give the checkpoint's folder")
+    if (path / INCOMPLETE).exists():
+        raise InputError(f"{path}: left by an interrupted conversion; convert again (which removes it) or remove it")
     if (path / MANIFEST).is_file():
         return "orbax"
     if (path / "model_index.json").is_file():
