@@ -109,6 +109,8 @@ def diffusers_models(dtype: str = "float32") -> dict:
         dim_mult=list(vae.dim_mult),
         num_res_blocks=vae.num_res_blocks,
         temperal_downsample=list(vae.temporal_downsample),
+        scale_factor_temporal=vae.temporal_stride,
+        scale_factor_spatial=vae.spatial_stride,
     )
     models["text_encoder"] = originals.text_encoder(
         0,
