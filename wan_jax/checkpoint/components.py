@@ -122,20 +122,23 @@ def load_component(
     `sharding` is one for all, or one per name. `progress` receives the number of stored bytes read.
     """
     check_against_model(component.config)
+    layers = num_layers(component.config)
+    targets = [
+        (row, [row.at(layer) for layer in range(layers)] if row.per_layer else [row])
+        for row in model_rows(component.config)
+    ]
+    # One stream for all: stores that read small tensors in groups would lose that between parameters.
+    parameters = component.read_ours([part for _, parts in targets for part in parts], dtype)
     loaded = {}
     done = 0
-    for row in model_rows(component.config):
-        name, shape = row.stacked_name, row.our_shape
-        layers = [row]
-        if row.per_layer:
-            shape = (num_layers(component.config), *shape)
-            layers = [row.at(layer) for layer in range(shape[0])]
-        chosen = sharding[name] if isinstance(sharding, Mapping) else sharding
-        host = np.empty(shape, dtype)
-        for index, parameter in enumerate(component.read_ours(layers, dtype)):
-            copy_into(host[index] if row.per_layer else host, parameter)
-            done += component.info(layers[index]).nbytes
+    for row, parts in targets:
+        name = row.stacked_name
+        host = np.empty((layers, *row.our_shape) if row.per_layer else row.our_shape, dtype)
+        for index, part in enumerate(parts):
+            copy_into(host[index] if row.per_layer else host, next(parameters))
+            done += component.info(part).nbytes
             progress(done)
+        chosen = sharding[name] if isinstance(sharding, Mapping) else sharding
         # Without waiting, transfers queue up and hold several host buffers.
         loaded[name] = jax.device_put(host, chosen).block_until_ready()
     return loaded

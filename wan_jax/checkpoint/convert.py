@@ -76,10 +76,10 @@ def convert(
     """Converts the checkpoint at `source` (any layout, or one that is open) into a new folder `destination`.
 
     `dtype` is that of the text encoder and the denoisers, rounded once; None keeps every tensor's stored dtype, and a
-    round trip then gives back the same bits. The VAE always keeps its own. Memory stays at about a gigabyte and a
-    half: tensors are read, rearranged and written in groups. The folder appears complete or not at all; what a killed
-    conversion left behind is removed by the next one to the same place. `progress(component, bytes done, bytes in
-    all)` is called after every tensor.
+    round trip then gives back the same bits. The VAE always keeps its own. Tensors are read, rearranged and written in
+    groups of about a gigabyte, so that memory does not grow with the model. The folder appears complete or not at all;
+    what a killed conversion left behind is removed by the next one to the same place. `progress(component, bytes
+    done, bytes in all)` is called after every tensor.
 
     Raises InputError for a source that cannot be opened (see open_checkpoint), a destination that exists, too little
     disk, or a target layout that cannot hold this model.
