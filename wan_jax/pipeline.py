@@ -105,6 +105,10 @@ class WanPipeline:
         for note in checkpoint.notes:
             bars.note(note)
         config = checkpoint.config
+        if checkpoint.tokenizer_folder is None:
+            raise InputError(
+                f"{checkpoint.path} holds no tokenizer; put the folder of google/umt5-xxl beside its files"
+            )
         tokenizer = Tokenizer.from_pretrained(checkpoint.tokenizer_folder, vocab_size=config.text_encoder.vocab_size)
 
         def load(component: str, make, model_config, dtype: str):

@@ -11,7 +11,8 @@ def matmul_precision(dtype: DTypeLike) -> lax.Precision | None:
 
     A caller who asks for less by `jax.default_matmul_precision` gets less.
     """
-    if jnp.dtype(dtype) == jnp.float32 and jax.config.jax_default_matmul_precision is None:
+    asked_for = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if jnp.dtype(dtype) == jnp.float32 and asked_for is None:
         return lax.Precision.HIGHEST
     return None
 

@@ -38,7 +38,7 @@ def memory_checkpoint(
     parts = {}
     for name, parameters in components.items():
         model = component_config(config, name)
-        arrays = {}
+        arrays: dict[str, np.ndarray] = {}
         for row in model_rows(model):
             parameter = np.asarray(parameters[row.stacked_name])
             if row.per_layer:
