@@ -24,8 +24,8 @@ class BlockLists:
     """Lists of key blocks, one per tile of queries.
 
     Attributes:
-      indices: int32 [..., query_tiles, max_blocks], block j being keys [j * key_block, (j + 1) * key_block). The leading
-        axes are none, [heads] or [batch, heads], each of full size or 1. No block twice in a list.
+      indices: int32 [..., query_tiles, max_blocks], block j being keys [j * key_block, (j + 1) * key_block). The
+        leading axes are none, [heads] or [batch, heads], each of full size or 1. No block twice in a list.
       counts: int32 [..., query_tiles]: how many entries of each list count. With 0 the output is 0.
       partial_counts: int32 [..., query_tiles]: how many blocks, at the head of each list, some query of the tile sees
         only in part. None if there are no key_ranges.
@@ -142,9 +142,7 @@ def temporal_window(
     return from_key_ranges(ranges, frames * height * width, query_tile=query_tile, key_block=key_block)
 
 
-def along_time(
-    shape: tuple[int, int, int], *, query_tile: int = QUERY_TILE, key_block: int = KEY_BLOCK
-) -> BlockLists:
+def along_time(shape: tuple[int, int, int], *, query_tile: int = QUERY_TILE, key_block: int = KEY_BLOCK) -> BlockLists:
     """Every token sees its own place in all frames, and nothing else.
 
     Args:

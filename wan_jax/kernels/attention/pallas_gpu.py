@@ -11,6 +11,7 @@ Shah et al., FlashAttention-3, arXiv 2407.08608.
 
 import dataclasses
 import functools
+import importlib
 import math
 from typing import Any, Literal
 
@@ -24,13 +25,16 @@ from wan_jax.kernels.attention.block_lists import BlockLists
 
 JAX_NEEDED = (0, 11, 2)
 TOO_OLD = f"it needs jax >= {'.'.join(map(str, JAX_NEEDED))} (Python >= 3.12) and this is jax {jax.__version__}"
-if jax.__version_info__ >= JAX_NEEDED:
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+# Older versions have the module, without what is needed here.
+plgpu: Any = (
+    importlib.import_module("jax.experimental.pallas.mosaic_gpu") if jax.__version_info__ >= JAX_NEEDED else None
+)
 
 WARPGROUP_ROWS = 64  # rows of one Hopper matrix instruction
-CONSUMERS = 2
-QUERY_TILE = CONSUMERS * WARPGROUP_ROWS
+CONSUMER_REGISTERS = {2: 240, 3: 160}  # per thread; with the producer's all of the 65,536
+PRODUCER_REGISTERS = 24
 LOG2_E = math.log2(math.e)
+TOTAL_LIMIT = 2.0**96  # of a row's sum: leaves 2^31 for the values in the float32 accumulator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,22 +42,37 @@ class Tuning:
     """What may change the speed and never the result.
 
     Attributes:
-      key_block: keys per step.
+      key_block: keys per step, a multiple of 64.
       stages: key (and value) blocks in shared memory at once.
-      schedule: how softmax hides under matrix products. "ping_pong": the two warpgroups alternate, one's softmax under
-        the other's products. "two_stage": each runs its own softmax of block i + 1 under its product with value block
-        i. "two_stage_ping_pong": both.
+      schedule: how softmax hides under matrix products. "free": as it comes. "ping_pong": two warpgroups alternate,
+        one's softmax under the other's products. "two_stage": each runs its own softmax of block i + 1 under its
+        product with value block i. "two_stage_ping_pong": both.
+      consumers: warpgroups of 64 query rows in a CTA; the schedules that alternate need 2.
       cluster: neighbouring CTAs that read each key and value block once for all of them (TMA multicast).
+      running_maximum: subtract each row's maximum so far from the logits, as usual. False: that of the first block
+        throughout, which saves a quarter of the instructions; a CTA whose sums outgrow TOTAL_LIMIT finds out at its
+        end and starts again with a running maximum.
     """
 
     key_block: int = 192
     stages: int = 2
-    schedule: Literal["ping_pong", "two_stage", "two_stage_ping_pong"] = "ping_pong"
+    schedule: Literal["free", "ping_pong", "two_stage", "two_stage_ping_pong"] = "ping_pong"
+    consumers: int = 2
     cluster: int = 1
+    running_maximum: bool = True
 
-    def shared_memory_bytes(self, head_dim: int) -> int:
-        """Query (later output) tile, key and value rings, log-sum-exp."""
-        return 2 * head_dim * (QUERY_TILE + 2 * self.stages * self.key_block) + 4 * QUERY_TILE
+    def __post_init__(self):
+        if self.key_block % 64 or self.stages < 2 or self.consumers not in CONSUMER_REGISTERS:
+            raise InputError(f"{self} needs key_block in multiples of 64, 2 or more stages, and 2 or 3 consumers")
+        if self.schedule.endswith("ping_pong") and self.consumers != 2:
+            raise InputError(f"{self} needs 2 consumers to alternate")
+        if self.cluster > 1 and not self.running_maximum:
+            raise InputError(f"{self} needs a running maximum: a CTA of a cluster cannot start again alone")
+
+    @property
+    def query_tile(self) -> int:
+        """Query rows in a CTA."""
+        return self.consumers * WARPGROUP_ROWS
 
 
 def default_tuning(key_length: int) -> Tuning:
@@ -117,7 +136,15 @@ def attention(
     if tuning is None:
         tuning = default_tuning(key_length)
     if block_lists is not None:
-        tuning = dataclasses.replace(tuning, key_block=block_lists.key_block, cluster=1)
+        consumers = {128: 2, 192: 3}.get(block_lists.query_tile)
+        if consumers is None:
+            raise InputError(f"block lists for tiles of {block_lists.query_tile} queries do not fit; use 128 or 192")
+        schedule = tuning.schedule if consumers == 2 else "free"
+        if block_lists.key_ranges is not None and schedule.startswith("two_stage"):
+            schedule = "ping_pong"  # two loops in two stages make ptxas serialise the matrix instructions (C7513)
+        tuning = dataclasses.replace(
+            tuning, key_block=block_lists.key_block, consumers=consumers, schedule=schedule, cluster=1
+        )
     if jax.__version_info__ < JAX_NEEDED:
         raise InputError(f"the pallas_gpu attention cannot run here: {TOO_OLD}")
     if reason := unsupported_shape(query):
@@ -131,8 +158,6 @@ def attention(
     if scale <= 0:
         raise InputError(f"attention needs a positive scale, not {scale}; negate the query instead")
     if block_lists is not None:
-        if block_lists.query_tile != QUERY_TILE:
-            raise InputError(f"this kernel has tiles of {QUERY_TILE} queries; make the block lists for query_tile={QUERY_TILE}")
         block_lists.check(batch, heads, query_length, key_length)
     arrays = () if block_lists is None else kernel_arrays(block_lists, key_length)
     # TMA takes rows in eights.
@@ -161,24 +186,23 @@ def kernel_arrays(lists: BlockLists, key_length: int) -> tuple[jax.Array, ...]:
     """The block lists as the kernel reads them.
 
     (indices [B or 1, H or 1, tiles, blocks], counts [B or 1, H or 1, tiles]) and, if the lists have key ranges,
-    (partial_counts, as counts; first [tiles * QUERY_TILE]; stop, as first).
+    (partial_counts, as counts; first [tiles * lists.query_tile]; stop, as first).
     """
     indices, counts = lists.indices.astype(jnp.int32), lists.counts.astype(jnp.int32)
     tiles = indices.shape[-2]
     lead = (1,) * (4 - indices.ndim) + indices.shape[:-2]
     if lists.key_ranges is not None and lists.partial_counts is not None:
-        partial_counts = lists.partial_counts.astype(jnp.int32).reshape(*lead, tiles)
-        ranges = jnp.pad(lists.key_ranges.astype(jnp.int32), ((0, tiles * QUERY_TILE - len(lists.key_ranges)), (0, 0)))
-        ranges = (partial_counts, ranges[:, 0], ranges[:, 1])
-    else:
-        ranges = ()
-        if key_length % lists.key_block:
-            # The block that reaches past the last key is masked: it changes places with the first.
-            last, entry = key_length // lists.key_block, jnp.arange(indices.shape[-1])
-            is_last = (indices == last) & (entry < counts[..., None])
-            indices = jnp.where(is_last, indices[..., :1], indices)
-            indices = jnp.where((entry == 0) & is_last.any(-1, keepdims=True), last, indices)
-    return (indices.reshape(*lead, *indices.shape[-2:]), counts.reshape(*lead, tiles), *ranges)
+        counts_of_both = (counts.reshape(*lead, tiles), lists.partial_counts.astype(jnp.int32).reshape(*lead, tiles))
+        padding = tiles * lists.query_tile - len(lists.key_ranges)
+        ranges = jnp.pad(lists.key_ranges.astype(jnp.int32), ((0, padding), (0, 0)))
+        return (indices.reshape(*lead, *indices.shape[-2:]), *counts_of_both, ranges[:, 0], ranges[:, 1])
+    if key_length % lists.key_block:
+        # The block that reaches past the last key is masked: it changes places with the first.
+        last, entry = key_length // lists.key_block, jnp.arange(indices.shape[-1])
+        is_last = (indices == last) & (entry < counts[..., None])
+        indices = jnp.where(is_last, indices[..., :1], indices)
+        indices = jnp.where((entry == 0) & is_last.any(-1, keepdims=True), last, indices)
+    return indices.reshape(*lead, *indices.shape[-2:]), counts.reshape(*lead, tiles)
 
 
 @functools.partial(jax.jit, static_argnames=("key_length", "scale", "tuning", "return_lse", "interpret"))
@@ -197,18 +221,21 @@ def forward(
     """Runs the kernel: [output [B, Sq, H, D]] or [output, lse [B, H, Sq rounded up to whole tiles]]."""
     batch, query_length, heads, head_dim = query.shape
     key_block, stages, cluster = tuning.key_block, tuning.stages, tuning.cluster
-    tiles = pl.cdiv(pl.cdiv(query_length, QUERY_TILE), cluster) * cluster
+    consumers, query_tile = tuning.consumers, tuning.query_tile
+    tiles = pl.cdiv(pl.cdiv(query_length, query_tile), cluster) * cluster
     blocks = pl.cdiv(key_length, key_block)
     has_lists, has_ranges = bool(list_arrays), len(list_arrays) > 2
     first_is_partial = has_ranges or key_length % key_block > 0
+    running_maximum = tuning.running_maximum or has_ranges
     scale_log2 = scale * LOG2_E  # exp(x scale) = 2^(x scale_log2)
     wgmma_layout = plgpu.Layout.WGMMA
     row_layout = wgmma_layout.reduce(1)
 
-    def kernel(*refs, smem, ready, free, turn):
+    def kernel(*refs, smem, ready, free, turn, checked):
         query_ref, key_ref, value_ref, *list_refs = refs[: 3 + len(list_arrays)]
         output_ref, *lse_ref = refs[3 + len(list_arrays) :]
-        query_smem, key_smem, value_smem, *other_smem = smem
+        query_smem, key_smem, value_smem, row_smem, probability_smem = smem
+        overflow_smem, lse_smem = row_smem.at[0], row_smem.at[1]
         query_ready, key_ready, value_ready = ready
         key_free, value_free = free
         b, h, thread = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
@@ -226,69 +253,88 @@ def forward(
         def slot_of(step):
             return lax.rem(step, jnp.int32(stages))
 
+        def overflowed():
+            """Whether a sum of this CTA's rows left the range. All threads see the same."""
+            return overflow_smem[...].max() > 0.5
+
         steps = of_this_tile(list_refs[1]) if has_lists else blocks
 
-        @pl.when(thread == CONSUMERS)
+        @pl.when(thread == consumers)
         def produce():
-            plgpu.set_max_registers(24, action="decrease")
-            multicast = {"collective_axes": "cluster"} if cluster > 1 else {}
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
-            @pl.loop(0, steps)
-            def load(step):
-                slot, keys = slot_of(step), pl.ds(block_at(step) * key_block, key_block)
-                for source, smem, ready, free in (
-                    (key_ref, key_smem, key_ready, key_free),
-                    (value_ref, value_smem, value_ready, value_free),
-                ):
-                    pl.when(step >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-                    plgpu.copy_gmem_to_smem(source.at[b, keys, h], smem.at[slot], ready.at[slot], **multicast)
+            def stream():
+                @pl.loop(0, steps)
+                def load(step):
+                    slot, keys = slot_of(step), pl.ds(block_at(step) * key_block, key_block)
+                    for source, smem, ready, free in (
+                        (key_ref, key_smem, key_ready, key_free),
+                        (value_ref, value_smem, value_ready, value_free),
+                    ):
+                        pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+                        target, multicast = smem.at[slot], "cluster" if cluster > 1 else None
+                        plgpu.copy_gmem_to_smem(
+                            source.at[b, keys, h], target, ready.at[slot], collective_axes=multicast
+                        )
 
-            # Nobody leaves while a neighbour may still write here or signal.
-            @pl.loop(lax.max(steps - stages, 0), steps)
-            def drain(step):
-                plgpu.barrier_wait(key_free.at[slot_of(step)])
-                plgpu.barrier_wait(value_free.at[slot_of(step)])
+                # Nobody leaves while a neighbour may still write here or signal.
+                @pl.loop(lax.max(steps - stages, 0), steps)
+                def drain(step):
+                    plgpu.barrier_wait(key_free.at[slot_of(step)])
+                    plgpu.barrier_wait(value_free.at[slot_of(step)])
 
-        @pl.when(thread < CONSUMERS)
+            def stream_again():
+                plgpu.barrier_wait(checked)
+                pl.when(overflowed())(stream)
+
+            stream()
+            if not running_maximum:
+                pl.when(steps > 0)(stream_again)
+
+        @pl.when(thread < consumers)
         def consume():
-            plgpu.set_max_registers(240, action="increase")
-            rows = pl.ds((tile * CONSUMERS + thread) * WARPGROUP_ROWS, WARPGROUP_ROWS)
-            query_tile = query_smem.at[thread]
-            plgpu.copy_gmem_to_smem(query_ref.at[b, rows, h], query_tile, query_ready.at[thread])
+            plgpu.set_max_registers(CONSUMER_REGISTERS[consumers], action="increase")
+            rows = pl.ds((tile * consumers + thread) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            queries = query_smem.at[thread]
+            plgpu.copy_gmem_to_smem(query_ref.at[b, rows, h], queries, query_ready.at[thread])
             plgpu.barrier_wait(query_ready.at[thread])
             if has_ranges:
-                first_key, stop_key = (plgpu.load(ref.at[rows], layout=row_layout, optimized=False) for ref in list_refs[3:])
+                first_key, stop_key = (
+                    plgpu.load(ref.at[rows], layout=row_layout, optimized=False) for ref in list_refs[3:]
+                )
                 partial_steps = of_this_tile(list_refs[2])
 
             def across(row_values, width):
                 return lax.broadcast_in_dim(row_values, (WARPGROUP_ROWS, width), [0])
 
             def start_logits(logits_ref, slot):
-                plgpu.wgmma(logits_ref, query_tile, key_smem.at[slot].T)
+                plgpu.wgmma(logits_ref, queries, key_smem.at[slot].T)
 
             def start_values(output_acc, output, probabilities, slot):
                 """Begins output + probabilities @ values."""
                 if interpret is None:
                     output_acc[...] = output
                 else:  # The interpreter starts accumulators from zero and takes no operand from registers.
-                    other_smem[-1][thread] = probabilities
+                    probability_smem[thread] = probabilities
                     plgpu.commit_smem()
-                    probabilities = other_smem[-1].at[thread]
+                    probabilities = probability_smem.at[thread]
                 plgpu.wgmma(output_acc, probabilities, value_smem.at[slot])
 
             def finish_values(output_acc, output):
                 return output_acc[...] if interpret is None else output_acc[...] + output
 
-            def softmax(logits, maximum, total, step, partial):
-                """Online: (probabilities bf16, new maximum, new total, factor for what came before). Base 2."""
+            def softmax(logits, maximum, total, step, partial, running):
+                """Online, base 2: (probabilities bf16, maximum, total, factor for what came before or None)."""
                 if partial:
-                    shape = (WARPGROUP_ROWS, key_block)
-                    keys = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=wgmma_layout)
-                    keys += block_at(step) * key_block
+                    keys = plgpu.broadcasted_iota(jnp.int32, (key_block,), 0, layout=wgmma_layout.reduce(0))
+                    keys = lax.broadcast_in_dim(keys + block_at(step) * key_block, logits.shape, [1])
                     visible = keys < key_length
                     if has_ranges:
                         visible = (across(first_key, key_block) <= keys) & (keys < across(stop_key, key_block))
                     logits = jnp.where(visible, logits, -jnp.inf)
+                if not running:
+                    probabilities = jnp.exp2(logits * scale_log2 - across(maximum, key_block))
+                    return probabilities.astype(jnp.bfloat16), maximum, total + probabilities.sum(axis=1), None
                 new_maximum = jnp.maximum(maximum, logits.max(axis=1) * scale_log2)
                 offset = new_maximum
                 if partial and has_ranges:  # A row may have seen nothing yet: no inf - inf.
@@ -298,12 +344,21 @@ def forward(
                 total = total * factor + probabilities.sum(axis=1)
                 return probabilities.astype(jnp.bfloat16), new_maximum, total, factor
 
-            def ping_pong():
-                def swap():
-                    plgpu.barrier_arrive(turn)
-                    plgpu.barrier_wait(turn)
+            def store(ref, row, values):
+                ref[row] = values
 
-                def body(step, carry, partial=False):
+            def rescale(output, factor):
+                return output if factor is None else output * across(factor, head_dim)
+
+            def ping_pong(running):
+                alternate = tuning.schedule == "ping_pong"
+
+                def swap():
+                    if alternate:
+                        plgpu.barrier_arrive(turn)
+                        plgpu.barrier_wait(turn)
+
+                def body(step, carry, partial=False, running=running):
                     output, maximum, total = carry
                     slot = slot_of(step)
 
@@ -314,14 +369,16 @@ def forward(
 
                     logits = pl.run_scoped(compute_logits, plgpu.ACC((WARPGROUP_ROWS, key_block)))
                     plgpu.barrier_arrive(key_free.at[slot])
-                    probabilities, maximum, total, factor = softmax(logits, maximum, total, step, partial)
-                    output *= across(factor, head_dim)
+                    probabilities, maximum, total, factor = softmax(logits, maximum, total, step, partial, running)
+                    output = rescale(output, factor)
                     output, probabilities, maximum, total = lax.optimization_barrier(
                         (output, probabilities, maximum, total)
                     )
-                    plgpu.barrier_arrive(turn)
+                    if alternate:
+                        plgpu.barrier_arrive(turn)
                     plgpu.barrier_wait(value_ready.at[slot])
-                    plgpu.barrier_wait(turn)
+                    if alternate:
+                        plgpu.barrier_wait(turn)
 
                     def add_values(output_acc):
                         start_values(output_acc, output, probabilities, slot)
@@ -338,7 +395,7 @@ def forward(
                 pl.when(thread == 0)(swap)
                 return carry
 
-            def two_stage():
+            def two_stage(running):
                 alternate = tuning.schedule == "two_stage_ping_pong"
 
                 def body(step, carry, partial=False):
@@ -356,7 +413,7 @@ def forward(
                             plgpu.barrier_arrive(turn.at[1 - thread])
                         logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
                         plgpu.barrier_arrive(key_free.at[slot])
-                        after = softmax(logits, maximum, total, step, partial)
+                        after = softmax(logits, maximum, total, step, partial, running)
                         # This wait keeps the compiler from moving the next one above the exponentials.
                         plgpu.barrier_wait(value_ready.at[slot])
                         return finish_values(output_acc, output), *after
@@ -366,7 +423,7 @@ def forward(
                         overlap, logits_type, plgpu.ACC((WARPGROUP_ROWS, head_dim))
                     )
                     plgpu.barrier_arrive(value_free.at[slot_before])
-                    return output * across(factor, head_dim), probabilities, maximum, total
+                    return rescale(output, factor), probabilities, maximum, total
 
                 if alternate:
                     pl.when(thread == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
@@ -379,7 +436,7 @@ def forward(
                 logits = pl.run_scoped(first_logits, plgpu.ACC((WARPGROUP_ROWS, key_block)))
                 plgpu.barrier_arrive(key_free.at[0])
                 output, maximum, total = initial()
-                probabilities, maximum, total, _ = softmax(logits, maximum, total, 0, first_is_partial)
+                probabilities, maximum, total, _ = softmax(logits, maximum, total, 0, first_is_partial, running=True)
                 plgpu.barrier_wait(value_ready.at[0])
                 output, probabilities, maximum, total = run_steps(body, 1, (output, probabilities, maximum, total))
                 last = slot_of(jnp.int32(steps - 1))
@@ -406,21 +463,31 @@ def forward(
                     carry = lax.fori_loop(start, partial_steps, functools.partial(body, partial=True), carry)
                     start = lax.max(jnp.int32(start), partial_steps)
                 elif start == 0:
-                    carry, start = body(jnp.int32(0), carry, partial=first_is_partial), 1
+                    carry, start = body(jnp.int32(0), carry, partial=first_is_partial, running=True), 1
                 return lax.fori_loop(start, steps, body, carry)
 
             def write(output, lse):
                 query_smem[thread] = output.astype(jnp.bfloat16)  # this warpgroup is done with its queries
                 if return_lse:
-                    other_smem[0][thread] = lse
+                    lse_smem[thread] = lse
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(query_smem.at[thread], output_ref.at[b, rows, h])
                 if return_lse:
-                    plgpu.copy_smem_to_gmem(other_smem[0].at[thread], lse_ref[0].at[b, h, rows])
+                    plgpu.copy_smem_to_gmem(lse_smem.at[thread], lse_ref[0].at[b, h, rows])
                 plgpu.wait_smem_to_gmem(0)
 
             def attend():
-                output, maximum, total = ping_pong() if tuning.schedule == "ping_pong" else two_stage()
+                run = ping_pong if tuning.schedule in ("free", "ping_pong") else two_stage
+                output, maximum, total = run(running_maximum)
+                if not running_maximum:
+                    overflow_smem[thread] = jnp.where(total > TOTAL_LIMIT, 1.0, 0.0)
+                    if consumers == 3:  # the fourth row fills up to a multiple of the threads
+                        pl.when(thread == 0)(lambda: store(overflow_smem, 3, jnp.where(total > TOTAL_LIMIT, 1.0, 0.0)))
+                    plgpu.barrier_arrive(checked)
+                    plgpu.barrier_wait(checked)
+                    output, maximum, total = lax.cond(
+                        overflowed(), lambda: run(running=True), lambda: (output, maximum, total)
+                    )
                 share = jnp.where(total > 0.0, 1.0 / total, 0.0)
                 lse = jnp.where(total > 0.0, maximum * (1 / LOG2_E) + jnp.log(total), -jnp.inf)
                 write(output * across(share, head_dim), lse)
@@ -439,38 +506,40 @@ def forward(
         transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
         return plgpu.SMEM(shape, dtype, transforms=transforms)
 
-    free = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",)) if cluster > 1 else plgpu.Barrier
-    free = free(num_arrivals=CONSUMERS, num_barriers=stages)
-    turn = plgpu.Barrier(num_arrivals=2)
-    if tuning.schedule == "two_stage_ping_pong":
-        turn = plgpu.Barrier(num_barriers=2)
+    free = plgpu.Barrier(num_arrivals=consumers, num_barriers=stages)
+    turn = plgpu.Barrier(num_barriers=2) if tuning.schedule == "two_stage_ping_pong" else plgpu.Barrier(num_arrivals=2)
+    clusters: dict[str, Any] = {}
+    if cluster > 1:
+        free = plgpu.ClusterBarrier(collective_axes=("cluster",), num_arrivals=consumers, num_barriers=stages)
+        clusters = {"cluster": (cluster,), "cluster_names": ("cluster",)}
     output_types = [jax.ShapeDtypeStruct(query.shape, query.dtype)]
     if return_lse:
-        output_types.append(jax.ShapeDtypeStruct((batch, heads, tiles * QUERY_TILE), jnp.float32))
+        output_types.append(jax.ShapeDtypeStruct((batch, heads, tiles * query_tile), jnp.float32))
     return plgpu.kernel(
         kernel,
         out_type=output_types,
         scratch_types={
             "smem": (
-                smem(CONSUMERS, WARPGROUP_ROWS, head_dim),
+                smem(consumers, WARPGROUP_ROWS, head_dim),
                 smem(stages, key_block, head_dim),
                 smem(stages, key_block, head_dim),
-                *([plgpu.SMEM((CONSUMERS, WARPGROUP_ROWS), jnp.float32)] if return_lse else []),
-                *([smem(CONSUMERS, WARPGROUP_ROWS, key_block)] if interpret is not None else []),
+                plgpu.SMEM((2, 2 * pl.cdiv(consumers, 2), WARPGROUP_ROWS), jnp.float32),
+                smem(consumers, WARPGROUP_ROWS, key_block) if interpret is not None else None,
             ),
             "ready": (
-                plgpu.Barrier(num_barriers=CONSUMERS),
+                plgpu.Barrier(num_barriers=consumers),
                 plgpu.Barrier(num_barriers=stages),
                 plgpu.Barrier(num_barriers=stages),
             ),
             "free": (free, free),
             "turn": turn,
+            "checked": plgpu.Barrier(num_arrivals=consumers),
         },
         grid=(batch, heads, tiles // cluster),
         grid_names=("batch", "head", "tile"),
-        **({"cluster": (cluster,), "cluster_names": ("cluster",)} if cluster > 1 else {}),
-        num_threads=CONSUMERS + 1,
+        **clusters,
+        num_threads=consumers + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=16),
         interpret=interpret,
     )(query, key, value, *list_arrays)

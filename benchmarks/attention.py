@@ -1,0 +1,427 @@
+"""Times attention on a GPU: cuDNN, every variant of the Pallas kernel, block lists, cross-attention; checks each.
+
+    python -m benchmarks.attention [--output DIR] [--seconds N] [--only NAME,...]
+
+Variants are timed in turn, round after round, so that heat and clocks touch all alike; a time is the median over the
+rounds. Errors are ||ours - reference|| / ||reference|| against float32 on a sample of query rows. Results go to
+DIR/attention.json (DIR: $OUT, or benchmarks/results).
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from wan_jax.kernels.attention import pallas_gpu
+from wan_jax.kernels.attention.block_lists import BlockLists, along_time, temporal_window
+from wan_jax.kernels.attention.pallas_gpu import Tuning
+
+ROUNDS = 7
+HEADS, HEAD_DIM = 40, 128
+LATENTS = {"720p": (21, 45, 80), "480p": (21, 30, 52)}  # tokens: frames, height, width
+
+VARIANTS = {
+    "pp192": Tuning(),
+    "pp192 fixed": Tuning(running_maximum=False),
+    "ts192": Tuning(schedule="two_stage"),
+    "ts192 fixed": Tuning(schedule="two_stage", running_maximum=False),
+    "tspp192": Tuning(schedule="two_stage_ping_pong"),
+    "tspp192 fixed": Tuning(schedule="two_stage_ping_pong", running_maximum=False),
+    "free2x192 fixed": Tuning(schedule="free", running_maximum=False),
+    "free3x128": Tuning(128, schedule="free", consumers=3),
+    "free3x128 fixed": Tuning(128, schedule="free", consumers=3, running_maximum=False),
+    "pp192 cluster": Tuning(cluster=2),
+    "ts192 cluster": Tuning(schedule="two_stage", cluster=2),
+    "tspp192 cluster": Tuning(schedule="two_stage_ping_pong", cluster=2),
+    "free3x128 cluster": Tuning(128, schedule="free", consumers=3, cluster=2),
+    "ts128/3": Tuning(128, stages=3, schedule="two_stage"),
+    "tspp128/3 fixed": Tuning(128, stages=3, schedule="two_stage_ping_pong", running_maximum=False),
+    "pp128": Tuning(128),
+}
+FOR_LISTS = ("pp192", "pp192 fixed", "ts192", "tspp192 fixed", "pp128", "tspp128/2 fixed")
+FOR_CROSS = {
+    "pp128": Tuning(128),
+    "ts128": Tuning(128, schedule="two_stage"),
+    "tspp128 fixed": Tuning(128, schedule="two_stage_ping_pong", running_maximum=False),
+    "free3x128": Tuning(128, schedule="free", consumers=3),
+    "pp64/3": Tuning(64, stages=3),
+}
+
+
+@dataclasses.dataclass
+class Entry:
+    """One compiled function in a group of the same inputs."""
+
+    name: str
+    tflop: float  # of the work it keeps
+    compiled: Callable | None = None
+    times: list[float] = dataclasses.field(default_factory=list)
+    error: float | None = None
+    clock_mhz: float | None = None
+    power_watt: float | None = None
+    tuning: Tuning | None = None
+    calls: int = 1  # back to back in one timing
+
+    def row(self, group: str, baseline: float | None) -> dict:
+        median = statistics.median(self.times)
+        return {
+            "group": group,
+            "name": self.name,
+            "milliseconds": 1e3 * median,
+            "spread": (max(self.times) - min(self.times)) / median,
+            "tflop_per_second": self.tflop / median,
+            "over_cudnn": baseline / median if baseline else None,
+            "relative_error": self.error,
+            "clock_mhz": self.clock_mhz,
+            "power_watt": self.power_watt,
+            "tuning": dataclasses.asdict(self.tuning) if self.tuning else None,
+            "times": self.times,
+        }
+
+
+class Bench:
+    def __init__(self, seconds: float, only: set[str]):
+        self.deadline = time.monotonic() + seconds
+        self.only = only
+        self.rows: list[dict] = []
+        self.pool = ThreadPoolExecutor(max(2, (os.cpu_count() or 4) - 2))
+
+    def out_of_time(self, what: str) -> bool:
+        late = time.monotonic() > self.deadline
+        if late:
+            print(f"{what}: skipped, out of time", flush=True)
+        return late
+
+    def compile(self, functions: dict[str, tuple[Entry, Callable]], arguments: tuple) -> list[Entry]:
+        """Traces one after the other, compiles beside each other; failures print a line."""
+        pending: list[tuple[Entry, Future]] = []
+        for name, (entry, function) in functions.items():
+            if (self.only and name not in self.only) or self.out_of_time(name):
+                continue
+            try:
+                lowered = jax.jit(function).lower(*arguments)
+                pending.append((entry, self.pool.submit(lowered.compile)))
+            except Exception as failure:
+                report(name, failure)
+        entries = []
+        for entry, future in pending:
+            try:
+                entry.compiled = future.result()
+                entries.append(entry)
+            except Exception as failure:
+                report(entry.name, failure)
+        return entries
+
+    def run(self, group: str, functions: dict[str, tuple[Entry, Callable]], arguments: tuple, reference=None) -> None:
+        """Compiles, checks and times a group; the entry "cudnn" is what the others are compared with."""
+        start = time.monotonic()
+        entries = []
+        for entry in self.compile(functions, arguments):
+            try:
+                output = entry.compiled(*arguments)  # type: ignore[misc]
+                jax.block_until_ready(output)
+                if reference is not None:
+                    rows, expected = reference
+                    entry.error = float(relative_error(output, rows, expected))
+                entries.append(entry)
+            except Exception as failure:
+                report(entry.name, failure)
+        compiled = time.monotonic()
+        for _ in range(ROUNDS):
+            for entry in list(entries):
+                try:
+                    entry.times.append(timed(entry, arguments))
+                except Exception as failure:
+                    report(entry.name, failure)
+                    entries.remove(entry)
+        for entry in entries:
+            entry.clock_mhz, entry.power_watt = under_load(entry, arguments)
+        baseline = next((statistics.median(e.times) for e in entries if e.name == "cudnn"), None)
+        for entry in entries:
+            row = entry.row(group, baseline)
+            self.rows.append(row)
+            print(line(row), flush=True)
+        print(
+            f"({group}: compiled in {compiled - start:.0f} s, timed in {time.monotonic() - compiled:.0f} s)", flush=True
+        )
+
+
+def report(name: str, failure: Exception) -> None:
+    print(f"{name}: FAILED {type(failure).__name__}: {' '.join(str(failure).split())[-300:]}", flush=True)
+
+
+def timed(entry: Entry, arguments: tuple) -> float:
+    """Seconds a call takes."""
+    assert entry.compiled
+    start = time.perf_counter()
+    for _ in range(entry.calls):
+        output = entry.compiled(*arguments)
+    jax.block_until_ready(output)
+    return (time.perf_counter() - start) / entry.calls
+
+
+def under_load(entry: Entry, arguments: tuple, seconds: float = 1.2) -> tuple[float | None, float | None]:
+    """Clock in MHz and power in watts while the function runs."""
+    assert entry.compiled
+    calls = max(2, int(seconds / statistics.median(entry.times)))
+    for _ in range(calls):
+        output = entry.compiled(*arguments)
+    time.sleep(seconds / 2)
+    try:
+        query = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits", "--id=0"]
+        clock, power = map(float, subprocess.run(query, capture_output=True, text=True, timeout=5).stdout.split(","))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return None, None
+    finally:
+        jax.block_until_ready(output)
+    return clock, power
+
+
+def line(row: dict) -> str:
+    def number(key: str, form: str) -> str:
+        return format(row[key], form) if row[key] is not None else "-".rjust(int(form.split(".")[0]))
+
+    return (
+        f"{row['group']:<16} {row['name']:<22} {row['milliseconds']:9.3f} ms  {row['tflop_per_second']:6.1f} TFLOP/s  "
+        f"x{number('over_cudnn', '5.3f')} cudnn  error {number('relative_error', '7.5f')}  "
+        f"{number('clock_mhz', '5.0f')} MHz {number('power_watt', '4.0f')} W"
+    )
+
+
+def normal(seed: int, length: int, heads: int = HEADS, head_dim: int = HEAD_DIM, batch: int = 1) -> jax.Array:
+    """Drawn in float32: bfloat16 draws take few distinct values, whose rounding errors do not average out."""
+    draw = jax.jit(
+        lambda key: jax.random.normal(key, (batch, length, heads, head_dim), jnp.float32).astype(jnp.bfloat16)
+    )
+    return draw(jax.random.key(seed))
+
+
+@jax.jit
+def exact_rows(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """Float32 attention of a few query rows [B, rows, H, D], one head at a time; mask [rows, Sk]."""
+
+    def head(qkv):
+        q, k, v = (x.astype(jnp.float32) for x in qkv)
+        logits = jnp.einsum("bqd,bkd->bqk", q, k, precision="highest") * q.shape[-1] ** -0.5
+        if mask is not None:
+            logits = jnp.where(mask, logits, -jnp.inf)
+        return jnp.einsum("bqk,bkd->bqd", jax.nn.softmax(logits, axis=-1), v, precision="highest")
+
+    return jnp.moveaxis(lax.map(head, tuple(jnp.moveaxis(x, 2, 0) for x in (query, key, value))), 0, 2)
+
+
+def sample_rows(length: int) -> np.ndarray:
+    """Rows of the first tile, of the middle, and of the last, unfinished, tile."""
+    rows = np.concatenate([np.arange(32), length // 2 + np.arange(64), length - 1 - np.arange(160)])
+    return np.unique(rows[(rows >= 0) & (rows < length)])
+
+
+@jax.jit
+def relative_error(output: jax.Array, rows: jax.Array, expected: jax.Array) -> jax.Array:
+    difference = output[:, rows].astype(jnp.float32) - expected
+    return jnp.linalg.norm(difference) / jnp.linalg.norm(expected)
+
+
+def cudnn(query, key, value):
+    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+
+
+def ours(tuning: Tuning, lists: BlockLists | None = None):
+    return lambda query, key, value: pallas_gpu.attention(query, key, value, tuning=tuning, block_lists=lists)
+
+
+def self_attention(bench: Bench, name: str) -> None:
+    length = int(np.prod(LATENTS[name]))
+    tflop = 4e-12 * length * length * HEADS * HEAD_DIM
+    arguments = tuple(normal(seed, length) for seed in range(3))
+    rows = jnp.asarray(sample_rows(length))
+    reference = rows, exact_rows(arguments[0][:, rows], *arguments[1:])
+    functions = {"cudnn": (Entry("cudnn", tflop), cudnn)}
+    functions |= {name: (Entry(name, tflop, tuning=tuning), ours(tuning)) for name, tuning in VARIANTS.items()}
+    bench.run(f"{name} dense", functions, arguments, reference)
+
+
+def half_of_the_blocks(length: int, tuning: Tuning) -> BlockLists:
+    """Every tile of queries sees a random half of the key blocks, in order."""
+    tiles, blocks = -(-length // tuning.query_tile), -(-length // tuning.key_block)
+    order = np.random.default_rng(0).random((tiles, blocks)).argsort(axis=1)[:, : blocks // 2]
+    indices = jnp.asarray(np.sort(order, axis=1), jnp.int32)
+    counts = jnp.full((tiles,), blocks // 2, jnp.int32)
+    return BlockLists(indices, counts, query_tile=tuning.query_tile, key_block=tuning.key_block)
+
+
+def block_lists(bench: Bench) -> None:
+    """Half density, and what temporal patterns cost. TFLOP/s count the work kept, in whole blocks."""
+    shape = LATENTS["720p"]
+    length = int(np.prod(shape))
+    arguments = tuple(normal(seed, length) for seed in range(3))
+    rows = jnp.asarray(sample_rows(length))
+    tunings = VARIANTS | {"tspp128/2 fixed": Tuning(128, schedule="two_stage_ping_pong", running_maximum=False)}
+    cases = {f"half {name}": (tunings[name], half_of_the_blocks(length, tunings[name])) for name in FOR_LISTS}
+    cases["window 5 frames"] = Tuning(192), temporal_window(shape, 5, key_block=192)
+    cases["along time"] = Tuning(128), along_time(shape)
+    for name, (tuning, lists) in cases.items():
+        if bench.out_of_time(name):
+            return
+        pairs = int(lists.counts.sum()) * lists.query_tile * lists.key_block
+        reference = rows, exact_rows(arguments[0][:, rows], *arguments[1:], mask_rows(lists, rows, length))
+        entry = Entry(name, 4e-12 * pairs * HEADS * HEAD_DIM, tuning=tuning)
+        entry.calls = 1 if name.startswith("half") else 5
+        bench.run("720p lists", {name: (entry, ours(tuning, lists))}, arguments, reference)
+
+
+def mask_rows(lists: BlockLists, rows: jax.Array, length: int) -> jax.Array:
+    """lists.mask for some rows only: the whole mask would take gigabytes."""
+    tiles = rows // lists.query_tile
+    part = dataclasses.replace(
+        lists,
+        indices=lists.indices[tiles],
+        counts=lists.counts[tiles],
+        partial_counts=None if lists.partial_counts is None else lists.partial_counts[tiles],
+        key_ranges=None if lists.key_ranges is None else lists.key_ranges[rows],
+        query_tile=1,
+    )
+    return part.mask(len(rows), length)
+
+
+def cross_attention(bench: Bench) -> None:
+    length, context = int(np.prod(LATENTS["720p"])), 512
+    arguments = normal(0, length), normal(1, context), normal(2, context)
+    rows = jnp.asarray(sample_rows(length))
+    reference = rows, exact_rows(arguments[0][:, rows], *arguments[1:])
+    tflop = 4e-12 * length * context * HEADS * HEAD_DIM
+    functions = {"cudnn": (Entry("cudnn", tflop, calls=20), cudnn)}
+    for name, tuning in FOR_CROSS.items():
+        functions[name] = Entry(name, tflop, tuning=tuning, calls=20), ours(tuning)
+    bench.run("720p cross 512", functions, arguments, reference)
+
+
+def checks(bench: Bench) -> None:
+    """Small cases on the real hardware: lengths, widths, log-sum-exp, lists, empty lists, ranges, restarts."""
+    schedules = {
+        "pp": Tuning(64),
+        "ts": Tuning(64, schedule="two_stage"),
+        "tspp fixed": Tuning(64, schedule="two_stage_ping_pong", running_maximum=False),
+        "free3 fixed": Tuning(64, schedule="free", consumers=3, running_maximum=False),
+        "ts cluster": Tuning(64, stages=3, schedule="two_stage", cluster=2),
+    }
+    cases: dict[str, tuple] = {  # batch, query length, key length, heads, head_dim, lists, largest key
+        "odd, batch 2": (2, 333, 457, 3, 64, None, 1.0),
+        "one query": (1, 1, 700, 2, 128, None, 1.0),
+        "restart": (1, 200, 700, 2, 64, None, 200.0),
+        "lists": (1, 300, 500, 2, 64, "lists", 1.0),
+        "window": (1, 5 * 7 * 9, 5 * 7 * 9, 2, 128, "window", 1.0),
+    }
+    for case, (batch, queries, keys, heads, head_dim, kind, largest) in cases.items():
+        query = normal(0, queries, heads, head_dim, batch)
+        key = normal(1, keys, heads, head_dim, batch).at[:, keys // 2].multiply(largest)
+        value = normal(2, keys, heads, head_dim, batch)
+        for name, tuning in schedules.items():
+            if bench.out_of_time(f"check {case}, {name}"):
+                return
+            if kind is not None and (tuning.consumers != 2 or tuning.cluster > 1):
+                continue
+            lists = None
+            if kind == "lists":
+                indices = jnp.array([[[7, 1, 3], [2, 0, 0], [0, 0, 0]]], jnp.int32)
+                lists = BlockLists(indices, jnp.array([[3, 1, 0]], jnp.int32), key_block=64)
+            elif kind == "window":
+                lists = temporal_window((5, 7, 9), 1, key_block=64)
+            try:
+                run = jax.jit(
+                    lambda q, k, v, tuning=tuning, lists=lists: pallas_gpu.attention(
+                        q, k, v, tuning=tuning, block_lists=lists, return_lse=True
+                    )
+                )
+                output, lse = run(query, key, value)
+                mask = None if lists is None else lists.mask(queries, keys)
+                mask = mask[0] if mask is not None and mask.ndim == 3 else mask
+                expected = exact_rows(query, key, value, mask)
+                logits = jnp.einsum(
+                    "bqhd,bkhd->bhqk", *(x.astype(jnp.float32) for x in (query, key)), precision="highest"
+                )
+                logits = logits * head_dim**-0.5
+                logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
+                seen = jnp.isfinite(logits.max(-1))
+                lse_error = jnp.abs(jnp.where(seen, lse - jax.nn.logsumexp(logits, -1), 0.0)).max()
+                expected = jnp.where(jnp.moveaxis(seen, 1, 2)[..., None], expected, 0.0)
+                error = relative_error(output, jnp.arange(queries), expected)
+                good = error < 0.01 and lse_error < 1e-3 and bool((jnp.isneginf(lse) == ~seen).all())
+                row = {"group": "check", "name": f"{case}, {name}", "relative_error": float(error), "good": bool(good)}
+                bench.rows.append(row | {"lse_error": float(lse_error)})
+                verdict = "ok" if good else "WRONG"
+                print(f"check {case}, {name}: error {error:.5f}, lse {lse_error:.1e} {verdict}", flush=True)
+            except Exception as failure:
+                report(f"check {case}, {name}", failure)
+
+
+def matmul_rate() -> float:
+    """TFLOP/s of a bf16 product of 8192^3, ten in a row: what the card gives at best."""
+    x, y = (normal(seed, 8192, 1, 8192)[0, :, 0] for seed in range(2))
+    entry = Entry("matmul", 2e-12 * 8192**3, compiled=jax.jit(jnp.dot).lower(x, y).compile(), calls=20)
+    timed(entry, (x, y))
+    return entry.tflop / statistics.median(timed(entry, (x, y)) for _ in range(5))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=pathlib.Path(os.environ.get("OUT", "benchmarks/results"))
+    )
+    parser.add_argument("--seconds", type=float, default=400, help="start nothing new after this long")
+    parser.add_argument("--only", default="", help="names of variants, with commas between")
+    parser.add_argument("--parts", default="720p,checks,lists,cross,480p", help="what to run, in order")
+    options = parser.parse_args()
+    device = jax.devices()[0]
+    bench = Bench(options.seconds, set(filter(None, options.only.split(","))))
+    parts = {
+        "720p": lambda: self_attention(bench, "720p"),
+        "480p": lambda: self_attention(bench, "480p"),
+        "checks": lambda: checks(bench),
+        "lists": lambda: block_lists(bench),
+        "cross": lambda: cross_attention(bench),
+    }
+    result = {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "platform": device.client.platform_version,
+        "shapes": {name: [1, int(np.prod(latents)), HEADS, HEAD_DIM] for name, latents in LATENTS.items()},
+        "rounds": ROUNDS,
+        "rows": bench.rows,
+    }
+    try:
+        result["matmul_tflop_per_second"] = matmul_rate()
+        print(f"{device.device_kind}, jax {jax.__version__}, matmul {result['matmul_tflop_per_second']:.0f} TFLOP/s")
+        for part in options.parts.split(","):
+            try:
+                parts[part]()
+            except Exception as failure:
+                report(part, failure)
+    finally:
+        options.output.mkdir(parents=True, exist_ok=True)
+        path = options.output / "attention.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"\n{path}", file=sys.stderr)
+    print("\nfastest first, by group:")
+    for row in sorted(
+        (row for row in bench.rows if "milliseconds" in row), key=lambda r: (r["group"], r["milliseconds"])
+    ):
+        print(line(row))
+    wrong = [row["name"] for row in bench.rows if row.get("good") is False]
+    print(f"checks: {sum(row['group'] == 'check' for row in bench.rows)}, wrong: {wrong or 'none'}")
+
+
+if __name__ == "__main__":
+    main()
