@@ -4,6 +4,8 @@ import dataclasses
 import fcntl
 import json
 import os
+import pathlib
+import runpy
 import shutil
 import signal
 import subprocess
@@ -59,8 +61,16 @@ def official_states(dtype: str) -> dict[str, dict]:
     return {name: state_dict(name, "official", dtypes.get(name, dtype)) for name in trees.COMPONENTS}
 
 
-@pytest.mark.parametrize("path", [("orbax",), (), ("diffusers",), ("orbax", "diffusers", "orbax")])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "path"),
+    [
+        ("float32", ()),
+        ("float32", ("orbax",)),
+        ("bfloat16", ("orbax",)),
+        ("bfloat16", ("diffusers",)),
+        ("bfloat16", ("orbax", "diffusers", "orbax")),
+    ],
+)
 def test_official_comes_back_bit_by_bit(tmp_path, dtype, path):
     tree = trees.write_official(tmp_path / "source", dtype)
     for number, to in enumerate((*path, "official")):
@@ -71,8 +81,7 @@ def test_official_comes_back_bit_by_bit(tmp_path, dtype, path):
     assert_official(tree, official_states(dtype))
 
 
-@pytest.mark.parametrize("through", ["orbax", "official"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "through"), [("float32", "official"), ("bfloat16", "orbax")])
 def test_diffusers_reads_its_own_weights_back(tmp_path, dtype, through):
     """Saved by diffusers, through another layout, read by diffusers: equal state dicts."""
     trees.write_diffusers(tmp_path / "source", dtype)
@@ -238,8 +247,7 @@ def test_the_official_layout_refuses_what_it_would_lose(changes):
 
 
 @pytest.mark.parametrize("to", TARGETS)
-@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()])
-@pytest.mark.parametrize("component", ["high_noise", "vae"])
+@pytest.mark.parametrize(("error", "component"), [(RuntimeError("stop"), "high_noise"), (KeyboardInterrupt(), "vae")])
 def test_an_exception_in_the_middle_leaves_nothing(official_tree, tmp_path, to, error, component):
     def stop(name, done, total):
         if name == component and done > total // 2:
@@ -252,6 +260,7 @@ def test_an_exception_in_the_middle_leaves_nothing(official_tree, tmp_path, to, 
 
 KILLED = """
 import os, signal, sys
+sys.modules["torch"] = sys.modules["safetensors"] = sys.modules["diffusers"] = None  # conversion needs none of them
 from wan_jax.checkpoint import convert
 
 def kill(name, done, total):
@@ -276,6 +285,24 @@ def test_a_killed_conversion_leaves_nothing_that_loads(official_tree, tmp_path, 
     convert(official_tree, result, to=to)
     assert list(tmp_path.iterdir()) == [result]
     assert open_checkpoint(result).components
+
+
+def test_the_scripts(official_tree, tmp_path, monkeypatch, capfd):
+    folder = pathlib.Path(__file__).parents[2] / "convert"
+
+    def run(to: str) -> int:
+        script = str(folder / f"to_{to}.py")
+        monkeypatch.setattr(sys, "argv", [script, str(official_tree), str(tmp_path / to), "--quiet"])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(script, run_name="__main__")
+        return exit.value.code
+
+    for to in TARGETS:
+        assert run(to) == 0
+        assert f"wrote {tmp_path / to} ({to})" in capfd.readouterr().out
+        assert open_checkpoint(tmp_path / to).layout == to
+    assert run("official") == 2
+    assert "official: exists already; choose another name or remove it" in capfd.readouterr().err
 
 
 def test_two_conversions_to_one_place(official_tree, tmp_path):

@@ -1,6 +1,7 @@
 """Our safetensors reader and writer against the safetensors library, and every way a file can be broken."""
 
 import json
+import os
 
 import ml_dtypes
 import numpy as np
@@ -45,6 +46,21 @@ def test_reads_every_dtype(path):
         assert array.tobytes() == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     assert file.read("eight").dtype == ml_dtypes.float8_e4m3fn
     assert file.read("five").dtype == ml_dtypes.float8_e5m2
+
+
+def test_reads_what_the_system_gives_in_pieces(path, monkeypatch):
+    """One call gives at most 2 GiB; here, 7 bytes."""
+    preadv = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda descriptor, views, offset: preadv(descriptor, [views[0][:7]], offset))
+    np.testing.assert_array_equal(SafetensorsFile(path).read("matrix"), TENSORS["matrix"])
+
+
+def test_a_file_that_shrinks_while_open(path):
+    file = SafetensorsFile(path)
+    os.truncate(path, path.stat().st_size - 1)
+    last = max(file.tensors, key=lambda name: file._offsets[name])
+    with pytest.raises(InputError, match="ends 1 bytes early"):
+        file.read(last)
 
 
 def test_reads_into_another_dtype_as_torch_rounds(path):

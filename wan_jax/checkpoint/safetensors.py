@@ -7,6 +7,7 @@ byte range of each tensor, then the data. Large models are split into several fi
 import json
 import os
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -63,23 +64,13 @@ class SafetensorsFile(TensorStore):
         self.path = Path(path)
         self.place = str(path)
         self._descriptor = os.open(path, os.O_RDONLY)
-        try:
-            self.tensors, self._offsets = self._read_header()
-        except BaseException:
-            self.close()
-            raise
+        weakref.finalize(self, os.close, self._descriptor)
+        self.tensors, self._offsets = self._read_header()
 
     def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
         info = self.tensors[name]
         data = read_exactly(self._descriptor, self._offsets[name], info.nbytes, self.place)
         return cast(data.view(info.dtype).reshape(info.shape), dtype)
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    __del__ = close
 
     def _read_header(self) -> tuple[dict[str, TensorInfo], dict[str, int]]:
         file_bytes = os.fstat(self._descriptor).st_size

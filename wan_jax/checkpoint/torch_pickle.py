@@ -8,6 +8,7 @@ fixed list of names to inert stand-ins and refuses every other by name; bytes ar
 import os
 import pickle
 import struct
+import weakref
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -121,12 +122,9 @@ class TorchPickleFile(TensorStore):
         self.path = Path(path)
         self.place = str(path)
         self._descriptor = os.open(path, os.O_RDONLY)
-        try:
-            self._members, pickled = self._read_directory()
-            self._tensors = self._describe(pickled)
-        except BaseException:
-            self.close()
-            raise
+        weakref.finalize(self, os.close, self._descriptor)
+        self._members, pickled = self._read_directory()
+        self._tensors = self._describe(pickled)
         self.tensors = {
             name: TensorInfo(tensor.shape, tensor.storage.dtype, self.place) for name, tensor in self._tensors.items()
         }
@@ -139,13 +137,6 @@ class TorchPickleFile(TensorStore):
         strides = tuple(stride * itemsize for stride in tensor.strides)
         array = np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
         return cast(np.ascontiguousarray(array).reshape(tensor.shape), dtype)
-
-    def close(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    __del__ = close
 
     def _read_directory(self) -> tuple[dict[str, tuple[int, int]], bytes]:
         """Offset and size in bytes of every storage by key, and the pickle."""
