@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from wan_jax.config import DenoiserConfig
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
-from wan_jax.models.layers import Linear, RMSNorm, stack_layers
+from wan_jax.models.layers import Linear, RMSNorm, scan_layers, stack_layers
 
 
 @jax.tree_util.register_dataclass
@@ -89,8 +89,8 @@ class Denoiser(nnx.Module):
         if text.shape[1:] != expected:
             raise InputError(f"the text has shape {text.shape}; the denoiser needs [B, {expected[0]}, {expected[1]}]")
         text = self.text_embedding(text)
-        _, (keys, values) = lax.scan(
-            lambda _, layer: (None, layer.project_context(text)), None, self.blocks.cross_attention
+        _, (keys, values) = scan_layers(
+            lambda _, layer, __: (None, layer.project_context(text)), None, self.blocks.cross_attention
         )
         return Context(keys, values)
 
@@ -120,11 +120,10 @@ class Denoiser(nnx.Module):
         modulation = rearrange(self.time_projection(jax.nn.silu(time)), "b s (six dim) -> b s six dim", six=6)
         rotary = rotary_tables(grid, self.config.head_dim)
 
-        def layer(x, xs):
-            block, keys, values = xs
-            return block(x, modulation, rotary, keys, values), None
+        def layer(x, block, context):
+            return block(x, modulation, rotary, *context), None
 
-        x, _ = lax.scan(layer, x, (self.blocks, context.keys, context.values))
+        x, _ = scan_layers(layer, x, self.blocks, (context.keys, context.values))
         velocity = self.head(x, time)  # [B, S, pt * ph * pw * out_channels]
         return rearrange(velocity, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", **axes)
 

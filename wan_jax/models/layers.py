@@ -1,5 +1,8 @@
 """The few layers that more than one model uses."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -64,7 +67,7 @@ class RMSNorm(nnx.Module):
 def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
     """Builds `num_layers` copies of a layer as one module whose parameters have a leading "layers" axis.
 
-    Scan over it with `jax.lax.scan(lambda x, layer: (layer(x), None), x, stacked)`.
+    `scan_layers` runs them.
     """
 
     @nnx.split_rngs(splits=num_layers)
@@ -73,3 +76,81 @@ def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
         return make_layer(rngs)
 
     return make(rngs)
+
+
+def scan_layers(
+    step: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, layers: nnx.Module, per_layer: Any = None
+) -> tuple[Any, Any]:
+    """Runs stacked layers one after the other: `carry, y = step(carry, layer, x)` for each layer.
+
+    Parameters in host memory (memory kind "pinned_host") come to the device layer by layer, those that `step` reads.
+    Each copy runs while the layer before it computes, so two layers are on the device at a time. Where the parameters
+    lie changes no bit of the result.
+
+    Args:
+      step: one layer's work.
+      carry: what goes from layer to layer.
+      layers: made by `stack_layers`.
+      per_layer: arrays with a leading layers axis, such as a context; `step` gets one layer's x of it.
+
+    Returns:
+      The last carry, and the ys stacked.
+    """
+    graphdef, parameters = nnx.split(layers)
+    leaves, structure = jax.tree.flatten(parameters)
+
+    def run(carry: Any, layer: list[jax.Array | None], x: Any) -> tuple[Any, Any]:
+        return step(carry, nnx.merge(graphdef, jax.tree.unflatten(structure, layer)), x)
+
+    if not any(map(on_host, leaves)):
+        return lax.scan(lambda carry, xs: run(carry, *xs), carry, (leaves, per_layer))
+
+    count = len(leaves[0])
+    # XLA makes every copy that it is told to, so those that no one reads are left out.
+    one_layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (leaves, per_layer))
+    leaves = [leaf if read else None for leaf, read in zip(leaves, _reads(run, carry, *one_layer), strict=True)]
+    host = [leaf if leaf is not None and on_host(leaf) else None for leaf in leaves]
+    rest = [leaf if leaf is not None and not on_host(leaf) else None for leaf in leaves]
+
+    def at(tree: Any, index: jax.Array | int) -> Any:
+        # An index of the form step + constant, within bounds, lets XLA:GPU use the copy engine instead of a kernel.
+        return jax.tree.map(
+            lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False, allow_negative_indices=False), tree
+        )
+
+    def fetch(index: jax.Array | int) -> list[jax.Array | None]:
+        return jax.device_put(at(host, index), jax.memory.Space.Device)
+
+    def run_fetched(index: jax.Array | int, carry: Any, fetched: list[jax.Array | None], ys: Any) -> tuple[Any, Any]:
+        layer = [here if copy is None else copy for copy, here in zip(fetched, at(rest, index), strict=True)]
+        carry, y = run(carry, layer, at(per_layer, index))
+        return carry, jax.tree.map(lambda ys, y: lax.dynamic_update_index_in_dim(ys, y, index, axis=0), ys, y)
+
+    def run_and_fetch_next(state: tuple[jax.Array, Any, list, Any]) -> tuple[jax.Array, Any, list, Any]:
+        index, carry, fetched, ys = state
+        following = fetch(index + 1)
+        carry, ys = run_fetched(index, carry, fetched, ys)
+        return index + 1, carry, following, ys
+
+    # A while loop, whose counter XLA knows for what it is. The last layer stands behind it: there is none to fetch
+    # beside it.
+    _, y = jax.eval_shape(run, carry, *one_layer)
+    ys = jax.tree.map(lambda y: jnp.zeros((count, *y.shape), y.dtype), y)
+    _, carry, last, ys = lax.while_loop(
+        lambda state: state[0] < count - 1, run_and_fetch_next, (jnp.int32(0), carry, fetch(0), ys)
+    )
+    return run_fetched(count - 1, carry, last, ys)
+
+
+def on_host(array: jax.Array) -> bool:
+    """Whether an array, or what is traced in its place, lies in host memory."""
+    return jax.typeof(array).memory_space == jax.memory.Space.Host
+
+
+def _reads(run: Callable, carry: Any, layer: list[Any], x: Any) -> list[bool]:
+    """Which of a layer's parameters `run(carry, layer, x)` depends on."""
+    jaxpr = jax.make_jaxpr(run)(carry, layer, x).jaxpr
+    variables = [variable for equation in jaxpr.eqns for variable in equation.invars] + jaxpr.outvars
+    read = {id(variable) for variable in variables}
+    start = len(jax.tree.leaves(carry))
+    return [id(variable) in read for variable in jaxpr.invars[start : start + len(layer)]]

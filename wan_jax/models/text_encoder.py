@@ -12,11 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 
 from wan_jax.config import TextEncoderConfig
-from wan_jax.models.layers import Linear, RMSNorm, stack_layers
+from wan_jax.models.layers import Linear, RMSNorm, scan_layers, stack_layers
 from wan_jax.precision import matmul_precision, rounded
 
 
@@ -52,7 +51,7 @@ class TextEncoder(nnx.Module):
         mask = mask.astype(bool)
         buckets = relative_position_buckets(tokens.shape[1], self.config.num_buckets, self.config.max_distance)
         x = self.embedding(tokens)
-        x, _ = lax.scan(lambda x, block: (block(x, mask, buckets), None), x, self.blocks)
+        x, _ = scan_layers(lambda x, block, _: (block(x, mask, buckets), None), x, self.blocks)
         return jnp.where(mask[..., None], self.final_norm(x), 0)
 
 
