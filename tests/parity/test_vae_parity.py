@@ -32,8 +32,9 @@ CONFIGS = {
     "as_wan21": vae_config(
         z_dim=4, base_dim=6, dim_mult=(1, 2, 4, 4), num_res_blocks=2, temporal_downsample=(False, True, True)
     ),
+    # Upsampling halves 6 channels to 3, never to one: its norm would be its sign, which no tolerance bounds.
     "odd_widths": vae_config(
-        z_dim=3, base_dim=3, dim_mult=(1, 1, 1, 1), num_res_blocks=1, temporal_downsample=(True, False, True)
+        z_dim=3, base_dim=6, dim_mult=(1, 1, 1, 1), num_res_blocks=1, temporal_downsample=(True, False, True)
     ),
     "one_halving": vae_config(z_dim=5, base_dim=6, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,)),
 }
