@@ -1,14 +1,18 @@
 """Times attention on a GPU: cuDNN, every variant of the Pallas kernel, block lists, cross-attention; checks each.
 
-    python -m benchmarks.attention [--output DIR] [--seconds N] [--only NAME,...]
+    python -m benchmarks.attention [--output DIR] [--seconds N] [--only NAME,...] [--parts PART,...]
 
 Variants are timed in turn, round after round, so that heat and clocks touch all alike; a time is the median over the
-rounds. Errors are ||ours - reference|| / ||reference|| against float32 on a sample of query rows. Results go to
-DIR/attention.json (DIR: $OUT, or benchmarks/results).
+rounds. Errors are ||ours - reference|| / ||reference|| against float32 on a sample of query rows. A kernel that hangs
+or crashes is named and left out, and the rest goes on in a new process. Results go to DIR/attention.json (DIR: $OUT, or
+benchmarks/results).
 """
 
 import argparse
+import contextlib
 import dataclasses
+import faulthandler
+import functools
 import json
 import os
 import pathlib
@@ -16,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -29,6 +33,8 @@ from wan_jax.kernels.attention.block_lists import BlockLists, along_time, tempor
 from wan_jax.kernels.attention.pallas_gpu import Tuning
 
 ROUNDS = 7
+HANGS_AFTER = 40  # seconds for one call, its first included
+PARTS = ("720p", "checks", "lists", "cross", "480p")
 HEADS, HEAD_DIM = 40, 128
 LATENTS = {"720p": (21, 45, 80), "480p": (21, 30, 52)}  # tokens: frames, height, width
 
@@ -72,6 +78,7 @@ class Entry:
     clock_mhz: float | None = None
     power_watt: float | None = None
     tuning: Tuning | None = None
+    reference: tuple[jax.Array, jax.Array] | None = None  # rows, and what they should be
     calls: int = 1  # back to back in one timing
 
     def row(self, group: str, baseline: float | None) -> dict:
@@ -92,23 +99,37 @@ class Entry:
 
 
 class Bench:
-    def __init__(self, seconds: float, only: set[str]):
-        self.deadline = time.monotonic() + seconds
-        self.only = only
-        self.rows: list[dict] = []
+    def __init__(self, until: float, only: set[str], skip: set[str], folder: pathlib.Path):
+        self.until, self.only, self.skip, self.folder = until, only, skip, folder
+        self.result: dict = {"rows": [], "done": []}
+        self.rows: list[dict] = self.result["rows"]
         self.pool = ThreadPoolExecutor(max(2, (os.cpu_count() or 4) - 2))
 
     def out_of_time(self, what: str) -> bool:
-        late = time.monotonic() > self.deadline
+        late = time.time() > self.until
         if late:
             print(f"{what}: skipped, out of time", flush=True)
         return late
 
-    def compile(self, functions: dict[str, tuple[Entry, Callable]], arguments: tuple) -> list[Entry]:
+    @contextlib.contextmanager
+    def running(self, name: str) -> Iterator[None]:
+        """Ends the process if what it holds takes too long, leaving behind the name."""
+        (self.folder / "running").write_text(name)
+        faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def save(self) -> None:
+        (self.folder / "attention.json").write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def compile(self, group: str, functions: dict[str, tuple[Entry, Callable]], arguments: tuple) -> list[Entry]:
         """Traces one after the other, compiles beside each other; failures print a line."""
         pending: list[tuple[Entry, Future]] = []
         for name, (entry, function) in functions.items():
-            if (self.only and name not in self.only) or self.out_of_time(name):
+            measured = any(row["group"] == group and row["name"] == name for row in self.rows)
+            if measured or name in self.skip or (self.only and name not in self.only) or self.out_of_time(name):
                 continue
             try:
                 lowered = jax.jit(function).lower(*arguments)
@@ -124,17 +145,18 @@ class Bench:
                 report(entry.name, failure)
         return entries
 
-    def run(self, group: str, functions: dict[str, tuple[Entry, Callable]], arguments: tuple, reference=None) -> None:
+    def run(
+        self, group: str, functions: dict[str, tuple[Entry, Callable]], arguments: tuple, sample_clocks: bool = False
+    ) -> None:
         """Compiles, checks and times a group; the entry "cudnn" is what the others are compared with."""
         start = time.monotonic()
         entries = []
-        for entry in self.compile(functions, arguments):
+        for entry in self.compile(group, functions, arguments):
             try:
-                output = entry.compiled(*arguments)  # type: ignore[misc]
-                jax.block_until_ready(output)
-                if reference is not None:
-                    rows, expected = reference
-                    entry.error = float(relative_error(output, rows, expected))
+                with self.running(entry.name):
+                    output = jax.block_until_ready(entry.compiled(*arguments))  # type: ignore[misc]
+                if entry.reference is not None:
+                    entry.error = float(relative_error(output, *entry.reference))
                 entries.append(entry)
             except Exception as failure:
                 report(entry.name, failure)
@@ -142,17 +164,20 @@ class Bench:
         for _ in range(ROUNDS):
             for entry in list(entries):
                 try:
-                    entry.times.append(timed(entry, arguments))
+                    with self.running(entry.name):
+                        entry.times.append(timed(entry, arguments))
                 except Exception as failure:
                     report(entry.name, failure)
                     entries.remove(entry)
-        for entry in entries:
-            entry.clock_mhz, entry.power_watt = under_load(entry, arguments)
+        for entry in entries if sample_clocks else ():
+            with self.running(entry.name):
+                entry.clock_mhz, entry.power_watt = under_load(entry, arguments)
         baseline = next((statistics.median(e.times) for e in entries if e.name == "cudnn"), None)
         for entry in entries:
             row = entry.row(group, baseline)
             self.rows.append(row)
             print(line(row), flush=True)
+        self.save()
         print(
             f"({group}: compiled in {compiled - start:.0f} s, timed in {time.monotonic() - compiled:.0f} s)", flush=True
         )
@@ -248,9 +273,10 @@ def self_attention(bench: Bench, name: str) -> None:
     arguments = tuple(normal(seed, length) for seed in range(3))
     rows = jnp.asarray(sample_rows(length))
     reference = rows, exact_rows(arguments[0][:, rows], *arguments[1:])
-    functions = {"cudnn": (Entry("cudnn", tflop), cudnn)}
-    functions |= {name: (Entry(name, tflop, tuning=tuning), ours(tuning)) for name, tuning in VARIANTS.items()}
-    bench.run(f"{name} dense", functions, arguments, reference)
+    functions = {"cudnn": (Entry("cudnn", tflop, reference=reference), cudnn)}
+    for variant, tuning in VARIANTS.items():
+        functions[variant] = Entry(variant, tflop, tuning=tuning, reference=reference), ours(tuning)
+    bench.run(f"{name} dense", functions, arguments, sample_clocks=name == "720p")
 
 
 def half_of_the_blocks(length: int, tuning: Tuning) -> BlockLists:
@@ -272,14 +298,13 @@ def block_lists(bench: Bench) -> None:
     cases = {f"half {name}": (tunings[name], half_of_the_blocks(length, tunings[name])) for name in FOR_LISTS}
     cases["window 5 frames"] = Tuning(192), temporal_window(shape, 5, key_block=192)
     cases["along time"] = Tuning(128), along_time(shape)
+    functions = {}
     for name, (tuning, lists) in cases.items():
-        if bench.out_of_time(name):
-            return
         pairs = int(lists.counts.sum()) * lists.query_tile * lists.key_block
         reference = rows, exact_rows(arguments[0][:, rows], *arguments[1:], mask_rows(lists, rows, length))
-        entry = Entry(name, 4e-12 * pairs * HEADS * HEAD_DIM, tuning=tuning)
-        entry.calls = 1 if name.startswith("half") else 5
-        bench.run("720p lists", {name: (entry, ours(tuning, lists))}, arguments, reference)
+        entry = Entry(name, 4e-12 * pairs * HEADS * HEAD_DIM, tuning=tuning, reference=reference)
+        functions[name] = entry, ours(tuning, lists)
+    bench.run("720p lists", functions, arguments)
 
 
 def mask_rows(lists: BlockLists, rows: jax.Array, length: int) -> jax.Array:
@@ -302,14 +327,46 @@ def cross_attention(bench: Bench) -> None:
     rows = jnp.asarray(sample_rows(length))
     reference = rows, exact_rows(arguments[0][:, rows], *arguments[1:])
     tflop = 4e-12 * length * context * HEADS * HEAD_DIM
-    functions = {"cudnn": (Entry("cudnn", tflop, calls=20), cudnn)}
+    functions = {"cudnn": (Entry("cudnn", tflop, reference=reference, calls=20), cudnn)}
     for name, tuning in FOR_CROSS.items():
-        functions[name] = Entry(name, tflop, tuning=tuning, calls=20), ours(tuning)
-    bench.run("720p cross 512", functions, arguments, reference)
+        functions[name] = Entry(name, tflop, tuning=tuning, reference=reference, calls=20), ours(tuning)
+    bench.run("720p cross 512", functions, arguments)
+
+
+@dataclasses.dataclass
+class Check:
+    """A small case: its inputs, and what is special about it."""
+
+    batch: int
+    query_length: int
+    key_length: int
+    heads: int
+    head_dim: int
+    lists: BlockLists | None = None
+    largest_key: float = 1.0
+
+    def inputs(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        query = normal(0, self.query_length, self.heads, self.head_dim, self.batch)
+        key = normal(1, self.key_length, self.heads, self.head_dim, self.batch)
+        value = normal(2, self.key_length, self.heads, self.head_dim, self.batch)
+        return query, key.at[:, self.key_length // 2].multiply(self.largest_key), value
+
+    def is_right(self, output: jax.Array, lse: jax.Array) -> tuple[float, float, bool]:
+        """(relative error, largest error of the log-sum-exp, whether both are small and unseeing rows give 0, -inf)."""
+        query, key, value = self.inputs()
+        mask = None if self.lists is None else self.lists.mask(self.query_length, self.key_length)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query.astype(jnp.float32), key.astype(jnp.float32), precision="highest")
+        logits = logits * self.head_dim**-0.5
+        logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
+        seen = jnp.isfinite(logits.max(-1))
+        expected = jnp.where(jnp.moveaxis(seen, 1, 2)[..., None], exact_rows(query, key, value, mask), 0.0)
+        error = float(relative_error(output, jnp.arange(self.query_length), expected))
+        lse_error = float(jnp.abs(jnp.where(seen, lse - jax.nn.logsumexp(logits, -1), 0.0)).max())
+        return error, lse_error, error < 0.01 and lse_error < 1e-3 and bool((jnp.isneginf(lse) == ~seen).all())
 
 
 def checks(bench: Bench) -> None:
-    """Small cases on the real hardware: lengths, widths, log-sum-exp, lists, empty lists, ranges, restarts."""
+    """On the real hardware: lengths, widths, log-sum-exp, lists, empty lists, ranges, starting again."""
     schedules = {
         "pp": Tuning(64),
         "ts": Tuning(64, schedule="two_stage"),
@@ -317,54 +374,40 @@ def checks(bench: Bench) -> None:
         "free3 fixed": Tuning(64, schedule="free", consumers=3, running_maximum=False),
         "ts cluster": Tuning(64, stages=3, schedule="two_stage", cluster=2),
     }
-    cases: dict[str, tuple] = {  # batch, query length, key length, heads, head_dim, lists, largest key
-        "odd, batch 2": (2, 333, 457, 3, 64, None, 1.0),
-        "one query": (1, 1, 700, 2, 128, None, 1.0),
-        "restart": (1, 200, 700, 2, 64, None, 200.0),
-        "lists": (1, 300, 500, 2, 64, "lists", 1.0),
-        "window": (1, 5 * 7 * 9, 5 * 7 * 9, 2, 128, "window", 1.0),
+    indices = jnp.array([[7, 1, 3], [2, 0, 0], [0, 0, 0]], jnp.int32)
+    lists = BlockLists(indices, jnp.array([3, 1, 0], jnp.int32), key_block=64)
+    cases = {
+        "odd": Check(2, 333, 457, 3, 64),
+        "one query": Check(1, 1, 700, 2, 128),
+        "starts again": Check(1, 200, 700, 2, 64, largest_key=200.0),
+        "lists": Check(1, 300, 500, 2, 64, lists),
+        "window": Check(1, 5 * 7 * 9, 5 * 7 * 9, 2, 128, temporal_window((5, 7, 9), 1, key_block=64)),
     }
-    for case, (batch, queries, keys, heads, head_dim, kind, largest) in cases.items():
-        query = normal(0, queries, heads, head_dim, batch)
-        key = normal(1, keys, heads, head_dim, batch).at[:, keys // 2].multiply(largest)
-        value = normal(2, keys, heads, head_dim, batch)
+    pending: list[tuple[str, Check, Future]] = []
+    for case, check in cases.items():
         for name, tuning in schedules.items():
-            if bench.out_of_time(f"check {case}, {name}"):
-                return
-            if kind is not None and (tuning.consumers != 2 or tuning.cluster > 1):
+            label = f"check {case}, {name}"
+            if check.lists is not None and (tuning.consumers != 2 or tuning.cluster > 1):
                 continue
-            lists = None
-            if kind == "lists":
-                indices = jnp.array([[[7, 1, 3], [2, 0, 0], [0, 0, 0]]], jnp.int32)
-                lists = BlockLists(indices, jnp.array([[3, 1, 0]], jnp.int32), key_block=64)
-            elif kind == "window":
-                lists = temporal_window((5, 7, 9), 1, key_block=64)
+            if label in bench.skip or bench.out_of_time(label):
+                continue
+            run = functools.partial(pallas_gpu.attention, tuning=tuning, block_lists=check.lists, return_lse=True)
             try:
-                run = jax.jit(
-                    lambda q, k, v, tuning=tuning, lists=lists: pallas_gpu.attention(
-                        q, k, v, tuning=tuning, block_lists=lists, return_lse=True
-                    )
-                )
-                output, lse = run(query, key, value)
-                mask = None if lists is None else lists.mask(queries, keys)
-                mask = mask[0] if mask is not None and mask.ndim == 3 else mask
-                expected = exact_rows(query, key, value, mask)
-                logits = jnp.einsum(
-                    "bqhd,bkhd->bhqk", *(x.astype(jnp.float32) for x in (query, key)), precision="highest"
-                )
-                logits = logits * head_dim**-0.5
-                logits = logits if mask is None else jnp.where(mask, logits, -jnp.inf)
-                seen = jnp.isfinite(logits.max(-1))
-                lse_error = jnp.abs(jnp.where(seen, lse - jax.nn.logsumexp(logits, -1), 0.0)).max()
-                expected = jnp.where(jnp.moveaxis(seen, 1, 2)[..., None], expected, 0.0)
-                error = relative_error(output, jnp.arange(queries), expected)
-                good = error < 0.01 and lse_error < 1e-3 and bool((jnp.isneginf(lse) == ~seen).all())
-                row = {"group": "check", "name": f"{case}, {name}", "relative_error": float(error), "good": bool(good)}
-                bench.rows.append(row | {"lse_error": float(lse_error)})
-                verdict = "ok" if good else "WRONG"
-                print(f"check {case}, {name}: error {error:.5f}, lse {lse_error:.1e} {verdict}", flush=True)
+                lowered = jax.jit(run).lower(*check.inputs())
+                pending.append((label, check, bench.pool.submit(lowered.compile)))
             except Exception as failure:
-                report(f"check {case}, {name}", failure)
+                report(label, failure)
+    for label, check, future in pending:
+        try:
+            compiled, inputs = future.result(), check.inputs()
+            with bench.running(label):
+                output, lse = jax.block_until_ready(compiled(*inputs))
+            error, lse_error, good = check.is_right(output, lse)
+            row = {"group": "check", "name": label, "relative_error": error, "lse_error": lse_error, "good": good}
+            bench.rows.append(row)
+            print(f"{label}: error {error:.5f}, lse {lse_error:.1e} {'ok' if good else 'WRONG'}", flush=True)
+        except Exception as failure:
+            report(label, failure)
 
 
 def matmul_rate() -> float:
@@ -375,6 +418,44 @@ def matmul_rate() -> float:
     return entry.tflop / statistics.median(timed(entry, (x, y)) for _ in range(5))
 
 
+def measure(bench: Bench, parts: list[str]) -> None:
+    functions = {
+        "720p": lambda: self_attention(bench, "720p"),
+        "480p": lambda: self_attention(bench, "480p"),
+        "checks": lambda: checks(bench),
+        "lists": lambda: block_lists(bench),
+        "cross": lambda: cross_attention(bench),
+    }
+    device = jax.devices()[0]
+    bench.result |= {
+        "device": device.device_kind,
+        "jax": jax.__version__,
+        "platform": device.client.platform_version,
+        "shapes": {name: [1, int(np.prod(latents)), HEADS, HEAD_DIM] for name, latents in LATENTS.items()},
+        "rounds": ROUNDS,
+    }
+    if "matmul_tflop_per_second" not in bench.result:
+        rate = bench.result["matmul_tflop_per_second"] = matmul_rate()
+        print(f"{device.device_kind}, jax {jax.__version__}, matmul {rate:.0f} TFLOP/s", flush=True)
+    for part in parts:
+        if part not in bench.result["done"]:
+            try:
+                functions[part]()
+            except Exception as failure:
+                report(part, failure)
+            bench.result["done"].append(part)
+            bench.save()
+
+
+def summary(rows: list[dict]) -> None:
+    print("\nfastest first, by group:")
+    timed_rows = [row for row in rows if "milliseconds" in row]
+    for row in sorted(timed_rows, key=lambda row: (row["group"], row["milliseconds"])):
+        print(line(row))
+    wrong = [row["name"] for row in rows if row.get("good") is False]
+    print(f"checks: {sum(row['group'] == 'check' for row in rows)}, wrong: {wrong or 'none'}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -382,45 +463,33 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=400, help="start nothing new after this long")
     parser.add_argument("--only", default="", help="names of variants, with commas between")
-    parser.add_argument("--parts", default="720p,checks,lists,cross,480p", help="what to run, in order")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to run, in order")
+    parser.add_argument("--child", type=float, help=argparse.SUPPRESS)  # when to stop, in time.time()
+    parser.add_argument("--skip", default="", help=argparse.SUPPRESS)  # with semicolons: names of checks have commas
     options = parser.parse_args()
-    device = jax.devices()[0]
-    bench = Bench(options.seconds, set(filter(None, options.only.split(","))))
-    parts = {
-        "720p": lambda: self_attention(bench, "720p"),
-        "480p": lambda: self_attention(bench, "480p"),
-        "checks": lambda: checks(bench),
-        "lists": lambda: block_lists(bench),
-        "cross": lambda: cross_attention(bench),
-    }
-    result = {
-        "device": device.device_kind,
-        "jax": jax.__version__,
-        "platform": device.client.platform_version,
-        "shapes": {name: [1, int(np.prod(latents)), HEADS, HEAD_DIM] for name, latents in LATENTS.items()},
-        "rounds": ROUNDS,
-        "rows": bench.rows,
-    }
-    try:
-        result["matmul_tflop_per_second"] = matmul_rate()
-        print(f"{device.device_kind}, jax {jax.__version__}, matmul {result['matmul_tflop_per_second']:.0f} TFLOP/s")
-        for part in options.parts.split(","):
-            try:
-                parts[part]()
-            except Exception as failure:
-                report(part, failure)
-    finally:
-        options.output.mkdir(parents=True, exist_ok=True)
-        path = options.output / "attention.json"
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"\n{path}", file=sys.stderr)
-    print("\nfastest first, by group:")
-    for row in sorted(
-        (row for row in bench.rows if "milliseconds" in row), key=lambda r: (r["group"], r["milliseconds"])
-    ):
-        print(line(row))
-    wrong = [row["name"] for row in bench.rows if row.get("good") is False]
-    print(f"checks: {sum(row['group'] == 'check' for row in bench.rows)}, wrong: {wrong or 'none'}")
+    options.output.mkdir(parents=True, exist_ok=True)
+    saved, running = options.output / "attention.json", options.output / "running"
+    if options.child is not None:
+        only, skip = (set(filter(None, names)) for names in (options.only.split(","), options.skip.split(";")))
+        bench = Bench(options.child, only, skip, options.output)
+        if saved.exists():
+            bench.result = json.loads(saved.read_text())
+            bench.rows = bench.result["rows"]
+        measure(bench, options.parts.split(","))
+        return
+    saved.unlink(missing_ok=True)
+    until, skipped = time.time() + options.seconds, list[str]()
+    for _ in range(6):
+        arguments = [*sys.argv[1:], "--child", str(until), "--skip", ";".join(skipped)]
+        code = subprocess.run([sys.executable, "-m", "benchmarks.attention", *arguments]).returncode
+        if code == 0:
+            break
+        name = running.read_text() if running.exists() else "before the first call"
+        print(f"{name}: FAILED the process ended with {code}; going on without it", flush=True)
+        skipped.append(name)
+    running.unlink(missing_ok=True)
+    if saved.exists():
+        summary(json.loads(saved.read_text())["rows"])
 
 
 if __name__ == "__main__":
