@@ -4,6 +4,7 @@ The pipeline owns the models and the order of the work. Each stage is one method
 between denoising and decoding.
 """
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -19,14 +20,16 @@ from wan_jax.checkpoint import Checkpoint, open_checkpoint
 from wan_jax.checkpoint.hub import local_checkpoint
 from wan_jax.config import WanConfig
 from wan_jax.diffusion.noise import initial_noise
-from wan_jax.diffusion.sampler import Expert, StepReport, denoise
+from wan_jax.diffusion.sampler import Expert, StepReport, denoise, plan_steps
 from wan_jax.diffusion.solvers import get_solver
 from wan_jax.errors import InputError
+from wan_jax.memory import AUTO, PROFILES, Memory, allow_pinned_host_memory, get_profile
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.parameters import with_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
-from wan_jax.program import Program
+from wan_jax.plan import choose_profile
+from wan_jax.program import Program, Programs
 from wan_jax.progress import Bars
 from wan_jax.settings import DTYPES, Settings, check_name
 from wan_jax.tokenizer import Tokenizer
@@ -41,6 +44,7 @@ class WanPipeline:
     Attributes:
         config: what the model is, and its sampling defaults.
         text_encoder, denoisers, vae: the models; `denoisers` by expert name.
+        memory: where their weights wait and run.
         seconds: wall time of the last run by stage: "load", "text", "compile", "denoise", "decode".
         latents: float32 [B, C, F', h, w] of the last run. They are kept as soon as denoising ends, so that nothing is
             lost if decoding or saving fails; None before the first run.
@@ -54,9 +58,12 @@ class WanPipeline:
         text_encoder: TextEncoder,
         denoisers: dict[str, Denoiser],
         vae: VAE,
+        memory: Memory | None = None,
+        programs: Programs | None = None,
         progress: bool = False,
     ):
         self.config = config
+        self.memory = Memory(PROFILES["resident"]) if memory is None else memory
         self.latents: np.ndarray | None = None
         self.seconds: dict[str, float] = {}
         self._bars = Bars(progress)
@@ -64,22 +71,13 @@ class WanPipeline:
         self.denoisers = denoisers
         self.text_encoder = text_encoder
         self.vae = vae
-        # The encoder rounds where the original rounds: XLA may not skip that.
-        self._encode_text = Program(
-            lambda encoder, tokens, mask: encoder(tokens, mask),
-            compiler_options={"xla_allow_excess_precision": False},
-        )
-        # Beside a bfloat16 denoiser the float32 VAE may use TF32 (on TPUs three passes of bfloat16), as PyTorch's
-        # convolutions do by default.
         exact = next(iter(denoisers.values())).dtype == jnp.float32
-        vae_precision = None if exact else "tensorfloat32"
-        self._decode_first = Program(_decode_first, matmul_precision=vae_precision)
-        self._decode_next = Program(_decode_next, matmul_precision=vae_precision, donate_argnums=(1,))
+        self._programs = Programs(exact) if programs is None else programs
         self._encoded_prompts: dict[str, jax.Array] = {}
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id: str | os.PathLike, dtype: str = "bfloat16", *, progress: bool = False
+        cls, path_or_id: str | os.PathLike, dtype: str = "bfloat16", *, profile: str = AUTO, progress: bool = False
     ) -> "WanPipeline":
         """Loads a checkpoint: ours (Orbax), the official tree, a diffusers tree, ComfyUI files, or a hub id of those.
 
@@ -87,19 +85,32 @@ class WanPipeline:
             path_or_id: a local path, or "organisation/name", which huggingface_hub downloads.
             dtype: "bfloat16" or "float32", for the text encoder and the denoisers. The VAE runs in float32, as in the
                 official code.
+            profile: where the weights are kept (wan_jax/memory.py): "resident", "swap" or "stream"; "auto" takes the
+                first of them that the device has room for at the preset's size.
             progress: show bars and notes on standard error.
 
         Raises:
             InputError: the checkpoint is missing, damaged or of another family; the message names the file or tensor.
         """
-        return cls.from_checkpoint(open_checkpoint(local_checkpoint(path_or_id)), dtype, progress=progress)
+        checkpoint = open_checkpoint(local_checkpoint(path_or_id))
+        return cls.from_checkpoint(checkpoint, dtype, profile=profile, progress=progress)
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, dtype: str = "bfloat16", *, progress: bool = False
+        cls,
+        checkpoint: Checkpoint,
+        dtype: str = "bfloat16",
+        *,
+        profile: str = AUTO,
+        settings: Settings | None = None,
+        progress: bool = False,
     ) -> "WanPipeline":
-        """Loads the weights of a checkpoint that is already open; otherwise as `from_pretrained`."""
+        """Loads the weights of a checkpoint that is already open; otherwise as `from_pretrained`.
+
+        `settings` is the run that the profile "auto" must have room for.
+        """
         check_name("dtype", dtype, DTYPES)
+        allow_pinned_host_memory()
         start = time.perf_counter()
         bars = Bars(progress)
         for note in checkpoint.notes:
@@ -111,9 +122,18 @@ class WanPipeline:
             )
         tokenizer = Tokenizer.from_pretrained(checkpoint.tokenizer_folder, vocab_size=config.text_encoder.vocab_size)
 
+        programs = Programs(exact=dtype == "float32")
+        if profile == AUTO:
+            chosen = choose_profile(config, settings or Settings.resolve(config), dtype, programs)
+            if chosen.idle_on_host:
+                bars.note(f"memory profile {chosen.name}: the device has no room for more")
+        else:
+            chosen = get_profile(profile)
+        memory = Memory(chosen)
+
         def load(component: str, make, model_config, dtype: str):
             with bars.transfers("load") as report:
-                arrays = checkpoint.load(component, dtype, progress=report)
+                arrays = checkpoint.load(component, dtype, memory.waiting(), progress=report)
             return with_parameters(lambda: make(model_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), arrays)
 
         pipeline = cls(
@@ -122,6 +142,8 @@ class WanPipeline:
             text_encoder=load("text_encoder", TextEncoder, config.text_encoder, dtype),
             denoisers={name: load(name, Denoiser, config.denoiser, dtype) for name in config.experts},
             vae=load("vae", VAE, config.vae, "float32"),
+            memory=memory,
+            programs=programs,
             progress=progress,
         )
         pipeline.seconds["load"] = time.perf_counter() - start
@@ -200,22 +222,28 @@ class WanPipeline:
             raise InputError("no prompts: give at least one")
         self.seconds = {"load": self.seconds["load"]} if "load" in self.seconds else {}
         latents = self._initial_latents(len(prompts), settings, initial_latents)
-        positive = self._encode_prompts(prompts)
-        negative = self._encode_prompts([settings.negative_prompt] * len(prompts))
+        encoded = self._encode_prompts([*prompts, *[settings.negative_prompt] * len(prompts)])
+        positive, negative = jnp.split(encoded, 2)
 
-        def get_expert(name: str) -> Expert:
-            return Expert.prepare(self.denoisers[name], positive, negative)
+        schedule = settings.make_schedule()
+        experts = list(dict.fromkeys(plan_steps(schedule, self.config.sampling.boundary)))
+        with self._bars.task("denoise (compiling)", total=settings.steps) as bar, contextlib.ExitStack() as running:
 
-        with self._bars.task("denoise (compiling)", total=settings.steps) as bar:
+            def get_expert(name: str) -> Expert:
+                running.close()  # frees the expert before this one
+                denoiser = running.enter_context(self.memory.on_device(self.denoisers[name]))
+                return Expert.prepare(denoiser, positive, negative)
 
             def on_step(step: StepReport) -> None:
                 bar.advance(1, f"denoise ({step.expert} expert)")
                 self._add_seconds("denoise", step.seconds)
                 self._add_seconds("compile", step.compile_seconds)
+                for following in experts[experts.index(step.expert) + 1 :]:
+                    self.memory.prefetch(self.denoisers[following])
 
             latents = denoise(
                 latents,
-                settings.make_schedule(),
+                schedule,
                 get_solver(settings.solver),
                 settings.guidance,
                 self.config.sampling.boundary,
@@ -235,13 +263,13 @@ class WanPipeline:
         """
         latents = jnp.asarray(latents)[None]
         count = latents.shape[2]
-        with self._bars.task("decode", total=count) as bar:
-            frames, cache = self._run("decode", self._decode_first, self.vae, latents[:, :, :1])
+        with self._bars.task("decode", total=count) as bar, self.memory.on_device(self.vae) as vae:
+            frames, cache = self._run("decode", self._programs.decode_first, vae, latents[:, :, :1])
             chunks = [np.asarray(frames)]
             bar.advance()
             for index in range(1, count):
                 latent_frame = latents[:, :, index : index + 1]
-                frames, cache = self._run("decode", self._decode_next, self.vae, cache, latent_frame)
+                frames, cache = self._run("decode", self._programs.decode_next, vae, cache, latent_frame)
                 chunks.append(np.asarray(frames))
                 bar.advance()
         return np.concatenate(chunks)
@@ -263,12 +291,16 @@ class WanPipeline:
 
     def _encode_prompts(self, prompts: Sequence[str]) -> jax.Array:
         """Prompts -> [B, text_length, text_dim]; each distinct prompt is encoded once and remembered."""
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._encoded_prompts:
-                if len(self._encoded_prompts) >= CACHED_PROMPTS:
-                    self._encoded_prompts.pop(next(iter(self._encoded_prompts)))
-                tokens, mask = self._tokenizer([prompt], self.config.denoiser.text_length)
-                self._encoded_prompts[prompt] = self._run("text", self._encode_text, self.text_encoder, tokens, mask)[0]
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded_prompts]
+        if new:
+            with self.memory.on_device(self.text_encoder) as encoder:
+                for prompt in new:
+                    if len(self._encoded_prompts) >= CACHED_PROMPTS:
+                        self._encoded_prompts.pop(next(iter(self._encoded_prompts)))
+                    tokens, mask = self._tokenizer([prompt], self.config.denoiser.text_length)
+                    self._encoded_prompts[prompt] = self._run(
+                        "text", self._programs.encode_text, encoder, tokens, mask
+                    )[0]
         return jnp.stack([self._encoded_prompts[prompt] for prompt in prompts])
 
     def _run(self, stage: str, program: Program, *args: Any) -> Any:
@@ -289,18 +321,3 @@ def peak_bytes() -> int | None:
     """The most device memory used so far, over all devices of this process; None where the backend does not say."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
     return max((peak for peak in peaks if peak is not None), default=None)
-
-
-def _to_uint8(frames: jax.Array) -> jax.Array:
-    """[1, F, H, W, 3] around [-1, 1] -> uint8 [F, H, W, 3], truncated as the official code does."""
-    return ((jnp.clip(frames[0], -1.0, 1.0) + 1.0) / 2.0 * 255.0).astype(jnp.uint8)
-
-
-def _decode_first(vae: VAE, latents: jax.Array):
-    frames, cache = vae.decode_first(latents)
-    return _to_uint8(frames), cache
-
-
-def _decode_next(vae: VAE, cache, latents: jax.Array):
-    frames, cache = vae.decode_next(cache, latents)
-    return _to_uint8(frames), cache

@@ -4,6 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from wan_jax.models.text_encoder import TextEncoder
+from wan_jax.models.vae import VAE, Cache
 
 
 class Program:
@@ -15,7 +19,7 @@ class Program:
     def __init__(self, function: Callable, *, matmul_precision: str | None = None, **jit_options: Any):
         self._jitted = jax.jit(function, **jit_options)
         self._matmul_precision = matmul_precision
-        self._executables: dict[Any, Callable] = {}
+        self._executables: dict[Any, jax.stages.Compiled] = {}
 
     def compile(self, *args: Any) -> bool:
         """Compiles for the shapes, dtypes and shardings of `args`; returns whether that had not been done yet."""
@@ -29,6 +33,51 @@ class Program:
     def __call__(self, *args: Any) -> Any:
         self.compile(*args)
         return self._executables[_signature(args)](*args)
+
+    def scratch_bytes(self, *args: Any) -> int:
+        """Device memory that a call takes beside its arguments; they may be abstract (jax.ShapeDtypeStruct)."""
+        self.compile(*args)
+        return scratch_bytes(self._executables[_signature(args)])
+
+
+class Programs:
+    """What a pipeline compiles, but for the denoising step (diffusion/sampler.py).
+
+    `exact` keeps the float32 of the VAE float32. Beside a bfloat16 denoiser it may use TF32 (on TPUs three passes of
+    bfloat16), as PyTorch's convolutions do by default.
+    """
+
+    def __init__(self, exact: bool):
+        # The encoder rounds where the original rounds: XLA may not skip that.
+        self.encode_text = Program(_encode_text, compiler_options={"xla_allow_excess_precision": False})
+        vae_precision = None if exact else "tensorfloat32"
+        self.decode_first = Program(_decode_first, matmul_precision=vae_precision)
+        self.decode_next = Program(_decode_next, matmul_precision=vae_precision, donate_argnums=(1,))
+
+
+def _encode_text(encoder: TextEncoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    return encoder(tokens, mask)
+
+
+def _decode_first(vae: VAE, latents: jax.Array) -> tuple[jax.Array, Cache]:
+    frames, cache = vae.decode_first(latents)
+    return _to_uint8(frames), cache
+
+
+def _decode_next(vae: VAE, cache: Cache, latents: jax.Array) -> tuple[jax.Array, Cache]:
+    frames, cache = vae.decode_next(cache, latents)
+    return _to_uint8(frames), cache
+
+
+def _to_uint8(frames: jax.Array) -> jax.Array:
+    """[1, F, H, W, 3] around [-1, 1] -> uint8 [F, H, W, 3], truncated as the official code does."""
+    return ((jnp.clip(frames[0], -1.0, 1.0) + 1.0) / 2.0 * 255.0).astype(jnp.uint8)
+
+
+def scratch_bytes(executable: jax.stages.Compiled) -> int:
+    """Device memory that one run takes beside its arguments: scratch, and results that do not reuse donated memory."""
+    analysis: Any = executable.memory_analysis()
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
 
 
 def _signature(args: Any) -> Any:

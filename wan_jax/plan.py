@@ -1,0 +1,307 @@
+"""What a run will need, before anything is loaded: device memory, host memory and seconds for each memory profile.
+
+Memory is bookkeeping over the stages of a run (text, denoise, decode): the weights that are on the device in a stage,
+by the abstract trees and the profile; its inputs, by their shapes; and its scratch. Scratch comes from the compiled
+program's own analysis where the program that will run can be compiled here, on an accelerator. XLA:CPU compiles other
+programs, which need far more; there a formula takes its place (`estimated_scratch`).
+
+Seconds are arithmetic operations over rates measured on the kind of device at hand (`RATES`).
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Sharding
+
+from wan_jax.config import DenoiserConfig, WanConfig
+from wan_jax.diffusion.guidance import guidance_by_expert
+from wan_jax.diffusion.sampler import Expert, compile_step, plan_steps
+from wan_jax.diffusion.solvers import get_solver
+from wan_jax.memory import PROFILES, Profile, single_device, streams
+from wan_jax.models.denoiser import Context, Denoiser
+from wan_jax.models.parameters import abstract_parameters, dotted
+from wan_jax.models.text_encoder import TextEncoder
+from wan_jax.models.vae import VAE
+from wan_jax.program import Programs, scratch_bytes
+from wan_jax.settings import Settings
+
+STAGES = ("text", "denoise", "decode")
+
+# What CUDA, cuDNN and fragmentation take, as a share of the memory that JAX may use.
+RESERVE = 0.04
+
+# Arrays of the full resolution, of `base_dim` float32 channels, that the decoder needs at one time.
+DECODE_ACTIVATIONS = 6
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured speeds of one kind of device."""
+
+    denoiser: float  # FLOP/s of a bfloat16 forward, attention included
+    text: float  # FLOP/s of the text encoder
+    decode: float  # pixels of finished video per second
+    copy: float  # bytes per second from pinned host memory
+
+
+# benchmarks/results/generate_full_size_h200.json; an H100 has the same arithmetic units.
+# The rate of copies is that of PCIe 5, of which about 50 GB/s are left for data.
+_HOPPER = Rates(denoiser=575e12, text=260e12, decode=20.5e6, copy=50e9)
+RATES: dict[str, Rates] = {"NVIDIA H200": _HOPPER, "NVIDIA H100 80GB HBM3": _HOPPER}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one profile needs."""
+
+    profile: str
+    device_bytes: Mapping[str, int]  # peak in each stage
+    host_bytes: int  # pinned
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by stage, "step" and "total"; empty if not known
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.device_bytes.values())
+
+    def fits(self, device_memory: int) -> bool:
+        return self.peak_bytes <= device_memory * (1 - RESERVE)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "profile": self.profile,
+            "peak_bytes": self.peak_bytes,
+            "device_bytes": dict(self.device_bytes),
+            "host_bytes": self.host_bytes,
+            "seconds": dict(self.seconds),
+        }
+
+
+class Plan:
+    """The bookkeeping of one run of one model; nothing is allocated.
+
+    Args:
+      config: the model.
+      settings: the run.
+      dtype: of the text encoder and the denoisers; the VAE is float32.
+      device: where it would run; the default device if None.
+      programs: compiled programs go here, for the pipeline that will run them.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        settings: Settings,
+        dtype: str,
+        *,
+        device: jax.Device | None = None,
+        programs: Programs | None = None,
+    ):
+        self.config = config
+        self.settings = settings
+        self.dtype = jnp.dtype(dtype)
+        self.device = jax.devices()[0] if device is None else device
+        self.compiled = self.device.platform != "cpu"  # whether scratch comes from compiled programs
+        self._programs = Programs(exact=dtype == "float32") if programs is None else programs
+        self._scratch: dict[bool, Mapping[str, int]] = {}
+        self._models: dict[str, Callable[[], nnx.Module]] = {
+            "text_encoder": partial(_build, TextEncoder, config.text_encoder, self.dtype),
+            "denoiser": partial(_build, Denoiser, config.denoiser, self.dtype),
+            "vae": partial(_build, VAE, config.vae, jnp.dtype(jnp.float32)),
+        }
+        self._weights = {
+            name: {
+                path: math.prod(info.shape) * info.dtype.itemsize for path, info in abstract_parameters(make).items()
+            }
+            for name, make in self._models.items()
+        }
+
+    def predict(self, profile: Profile) -> Prediction:
+        """What the run needs under a profile."""
+        running = {
+            name: sum(size for path, size in sizes.items() if not profile.on_host(path, running=True))
+            for name, sizes in self._weights.items()
+        }
+        counts = {"text_encoder": 1, "denoiser": len(self.config.experts), "vae": 1}
+        everything = sum(counts[name] * sum(sizes.values()) for name, sizes in self._weights.items())
+        scratch, inputs = self.scratch(profile), self._input_bytes()
+        models = {"text": "text_encoder", "denoise": "denoiser", "decode": "vae"}
+        device_bytes = {
+            stage: (running[model] if profile.idle_on_host else everything) + inputs[stage] + scratch[stage]
+            for stage, model in models.items()
+        }
+        return Prediction(profile.name, device_bytes, everything if profile.idle_on_host else 0, self._seconds(profile))
+
+    def scratch(self, profile: Profile) -> Mapping[str, int]:
+        """Bytes that each stage's program takes beside weights and inputs."""
+        if not self.compiled:
+            return self.estimated_scratch(profile)
+        if profile.layers_on_host not in self._scratch:  # resident and swap run the same programs
+            self._scratch[profile.layers_on_host] = self._compiled_scratch(profile)
+        return self._scratch[profile.layers_on_host]
+
+    def estimated_scratch(self, profile: Profile) -> dict[str, int]:
+        """The formula: the largest set of arrays that are needed at one time.
+
+        Denoise: at the feed-forward layer, the float32 residual stream, its normalised copy and both sides of GELU,
+        for every token; one layer's weights, because a loop slices them out; one context, because guidance selects it.
+        Text: the same of 512 tokens, and the scores of all heads in float32, three times.
+        Decode: at full resolution, the activations around a residual block and its convolutions' partial sums.
+        """
+        denoiser, encoder, vae = self.config.denoiser, self.config.text_encoder, self.config.vae
+        item = self.dtype.itemsize
+        tokens = self._tokens()
+        layer = sum(size for path, size in self._weights["denoiser"].items() if streams(path)) // denoiser.num_layers
+        denoise = tokens * (4 * denoiser.dim + item * (denoiser.dim + 2 * denoiser.ffn_dim))
+        denoise += layer * (2 if profile.layers_on_host else 1) + self._context_bytes()
+        length = denoiser.text_length
+        encoder_layer = sum(size for path, size in self._weights["text_encoder"].items() if streams(path))
+        text = 3 * 4 * encoder.num_heads * length**2 + length * item * (encoder.dim + 3 * encoder.ffn_dim)
+        text += encoder_layer // encoder.num_layers * (2 if profile.layers_on_host else 1)
+        width, height = self.settings.size
+        frames = vae.temporal_stride if self.settings.frames > 1 else 1
+        decode = width * height * frames * 4 * vae.base_dim * DECODE_ACTIVATIONS
+        return {"text": text, "denoise": denoise, "decode": decode}
+
+    def _compiled_scratch(self, profile: Profile) -> dict[str, int]:
+        text_encoder, denoiser, vae = (
+            _abstract(make, lambda path: single_device(self.device, profile.on_host(path, running=True)))
+            for make in self._models.values()
+        )
+        here = single_device(self.device, on_host=False)
+        tokens = jax.ShapeDtypeStruct((1, self.config.denoiser.text_length), jnp.int32)
+        text = self._programs.encode_text.scratch_bytes(text_encoder, tokens, tokens)
+
+        context = self._context(here)
+        solver = get_solver(self.settings.solver)
+        state = jax.eval_shape(solver.init, self._latents())
+        expert = Expert(denoiser, context, context if self._guided() else None)
+        denoise = scratch_bytes(compile_step(expert, self.settings.make_schedule(), solver, state))
+
+        frame = self._latent_frame(here)
+        decode = self._programs.decode_first.scratch_bytes(vae, frame)
+        if self.settings.frames > 1:
+            cache = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+                jax.eval_shape(lambda vae, frame: vae.decode_first(frame)[1], vae, frame),
+            )
+            decode = max(decode, self._programs.decode_next.scratch_bytes(vae, cache, frame))
+        return {"text": text, "denoise": denoise, "decode": decode}
+
+    def _input_bytes(self) -> dict[str, int]:
+        """Bytes of what each stage works on: encoded text; contexts and solver state; latents and the VAE's cache."""
+        latents = self._latents()
+        state = jax.eval_shape(get_solver(self.settings.solver).init, latents)
+        text = 2 * self.config.denoiser.text_length * self.config.denoiser.text_dim * self.dtype.itemsize
+        contexts = self._context_bytes() * (2 if self._guided() else 1)
+        vae = _abstract(self._models["vae"], lambda path: None)
+        frame = self._latent_frame(None)
+        cache = jax.eval_shape(lambda vae, frame: vae.decode_first(frame)[1], vae, frame)
+        return {
+            "text": text,
+            "denoise": text + contexts + _nbytes(latents) + _nbytes(state),
+            "decode": text + _nbytes(latents) + _nbytes(cache),
+        }
+
+    def _seconds(self, profile: Profile) -> dict[str, float]:
+        """Seconds by stage; nothing for a kind of device that was never measured."""
+        rates = RATES.get(self.device.device_kind)
+        if rates is None:
+            return {}
+        settings = self.settings
+        encoder, pixels = self.config.text_encoder, math.prod(settings.size) * settings.frames
+        bytes_of = {name: sum(sizes.values()) for name, sizes in self._weights.items()}
+        experts = plan_steps(settings.make_schedule(), self.config.sampling.boundary)
+        scales = guidance_by_expert(settings.guidance, tuple(dict.fromkeys(experts)))
+        forward = denoiser_flops(self.config.denoiser, self._tokens()) / rates.denoiser
+        if profile.layers_on_host:
+            streamed = sum(size for path, size in self._weights["denoiser"].items() if streams(path))
+            # Copies hide behind the layer before, but for the first one's.
+            forward = max(forward, streamed / rates.copy) + streamed / self.config.denoiser.num_layers / rates.copy
+        forwards = sum(1 if scales[name] == 1 else 2 for name in experts)
+        weights_per_layer = 2 * encoder.dim * (4 * encoder.num_heads * encoder.head_dim + 3 * encoder.ffn_dim)
+        text = 2 * self.config.denoiser.text_length * encoder.num_layers * weights_per_layer / rates.text
+        seconds = {"text": text, "denoise": forwards * forward, "decode": pixels / rates.decode}
+        if profile.idle_on_host:
+            seconds["text"] += bytes_of["text_encoder"] / rates.copy
+            seconds["decode"] += bytes_of["vae"] / rates.copy
+        if profile.idle_on_host and not profile.layers_on_host:
+            seconds["denoise"] += len(set(experts)) * bytes_of["denoiser"] / rates.copy
+        return seconds | {"step": forward * forwards / len(experts), "total": sum(seconds.values())}
+
+    def _guided(self) -> bool:
+        experts = plan_steps(self.settings.make_schedule(), self.config.sampling.boundary)
+        return any(scale != 1 for scale in guidance_by_expert(self.settings.guidance, tuple(set(experts))).values())
+
+    def _tokens(self) -> int:
+        _, *sizes = self.settings.latents_shape(self.config)
+        return math.prod(size // step for size, step in zip(sizes, self.config.denoiser.patch_size, strict=True))
+
+    def _latents(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *self.settings.latents_shape(self.config)), jnp.float32)
+
+    def _latent_frame(self, sharding: Sharding | None) -> jax.ShapeDtypeStruct:
+        channels, _, height, width = self.settings.latents_shape(self.config)
+        return jax.ShapeDtypeStruct((1, channels, 1, height, width), jnp.float32, sharding=sharding)
+
+    def _context(self, sharding: Sharding | None) -> Context:
+        config = self.config.denoiser
+        shape = (config.num_layers, 1, config.text_length, config.num_heads, config.head_dim)
+        array: Any = jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
+        return Context(array, array)
+
+    def _context_bytes(self) -> int:
+        return _nbytes(self._context(None))
+
+
+def choose_profile(config: WanConfig, settings: Settings, dtype: str, programs: Programs | None = None) -> Profile:
+    """The fastest profile that the default device has room for, and "stream" where none has.
+
+    Where the device does not say how much memory it has (CPUs), everything stays resident.
+    """
+    memory = device_memory(jax.devices()[0])
+    if memory is None:
+        return PROFILES["resident"]
+    plan = Plan(config, settings, dtype, programs=programs)
+    for profile in PROFILES.values():
+        if plan.predict(profile).fits(memory):
+            return profile
+    return PROFILES["stream"]
+
+
+def device_memory(device: jax.Device) -> int | None:
+    """Bytes that JAX may use on the device; None where the backend does not say."""
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def denoiser_flops(config: DenoiserConfig, tokens: int) -> float:
+    """Floating-point operations of one forward: products of the blocks, and both products of attention."""
+    projections = 2 * tokens * config.dim * (6 * config.dim + 2 * config.ffn_dim)
+    attention = 4 * tokens * (tokens + config.text_length) * config.dim
+    return config.num_layers * (projections + attention)
+
+
+def _build(make: Callable[..., nnx.Module], config: Any, dtype: Any) -> nnx.Module:
+    return make(config, dtype=dtype, rngs=nnx.Rngs(0))
+
+
+def _abstract(make: Callable[[], nnx.Module], sharding: Callable[[str], Sharding | None]) -> nnx.Module:
+    """The model with jax.ShapeDtypeStruct for arrays."""
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    leaves = [
+        (
+            path,
+            variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding(dotted(path)))),
+        )
+        for path, variable in state.flat_state()
+    ]
+    return nnx.merge(graphdef, nnx.State.from_flat_path(leaves))
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
