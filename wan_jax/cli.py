@@ -3,11 +3,11 @@
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
 
+from wan_jax import xla_flags
 from wan_jax.errors import InputError
 from wan_jax.generate import Options
 from wan_jax.settings import DTYPES
@@ -19,7 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     values, rest = parser.parse_known_args(arguments)
     if rest and values.run is not _sample:
         parser.error(f"unknown argument {rest[0]!r}; see wan-jax {values.command} --help")
-    _use_compile_cache()
+    xla_flags.configure()
+    xla_flags.use_compile_cache()
     try:
         if values.run is _sample:
             _sample(values, rest)
@@ -61,6 +62,15 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("info", help="say what a checkpoint is", allow_abbrev=False)
     command.add_argument("checkpoint", help="folder, file or hub id", metavar="PATH")
     command.set_defaults(run=_info)
+
+    command = commands.add_parser(
+        "plan", help="predict memory and seconds before anything is loaded", allow_abbrev=False
+    )
+    command.add_argument("--preset", default="t2v-a14b", help="model (default t2v-a14b)", metavar="NAME")
+    _add_options(command, ["size", "frames", "steps", "guidance", "dtype", "profile"])
+    command.add_argument("--device-memory", type=float, help="what fits, instead of this device's", metavar="GIB")
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+    command.set_defaults(run=_plan)
 
     command = commands.add_parser("demo", help="write, convert and run a small random model", allow_abbrev=False)
     command.add_argument("folder", nargs="?", default="outputs/demo", help="where (default outputs/demo)")
@@ -130,15 +140,17 @@ def _info(values: argparse.Namespace) -> None:
     print(open_checkpoint(local_checkpoint(values.checkpoint)).info())
 
 
+def _plan(values: argparse.Namespace) -> None:
+    from wan_jax.generate import plan
+
+    report = plan(values.preset, _options(values), values.device_memory)
+    print(json.dumps(report.as_json()) if values.json else report)
+
+
 def _demo(values: argparse.Namespace) -> None:
     from wan_jax.demo import run_demo
 
     print(run_demo(pathlib.Path(values.folder)))
-
-
-def _use_compile_cache() -> None:
-    """Keeps compiled programs across runs, unless JAX_COMPILATION_CACHE_DIR already says where (empty: nowhere)."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "wan_jax" / "compile"))
 
 
 if __name__ == "__main__":

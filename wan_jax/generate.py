@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from wan_jax.config import WanConfig, get_preset
 from wan_jax.diffusion.schedule import GRIDS
 from wan_jax.errors import InputError
-from wan_jax.settings import DTYPES, NOISES, Settings, parse_guidance, parse_size
+from wan_jax.settings import DTYPES, NOISES, PROFILE_NAMES, Settings, parse_guidance, parse_size
 from wan_jax.video import Video, check_folder, check_output, save_array
 
 if TYPE_CHECKING:
     from wan_jax.checkpoint import Checkpoint
+    from wan_jax.plan import Report
     from wan_jax.progress import Bars
 
 
@@ -44,6 +46,9 @@ class Options:
     seed: int = _option(int, "the initial noise depends on it alone (default 0)", default=0, metavar="N")
     noise: str = _option(str, f"{' | '.join(NOISES)}: whose random numbers (default jax)", default="jax")
     dtype: str = _option(str, f"{' | '.join(DTYPES)} (default bfloat16)", default="bfloat16")
+    profile: str = _option(
+        str, f"{' | '.join(PROFILE_NAMES)}: where weights are kept (default auto)", default="auto", metavar="NAME"
+    )
     initial_latents: str | None = _option(str, "start from these float32 [C, F', h, w] latents", metavar="F.npy")
     save_latents: str | None = _option(str, "also write the final float32 [C, F', h, w] latents", metavar="F.npy")
     save_frames: str | None = _option(str, "also write the uint8 [F, H, W, 3] frames", metavar="F.npy")
@@ -78,22 +83,12 @@ def generate(options: Options) -> dict[str, Any]:
     bars = Bars(not options.quiet)
     start = time.perf_counter()
     checkpoint = _open(options, bars)
-    settings = Settings.resolve(
-        checkpoint.config,
-        negative_prompt=options.negative_prompt,
-        size=parse_size(options.size) if options.size else None,
-        frames=options.frames,
-        steps=options.steps,
-        guidance=parse_guidance(options.guidance) if options.guidance else None,
-        shift=options.shift,
-        solver=options.solver,
-        schedule=options.schedule,
-        seed=options.seed,
-        noise=options.noise,
-    )
+    settings = _settings(options, checkpoint.config)
     if initial_latents is not None:
         settings.check_latents(initial_latents.shape, checkpoint.config, 1)
-    pipeline = WanPipeline.from_checkpoint(checkpoint, options.dtype, progress=not options.quiet)
+    pipeline = WanPipeline.from_checkpoint(
+        checkpoint, options.dtype, profile=options.profile, settings=settings, progress=not options.quiet
+    )
     seconds = dict.fromkeys(STAGES, 0.0)
     seconds["load"] = time.perf_counter() - start
 
@@ -127,10 +122,21 @@ def generate(options: Options) -> dict[str, Any]:
             **settings.as_json(),
         },
         "seed": settings.seed,
+        "profile": pipeline.memory.profile.name,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "peak_bytes": peak_bytes(),
         "outputs": [str(path) for path in written],
     }
+
+
+def plan(preset: str, options: Options, device_memory: float | None = None) -> "Report":
+    """Predicts what the options need of a device (of its memory, or of one with `device_memory` GiB)."""
+    config = get_preset(preset)
+    settings = _settings(options, config)
+
+    from wan_jax.plan import report
+
+    return report(config, settings, options.dtype, options.profile, device_memory)
 
 
 def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
@@ -143,8 +149,25 @@ def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
 
     bars = Bars(not options.quiet)
     checkpoint = _open(options, bars)
-    pipeline = WanPipeline.from_checkpoint(checkpoint, options.dtype, progress=not options.quiet)
+    # The experts stay on the host.
+    pipeline = WanPipeline.from_checkpoint(checkpoint, options.dtype, profile="swap", progress=not options.quiet)
     return Video(pipeline.decode(latents), latents, checkpoint.config.sampling.fps).save(output)
+
+
+def _settings(options: Options, config: WanConfig) -> Settings:
+    return Settings.resolve(
+        config,
+        negative_prompt=options.negative_prompt,
+        size=parse_size(options.size) if options.size else None,
+        frames=options.frames,
+        steps=options.steps,
+        guidance=parse_guidance(options.guidance) if options.guidance else None,
+        shift=options.shift,
+        solver=options.solver,
+        schedule=options.schedule,
+        seed=options.seed,
+        noise=options.noise,
+    )
 
 
 def _open(options: Options, bars: "Bars") -> "Checkpoint":

@@ -9,7 +9,6 @@ A profile changes no bit of a result. Models on the host are ordinary models who
 """
 
 import contextlib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,12 +17,9 @@ import jax
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from wan_jax.errors import unknown_name
 from wan_jax.models.parameters import dotted, named_parameters
 
 Model = TypeVar("Model", bound=nnx.Module)
-
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -49,13 +45,6 @@ PROFILES = {
         Profile("stream", idle_on_host=True, layers_on_host=True),
     )
 }
-
-
-def get_profile(name: str) -> Profile:
-    """Returns the profile called `name`; raises InputError naming the nearest one."""
-    if name not in PROFILES:
-        raise unknown_name("profile", name, [*PROFILES, AUTO])
-    return PROFILES[name]
 
 
 def streams(parameter: str) -> bool:
@@ -152,12 +141,3 @@ def free_bytes(device: jax.Device) -> int:
     """Device memory that this process never needed so far; 0 where the backend does not say."""
     statistics = device.memory_stats() or {}
     return max(0, statistics.get("bytes_limit", 0) - statistics.get("peak_bytes_in_use", 0))
-
-
-def allow_pinned_host_memory() -> None:
-    """Lets JAX pin as much host memory as the machine has: on GPUs it stops at 64 GiB, and two experts take 57 GB.
-
-    Only before JAX starts; XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB wins where it is set.
-    """
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(total // 2**30))

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
+from wan_jax import xla_flags
 from wan_jax.checkpoint import Checkpoint, open_checkpoint
 from wan_jax.checkpoint.hub import local_checkpoint
 from wan_jax.config import WanConfig
@@ -23,7 +24,7 @@ from wan_jax.diffusion.noise import initial_noise
 from wan_jax.diffusion.sampler import Expert, StepReport, denoise, plan_steps
 from wan_jax.diffusion.solvers import get_solver
 from wan_jax.errors import InputError
-from wan_jax.memory import AUTO, PROFILES, Memory, allow_pinned_host_memory, get_profile
+from wan_jax.memory import PROFILES, Memory
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.parameters import with_parameters
 from wan_jax.models.text_encoder import TextEncoder
@@ -31,7 +32,7 @@ from wan_jax.models.vae import VAE
 from wan_jax.plan import choose_profile
 from wan_jax.program import Program, Programs
 from wan_jax.progress import Bars
-from wan_jax.settings import DTYPES, Settings, check_name
+from wan_jax.settings import DTYPES, PROFILE_NAMES, Settings, check_name
 from wan_jax.tokenizer import Tokenizer
 from wan_jax.video import Video
 
@@ -77,7 +78,7 @@ class WanPipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_id: str | os.PathLike, dtype: str = "bfloat16", *, profile: str = AUTO, progress: bool = False
+        cls, path_or_id: str | os.PathLike, dtype: str = "bfloat16", *, profile: str = "auto", progress: bool = False
     ) -> "WanPipeline":
         """Loads a checkpoint: ours (Orbax), the official tree, a diffusers tree, ComfyUI files, or a hub id of those.
 
@@ -101,7 +102,7 @@ class WanPipeline:
         checkpoint: Checkpoint,
         dtype: str = "bfloat16",
         *,
-        profile: str = AUTO,
+        profile: str = "auto",
         settings: Settings | None = None,
         progress: bool = False,
     ) -> "WanPipeline":
@@ -110,7 +111,8 @@ class WanPipeline:
         `settings` is the run that the profile "auto" must have room for.
         """
         check_name("dtype", dtype, DTYPES)
-        allow_pinned_host_memory()
+        check_name("profile", profile, PROFILE_NAMES)
+        xla_flags.configure()
         start = time.perf_counter()
         bars = Bars(progress)
         for note in checkpoint.notes:
@@ -123,12 +125,12 @@ class WanPipeline:
         tokenizer = Tokenizer.from_pretrained(checkpoint.tokenizer_folder, vocab_size=config.text_encoder.vocab_size)
 
         programs = Programs(exact=dtype == "float32")
-        if profile == AUTO:
+        if profile == "auto":
             chosen = choose_profile(config, settings or Settings.resolve(config), dtype, programs)
             if chosen.idle_on_host:
                 bars.note(f"memory profile {chosen.name}: the device has no room for more")
         else:
-            chosen = get_profile(profile)
+            chosen = PROFILES[profile]
         memory = Memory(chosen)
 
         def load(component: str, make, model_config, dtype: str):

@@ -23,13 +23,14 @@ from wan_jax.config import DenoiserConfig, WanConfig
 from wan_jax.diffusion.guidance import guidance_by_expert
 from wan_jax.diffusion.sampler import Expert, compile_step, plan_steps
 from wan_jax.diffusion.solvers import get_solver
+from wan_jax.errors import InputError
 from wan_jax.memory import PROFILES, Profile, single_device, streams
 from wan_jax.models.denoiser import Context, Denoiser
 from wan_jax.models.parameters import abstract_parameters, dotted
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.program import Programs, scratch_bytes
-from wan_jax.settings import Settings
+from wan_jax.settings import DTYPES, PROFILE_NAMES, Settings, check_name
 
 STAGES = ("text", "denoise", "decode")
 
@@ -69,8 +70,8 @@ class Prediction:
     def peak_bytes(self) -> int:
         return max(self.device_bytes.values())
 
-    def fits(self, device_memory: int) -> bool:
-        return self.peak_bytes <= device_memory * (1 - RESERVE)
+    def fits(self, memory: int) -> bool:
+        return self.peak_bytes <= memory * (1 - RESERVE)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -123,19 +124,26 @@ class Plan:
 
     def predict(self, profile: Profile) -> Prediction:
         """What the run needs under a profile."""
-        running = {
-            name: sum(size for path, size in sizes.items() if not profile.on_host(path, running=True))
-            for name, sizes in self._weights.items()
-        }
-        counts = {"text_encoder": 1, "denoiser": len(self.config.experts), "vae": 1}
-        everything = sum(counts[name] * sum(sizes.values()) for name, sizes in self._weights.items())
-        scratch, inputs = self.scratch(profile), self._input_bytes()
+        scratch = self.scratch(profile)
+        device_bytes = {stage: size + scratch[stage] for stage, size in self.without_scratch(profile).items()}
+        host_bytes = self._all_weights() if profile.idle_on_host else 0
+        return Prediction(profile.name, device_bytes, host_bytes, self._seconds(profile))
+
+    def without_scratch(self, profile: Profile) -> dict[str, int]:
+        """Device bytes of weights and inputs in each stage."""
         models = {"text": "text_encoder", "denoise": "denoiser", "decode": "vae"}
-        device_bytes = {
-            stage: (running[model] if profile.idle_on_host else everything) + inputs[stage] + scratch[stage]
+        inputs = self._input_bytes()
+        if not profile.idle_on_host:
+            return {stage: self._all_weights() + inputs[stage] for stage in models}
+        return {
+            stage: inputs[stage]
+            + sum(size for path, size in self._weights[model].items() if not profile.on_host(path, running=True))
             for stage, model in models.items()
         }
-        return Prediction(profile.name, device_bytes, everything if profile.idle_on_host else 0, self._seconds(profile))
+
+    def _all_weights(self) -> int:
+        counts = {"text_encoder": 1, "denoiser": len(self.config.experts), "vae": 1}
+        return sum(counts[name] * sum(sizes.values()) for name, sizes in self._weights.items())
 
     def scratch(self, profile: Profile) -> Mapping[str, int]:
         """Bytes that each stage's program takes beside weights and inputs."""
@@ -148,8 +156,9 @@ class Plan:
     def estimated_scratch(self, profile: Profile) -> dict[str, int]:
         """The formula: the largest set of arrays that are needed at one time.
 
-        Denoise: at the feed-forward layer, the float32 residual stream, its normalised copy and both sides of GELU,
-        for every token; one layer's weights, because a loop slices them out; one context, because guidance selects it.
+        Denoise: at the feed-forward layer, the float32 residual stream, its normalised copy and both sides of GELU for
+        every token; that layer's weights, which the loop slices out; one context, because guidance selects it. A
+        streamed layer comes on top.
         Text: the same of 512 tokens, and the scores of all heads in float32, three times.
         Decode: at full resolution, the activations around a residual block and its convolutions' partial sums.
         """
@@ -158,7 +167,8 @@ class Plan:
         tokens = self._tokens()
         layer = sum(size for path, size in self._weights["denoiser"].items() if streams(path)) // denoiser.num_layers
         denoise = tokens * (4 * denoiser.dim + item * (denoiser.dim + 2 * denoiser.ffn_dim))
-        denoise += layer * (2 if profile.layers_on_host else 1) + self._context_bytes()
+        denoise += item * 2 * denoiser.dim * denoiser.ffn_dim + self._context_bytes()
+        denoise += layer if profile.layers_on_host else 0
         length = denoiser.text_length
         encoder_layer = sum(size for path, size in self._weights["text_encoder"].items() if streams(path))
         text = 3 * 4 * encoder.num_heads * length**2 + length * item * (encoder.dim + 3 * encoder.ffn_dim)
@@ -259,22 +269,104 @@ class Plan:
         return _nbytes(self._context(None))
 
 
+@dataclass(frozen=True)
+class Report:
+    """Predictions for the profiles asked for. str() is for people."""
+
+    plan: Plan
+    predictions: tuple[Prediction, ...]
+    device_memory: int | None  # bytes that JAX may use
+
+    def fits(self, prediction: Prediction) -> bool | None:
+        """None where the device's memory is not known."""
+        return None if self.device_memory is None else prediction.fits(self.device_memory)
+
+    @property
+    def best(self) -> str | None:
+        """The fastest profile that fits; None where none does, or where that is not known."""
+        return next((each.profile for each in self.predictions if self.fits(each)), None)
+
+    def as_json(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "model": plan.config.name,
+            "settings": plan.settings.as_json(),
+            "dtype": plan.dtype.name,
+            "device": plan.device.device_kind,
+            "device_memory": self.device_memory,
+            "scratch": "compiled" if plan.compiled else "formula",
+            "profiles": [each.as_json() | {"fits": self.fits(each)} for each in self.predictions],
+            "best": self.best,
+        }
+
+    def __str__(self) -> str:
+        plan, settings = self.plan, self.plan.settings
+        memory = "" if self.device_memory is None else f", {_gib(self.device_memory)} for JAX"
+        lines = [
+            f"{plan.config.name} {settings.size[0]}x{settings.size[1]}, {settings.frames} frames, {settings.steps} "
+            f"steps, {plan.dtype.name}; {plan.device.device_kind}{memory}",
+            f"{'profile':<9} {'device peak':>11} {'text':>10} {'denoise':>10} {'decode':>10} {'pinned host':>12} "
+            f"{'a step':>8} {'a video':>9}",
+        ]
+        for each in self.predictions:
+            stages = " ".join(f"{_gib(each.device_bytes[stage]):>10}" for stage in STAGES)
+            times = " ".join(
+                f"{each.seconds[name]:>{width}.1f} s" if each.seconds else f"{'?':>{width + 2}}"
+                for name, width in (("step", 6), ("total", 7))
+            )
+            verdict = {True: "fits", False: "does not fit", None: ""}[self.fits(each)]
+            lines.append(
+                f"{each.profile:<9} {_gib(each.peak_bytes):>11} {stages} {_gib(each.host_bytes):>12} {times}  {verdict}"
+            )
+        if plan.compiled:
+            lines.append("Scratch memory is that of the programs as compiled for this device.")
+        else:
+            lines.append(
+                "Scratch memory is a formula's, for GPUs: programs compiled for the CPU at hand need other amounts."
+            )
+        if not self.predictions[0].seconds:
+            lines.append(f"No seconds: wan_jax/plan.py has no measured rates for {plan.device.device_kind!r}.")
+        if self.device_memory is None:
+            lines.append("How much memory the device has is not known; say it with --device-memory.")
+        else:
+            lines.append(f"Best: {self.best}." if self.best else "None fits: take a smaller size or fewer frames.")
+        return "\n".join(lines)
+
+
+def report(
+    config: WanConfig, settings: Settings, dtype: str, profile: str = "auto", device_memory: float | None = None
+) -> Report:
+    """Predicts one profile, or all of them for "auto".
+
+    `device_memory` is in GiB and takes the place of what the default device has.
+    """
+    check_name("dtype", dtype, DTYPES)
+    check_name("profile", profile, PROFILE_NAMES)
+    if device_memory is not None and not device_memory > 0:
+        raise InputError(f"device memory {device_memory:g}: give GiB, more than 0")
+    plan = Plan(config, settings, dtype)
+    profiles = PROFILES.values() if profile == "auto" else [PROFILES[profile]]
+    limit = memory_limit(plan.device) if device_memory is None else int(device_memory * 2**30)
+    return Report(plan, tuple(plan.predict(each) for each in profiles), limit)
+
+
 def choose_profile(config: WanConfig, settings: Settings, dtype: str, programs: Programs | None = None) -> Profile:
     """The fastest profile that the default device has room for, and "stream" where none has.
 
     Where the device does not say how much memory it has (CPUs), everything stays resident.
     """
-    memory = device_memory(jax.devices()[0])
+    memory = memory_limit(jax.devices()[0])
     if memory is None:
         return PROFILES["resident"]
     plan = Plan(config, settings, dtype, programs=programs)
     for profile in PROFILES.values():
-        if plan.predict(profile).fits(memory):
+        # Compiling takes long: not for a profile whose weights alone are too large.
+        if max(plan.without_scratch(profile).values()) < memory and plan.predict(profile).fits(memory):
             return profile
     return PROFILES["stream"]
 
 
-def device_memory(device: jax.Device) -> int | None:
+def memory_limit(device: jax.Device) -> int | None:
     """Bytes that JAX may use on the device; None where the backend does not say."""
     return (device.memory_stats() or {}).get("bytes_limit")
 
@@ -301,6 +393,10 @@ def _abstract(make: Callable[[], nnx.Module], sharding: Callable[[str], Sharding
         for path, variable in state.flat_state()
     ]
     return nnx.merge(graphdef, nnx.State.from_flat_path(leaves))
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
 
 
 def _nbytes(tree: Any) -> int:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE, Cache
+from wan_jax.xla_flags import TEXT_ENCODER_OPTIONS
 
 
 class Program:
@@ -48,8 +49,7 @@ class Programs:
     """
 
     def __init__(self, exact: bool):
-        # The encoder rounds where the original rounds: XLA may not skip that.
-        self.encode_text = Program(_encode_text, compiler_options={"xla_allow_excess_precision": False})
+        self.encode_text = Program(_encode_text, compiler_options=TEXT_ENCODER_OPTIONS)
         vae_precision = None if exact else "tensorfloat32"
         self.decode_first = Program(_decode_first, matmul_precision=vae_precision)
         self.decode_next = Program(_decode_next, matmul_precision=vae_precision, donate_argnums=(1,))

@@ -11,6 +11,7 @@ from wan_jax.errors import InputError, unknown_name
 
 NOISES = ("jax", "torch")
 DTYPES = ("bfloat16", "float32")
+PROFILE_NAMES = ("auto", "resident", "swap", "stream")  # what the last three mean is in memory.py
 
 
 @dataclass(frozen=True)
