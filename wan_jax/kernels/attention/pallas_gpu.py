@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention.block_lists import BlockLists
 
-JAX_NEEDED = (0, 11, 2)
+JAX_NEEDED = (0, 11, 0)
 TOO_OLD = f"it needs jax >= {'.'.join(map(str, JAX_NEEDED))} (Python >= 3.12) and this is jax {jax.__version__}"
 # Older versions have the module, without what is needed here.
 plgpu: Any = (
@@ -323,6 +323,12 @@ def forward(
             def finish_values(output_acc, output):
                 return output_acc[...] if interpret is None else output_acc[...] + output
 
+            def add_up(probabilities):
+                """Row sums; with registers to spare as 8 partial ones, [rows, 8], which cost no exchange of threads."""
+                if consumers == 3:
+                    return probabilities.sum(axis=1)
+                return functools.reduce(jnp.add, (probabilities[:, i : i + 8] for i in range(0, key_block, 8)))
+
             def softmax(logits, maximum, total, step, partial, running):
                 """Online, base 2: (probabilities bf16, maximum, total, factor for what came before or None)."""
                 if partial:
@@ -334,14 +340,14 @@ def forward(
                     logits = jnp.where(visible, logits, -jnp.inf)
                 if not running:
                     probabilities = jnp.exp2(logits * scale_log2 - across(maximum, key_block))
-                    return probabilities.astype(jnp.bfloat16), maximum, total + probabilities.sum(axis=1), None
+                    return probabilities.astype(jnp.bfloat16), maximum, total + add_up(probabilities), None
                 new_maximum = jnp.maximum(maximum, logits.max(axis=1) * scale_log2)
                 offset = new_maximum
                 if partial and has_ranges:  # A row may have seen nothing yet: no inf - inf.
                     offset = jnp.where(new_maximum == -jnp.inf, 0.0, new_maximum)
                 probabilities = jnp.exp2(logits * scale_log2 - across(offset, key_block))
                 factor = jnp.exp2(maximum - offset)
-                total = total * factor + probabilities.sum(axis=1)
+                total = total * (across(factor, 8) if total.ndim == 2 else factor) + add_up(probabilities)
                 return probabilities.astype(jnp.bfloat16), new_maximum, total, factor
 
             def store(ref, row, values):
@@ -454,8 +460,10 @@ def forward(
             def initial():
                 output = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, head_dim), jnp.float32), wgmma_layout)
                 maximum = plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), -jnp.inf, jnp.float32), row_layout)
-                total = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS,), jnp.float32), row_layout)
-                return output, maximum, total
+                shape, layout = (
+                    ((WARPGROUP_ROWS,), row_layout) if consumers == 3 else ((WARPGROUP_ROWS, 8), wgmma_layout)
+                )
+                return output, maximum, plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
             def run_steps(body, start, carry):
                 """body over the steps from `start` on, those with partial blocks first."""
@@ -476,13 +484,18 @@ def forward(
                     plgpu.copy_smem_to_gmem(lse_smem.at[thread], lse_ref[0].at[b, h, rows])
                 plgpu.wait_smem_to_gmem(0)
 
+            def run(running):
+                schedule = ping_pong if tuning.schedule in ("free", "ping_pong") else two_stage
+                output, maximum, total = schedule(running)
+                return output, maximum, total if total.ndim == 1 else total.sum(axis=1)
+
             def attend():
-                run = ping_pong if tuning.schedule in ("free", "ping_pong") else two_stage
                 output, maximum, total = run(running_maximum)
                 if not running_maximum:
-                    overflow_smem[thread] = jnp.where(total > TOTAL_LIMIT, 1.0, 0.0)
+                    overflow = jnp.where(total > TOTAL_LIMIT, 1.0, 0.0)
+                    store(overflow_smem, thread, overflow)
                     if consumers == 3:  # the fourth row fills up to a multiple of the threads
-                        pl.when(thread == 0)(lambda: store(overflow_smem, 3, jnp.where(total > TOTAL_LIMIT, 1.0, 0.0)))
+                        pl.when(thread == 0)(lambda: store(overflow_smem, 3, overflow))
                     plgpu.barrier_arrive(checked)
                     plgpu.barrier_wait(checked)
                     output, maximum, total = lax.cond(
