@@ -1,16 +1,17 @@
 """The causal 3-D video VAE of Wan2.1 (wan/modules/vae2_1.py), streaming over time.
 
 Nothing in it looks ahead in time, so frames are processed in order with constant memory: every temporal convolution
-remembers the last frames of its input, and those buffers (`Cache`) are the carry of a scan, or of a host loop that
-fetches each chunk of frames as it is made. The first frame is special: it is coded alone, one latent frame for one
-frame of video, and the temporal resampling skips it; each later latent frame stands for `temporal_stride` frames.
+leaves behind what the frames to come need of the past, and those buffers (`Cache`) are the carry of a scan, or of a
+host loop that fetches each chunk of frames as it is made. The first frame is special: it is coded alone, one latent
+frame for one frame of video, and the temporal resampling skips it; each later latent frame stands for
+`temporal_stride` frames. Where the resolution is high, the frames of a step go through the layers one after the other.
 
 Inside, activations are channels-last: [batch, time, height, width, channels].
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypedDict, Unpack
 
 import jax
@@ -25,10 +26,13 @@ from wan_jax.config import VAEConfig
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
 from wan_jax.models.layers import Linear
+from wan_jax.models.streaming import Cache, History, overlap_add, sum_float32
 from wan_jax.precision import matmul_precision
 
-# One buffer [B, frames, H, W, C] per temporal convolution, in the order in which the network calls them.
-Cache = tuple[jax.Array, ...]
+# How many frames pass the layers of full time resolution at once: memory there is proportional to it.
+FRAMES_AT_ONCE = 1
+# What the attention's float32 logits may take.
+LOGITS_BYTES = 128 * 2**20
 
 
 class Options(TypedDict):
@@ -37,37 +41,6 @@ class Options(TypedDict):
     dtype: DTypeLike  # of the computation
     param_dtype: DTypeLike  # of the stored parameters
     rngs: nnx.Rngs
-
-
-class History:
-    """Hands each temporal convolution the frames before its input, and collects what the next call will need.
-
-    It lives for one pass through the network. Without a cache the input is the first frame, preceded by zeros.
-    """
-
-    def __init__(self, cache: Cache | None):
-        self.is_first_frame = cache is None
-        self.previous: Iterator[jax.Array] = iter(cache or ())
-        self.collected: list[jax.Array] = []
-
-    def prepend(self, x: jax.Array, frames: int) -> jax.Array:
-        """[B, T, H, W, C] -> [B, frames + T, H, W, C]: the `frames` frames before x, then x."""
-        before = self.zeros(x, frames) if self.is_first_frame else next(self.previous)
-        x = jnp.concatenate([before, x], axis=1)
-        self.remember(x[:, -frames:])
-        return x
-
-    def remember(self, frames: jax.Array) -> None:
-        """Sets what the convolution called at this point will find before its next input."""
-        self.collected.append(frames)
-
-    @staticmethod
-    def zeros(like: jax.Array, frames: int) -> jax.Array:
-        return jnp.zeros_like(like, shape=(like.shape[0], frames, *like.shape[2:]))
-
-    @property
-    def cache(self) -> Cache:
-        return tuple(self.collected)
 
 
 def spatial_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: tuple[int, int]) -> jax.Array:
@@ -83,47 +56,55 @@ def spatial_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: t
     return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
 
 
-def causal_conv(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, time_stride: int = 1) -> jax.Array:
-    """3-D convolution without padding in time, "same" padding in space, as a sum of 2-D convolutions, one per time tap.
+def time_taps(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+    """Convolves every frame with every time tap: [B, T, H, W, C_in], [taps, h, w, C_in, C_out] -> `taps` results.
 
-    As fast as a 3-D convolution on GPUs and quicker to compile. The taps are summed in float32. (Asking them for
-    float32 outputs would turn bfloat16 convolutions into float32 ones: XLA:GPU has no mixed-precision convolution.)
-
-    Args:
-      x: [B, T + taps - 1, H, W, C_in], the frames before the first output's included.
-      kernel: [taps, h, w, C_in, C_out], h and w odd and equal, in x's dtype.
-      bias: [C_out].
-      time_stride: keep every `time_stride`-th output frame.
-
-    Returns:
-      [B, ceil(T / time_stride), H, W, C_out] in x's dtype.
+    Two-dimensional convolutions are as fast as three-dimensional ones on GPUs and quicker to compile. (They cannot
+    return float32: XLA:GPU has no mixed-precision convolution and would compute bfloat16 ones in float32.)
     """
-    taps, size = kernel.shape[:2]
-    length = x.shape[1] - taps + 1
-    y = bias.astype(jnp.float32)
-    for tap in range(taps):
-        shifted = x[:, tap : tap + length : time_stride]
-        y = y + spatial_conv(shifted, kernel[tap], padding=(size // 2, size // 2)).astype(jnp.float32)
-    return y.astype(x.dtype)
+    margin = kernel.shape[1] // 2  # kernels are odd
+    return [spatial_conv(x, tap, padding=(margin, margin)) for tap in kernel]
 
 
 class CausalConv(nnx.Module):
-    """Convolution over (time, height, width) in which no output frame sees a later input frame."""
+    """Convolution over (time, height, width) in which no output frame sees a later input frame.
+
+    Space is padded to keep its size, time is not: what came before is in the history.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size=(3, 3, 3), time_stride=1, **options: Unpack[Options]
     ):
         self.kernel, self.bias = _conv_parameters(kernel_size, in_channels, out_channels, options)
         self.time_stride = time_stride
-        self.history_frames = kernel_size[0] - time_stride
         self.dtype = options["dtype"]
 
     def __call__(self, x: jax.Array, history: History) -> jax.Array:
-        """[B, T, H, W, C_in] -> [B, T / time_stride, H, W, C_out] in `dtype`."""
-        x = x.astype(self.dtype)
-        if self.history_frames:
-            x = history.prepend(x, self.history_frames)
-        return causal_conv(x, self.kernel[...].astype(self.dtype), self.bias[...], time_stride=self.time_stride)
+        """[B, T, H, W, C_in] -> [B, T / time_stride, H, W, C_out] in float32, which `dtype`'s products are summed in."""
+        kernel = self.kernel[...].astype(self.dtype)
+        x = history.settle(x.astype(self.dtype))
+        if self.time_stride > 1:
+            frames = self.strided(x, kernel, history)
+        else:
+            taps = time_taps(x, kernel)
+            frames, future = overlap_add(taps, history.recall(taps[0], len(taps) - 1) if len(taps) > 1 else ())
+            if future:
+                history.remember(tuple(frame.astype(self.dtype) for frame in future))
+        return jnp.concatenate(frames, axis=1) + self.bias[...].astype(jnp.float32)
+
+    def remember_zeros(self, x: jax.Array, history: History) -> None:
+        """Leaves behind what frames of zeros, of x's size, would."""
+        taps, channels = self.kernel.shape[0], self.kernel.shape[-1]
+        history.remember((jnp.zeros((x.shape[0], 1, *x.shape[2:4], channels), self.dtype),) * (taps - 1))
+
+    def strided(self, x: jax.Array, kernel: jax.Array, history: History) -> list[jax.Array]:
+        """Only every `time_stride`-th frame is computed, of the frames themselves: the past is the last of them."""
+        length, frames = x.shape[1], kernel.shape[0] - self.time_stride
+        x = jnp.concatenate([*history.recall(x, frames), x], axis=1)
+        history.remember(tuple(jnp.split(x[:, -frames:], frames, axis=1)))
+        windows = [x[:, tap : tap + length : self.time_stride] for tap in range(kernel.shape[0])]
+        taps = [time_taps(window, kernel[tap, None])[0] for tap, window in enumerate(windows)]
+        return [sum_float32(taps)]
 
 
 class SpatialConv(nnx.Module):
@@ -165,7 +146,7 @@ class ChannelNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """Two rounds of norm, SiLU and 3x3x3 convolution, beside a shortcut."""
+    """Two rounds of norm, SiLU and 3x3x3 convolution, beside a shortcut. The sum is float32."""
 
     def __init__(self, in_channels: int, out_channels: int, **options: Unpack[Options]):
         self.norm_1 = ChannelNorm(in_channels, **options)
@@ -179,11 +160,16 @@ class ResidualBlock(nnx.Module):
         """[B, T, H, W, C_in] -> [B, T, H, W, C_out]."""
         y = self.conv_1(nnx.silu(self.norm_1(x)), history)
         y = self.conv_2(nnx.silu(self.norm_2(y)), history)
-        return y + (x if self.shortcut is None else self.shortcut(x, history))
+        y = y + (x if self.shortcut is None else self.shortcut(x, history))
+        # Without the barrier XLA sums anew, from all the convolutions before, wherever the sum is read.
+        return lax.optimization_barrier(y)
 
 
 class AttentionBlock(nnx.Module):
-    """Single-head self-attention over the positions of each frame."""
+    """Single-head self-attention over the positions of each frame, for a band of its rows at a time.
+
+    The head is wider than cuDNN's attention takes, and alone: large products with the logits between them are fastest.
+    """
 
     def __init__(self, channels: int, **options: Unpack[Options]):
         self.norm = ChannelNorm(channels, **options)
@@ -192,10 +178,17 @@ class AttentionBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, H, W, C] -> the same shape."""
-        batch, _, height, _, _ = x.shape
-        qkv = rearrange(self.qkv(self.norm(x)), "b t h w c -> (b t) (h w) 1 c")
-        y = self.projection(attention(*jnp.split(qkv, 3, axis=-1)))
-        return x + rearrange(y, "(b t) (h w) 1 c -> b t h w c", b=batch, h=height)
+        batch, time, height, width, _ = x.shape
+        query, key, value = jnp.split(self.qkv(self.norm(x)), 3, axis=-1)
+        key, value = (rearrange(y, "b t h w c -> (b t) (h w) 1 c") for y in (key, value))
+        row_bytes = 4 * batch * time * width * height * width
+        rows = max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or n * row_bytes <= LOGITS_BYTES))
+        y = lax.map(
+            lambda band: attention(band, key, value, implementation="reference"),
+            rearrange(query, "b t (n rows) w c -> n (b t) (rows w) 1 c", rows=rows),
+        )
+        y = rearrange(y, "n (b t) (rows w) 1 c -> b t (n rows) w c", b=batch, rows=rows)
+        return x + self.projection(y)
 
 
 class Middle(nnx.Module):
@@ -224,7 +217,7 @@ class Downsample(nnx.Module):
         if self.time_conv is None:
             return x
         if history.is_first_frame:
-            history.remember(x)
+            history.remember((x,))
             return x
         return self.time_conv(x, history)
 
@@ -241,7 +234,7 @@ class Upsample(nnx.Module):
         if self.time_conv is not None:
             if history.is_first_frame:
                 # The original's time convolution never sees the first frame: zeros stand before the second.
-                history.remember(history.zeros(x, self.time_conv.history_frames))
+                self.time_conv.remember_zeros(x, history)
             else:
                 x = rearrange(self.time_conv(x, history), "b t h w (two c) -> b (t two) h w c", two=2)
         x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
@@ -298,14 +291,23 @@ class Encoder(nnx.Module):
         self.middle = Middle(widths[-1], **options)
         self.norm_out = ChannelNorm(widths[-1], **options)
         self.conv_out = CausalConv(widths[-1], 2 * config.z_dim, **options)
+        # Stages before the first that halves time.
+        self.full_rate_stages = [*config.temporal_downsample, True].index(True)
 
     def __call__(self, x: jax.Array, history: History) -> jax.Array:
         """[B, F, H, W, 3] -> [B, T, h, w, 2 z]."""
-        x = self.conv_in(x, history)
-        for stage in self.stages:
+        x = history.in_slices(self.full_rate, x, FRAMES_AT_ONCE)
+        for stage in self.stages[self.full_rate_stages :]:
             x = stage(x, history)
         x = self.middle(x, history)
         return self.conv_out(nnx.silu(self.norm_out(x)), history)
+
+    def full_rate(self, x: jax.Array, history: History) -> jax.Array:
+        """The layers before time is halved."""
+        x = self.conv_in(x, history)
+        for stage in self.stages[: self.full_rate_stages]:
+            x = stage(x, history)
+        return x
 
 
 class Decoder(nnx.Module):
@@ -323,12 +325,20 @@ class Decoder(nnx.Module):
         )
         self.norm_out = ChannelNorm(widths[-1], **options)
         self.conv_out = CausalConv(widths[-1], 3, **options)
+        # Stages after the last that doubles time.
+        self.full_rate_stages = 1 + [*config.temporal_downsample, True].index(True)
 
     def __call__(self, x: jax.Array, history: History) -> jax.Array:
         """[B, T, h, w, z] -> [B, F, H, W, 3]."""
         x = self.conv_in(x, history)
         x = self.middle(x, history)
-        for stage in self.stages:
+        for stage in self.stages[: -self.full_rate_stages]:
+            x = stage(x, history)
+        return history.in_slices(self.full_rate, x, FRAMES_AT_ONCE)
+
+    def full_rate(self, x: jax.Array, history: History) -> jax.Array:
+        """The layers after time was doubled for the last time."""
+        for stage in self.stages[-self.full_rate_stages :]:
             x = stage(x, history)
         return self.conv_out(nnx.silu(self.norm_out(x)), history)
 
@@ -344,8 +354,9 @@ class VAE(nnx.Module):
             frames, cache = vae.decode_next(cache, latents[:, :, t : t + 1])
 
     A cache is a tuple of arrays in `dtype`, of the same shapes after every step of one direction: donate it.
-    In bfloat16 norms, SiLU and the sums over time taps stay float32. The latents' distribution is never sampled:
-    encoding gives its mean, as in all Wan pipelines. Whatever does not fit raises InputError.
+    In bfloat16 norms, SiLU, the sums over time taps and those of residual blocks stay float32. The latents'
+    distribution is never sampled: encoding gives its mean, as in all Wan pipelines. Whatever does not fit raises
+    InputError.
     """
 
     def __init__(self, config: VAEConfig, *, dtype: DTypeLike, param_dtype: DTypeLike | None = None, rngs: nnx.Rngs):
