@@ -8,10 +8,10 @@ programs, which need far more; there a formula takes its place (`estimated_scrat
 Seconds are arithmetic operations over rates measured on the kind of device at hand (`RATES`).
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
@@ -26,9 +26,9 @@ from wan_jax.diffusion.solvers import get_solver
 from wan_jax.errors import InputError
 from wan_jax.memory import PROFILES, Profile, single_device, streams
 from wan_jax.models.denoiser import Context, Denoiser
-from wan_jax.models.parameters import abstract_parameters, dotted
+from wan_jax.models.parameters import dotted, named_parameters
 from wan_jax.models.text_encoder import TextEncoder
-from wan_jax.models.vae import VAE
+from wan_jax.models.vae import VAE, Cache
 from wan_jax.program import Programs, scratch_bytes
 from wan_jax.settings import DTYPES, PROFILE_NAMES, Settings, check_name
 
@@ -110,16 +110,14 @@ class Plan:
         self.compiled = self.device.platform != "cpu"  # whether scratch comes from compiled programs
         self._programs = Programs(exact=dtype == "float32") if programs is None else programs
         self._scratch: dict[bool, Mapping[str, int]] = {}
-        self._models: dict[str, Callable[[], nnx.Module]] = {
-            "text_encoder": partial(_build, TextEncoder, config.text_encoder, self.dtype),
-            "denoiser": partial(_build, Denoiser, config.denoiser, self.dtype),
-            "vae": partial(_build, VAE, config.vae, jnp.dtype(jnp.float32)),
+        self._models = {
+            "text_encoder": _shapes(TextEncoder, config.text_encoder, self.dtype),
+            "denoiser": _shapes(Denoiser, config.denoiser, self.dtype),
+            "vae": _shapes(VAE, config.vae, jnp.dtype(jnp.float32)),
         }
         self._weights = {
-            name: {
-                path: math.prod(info.shape) * info.dtype.itemsize for path, info in abstract_parameters(make).items()
-            }
-            for name, make in self._models.items()
+            name: {path: _nbytes(array) for path, array in named_parameters(model).items()}
+            for name, model in self._models.items()
         }
 
     def predict(self, profile: Profile) -> Prediction:
@@ -132,7 +130,7 @@ class Plan:
     def without_scratch(self, profile: Profile) -> dict[str, int]:
         """Device bytes of weights and inputs in each stage."""
         models = {"text": "text_encoder", "denoise": "denoiser", "decode": "vae"}
-        inputs = self._input_bytes()
+        inputs = self._input_bytes
         if not profile.idle_on_host:
             return {stage: self._all_weights() + inputs[stage] for stage in models}
         return {
@@ -180,8 +178,8 @@ class Plan:
 
     def _compiled_scratch(self, profile: Profile) -> dict[str, int]:
         text_encoder, denoiser, vae = (
-            _abstract(make, lambda path: single_device(self.device, profile.on_host(path, running=True)))
-            for make in self._models.values()
+            _placed(model, lambda path: single_device(self.device, profile.on_host(path, running=True)))
+            for model in self._models.values()
         )
         here = single_device(self.device, on_host=False)
         tokens = jax.ShapeDtypeStruct((1, self.config.denoiser.text_length), jnp.int32)
@@ -198,20 +196,19 @@ class Plan:
         if self.settings.frames > 1:
             cache = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-                jax.eval_shape(lambda vae, frame: vae.decode_first(frame)[1], vae, frame),
+                jax.eval_shape(_first_cache, vae, frame),
             )
             decode = max(decode, self._programs.decode_next.scratch_bytes(vae, cache, frame))
         return {"text": text, "denoise": denoise, "decode": decode}
 
+    @functools.cached_property
     def _input_bytes(self) -> dict[str, int]:
         """Bytes of what each stage works on: encoded text; contexts and solver state; latents and the VAE's cache."""
         latents = self._latents()
         state = jax.eval_shape(get_solver(self.settings.solver).init, latents)
         text = 2 * self.config.denoiser.text_length * self.config.denoiser.text_dim * self.dtype.itemsize
         contexts = self._context_bytes() * (2 if self._guided() else 1)
-        vae = _abstract(self._models["vae"], lambda path: None)
-        frame = self._latent_frame(None)
-        cache = jax.eval_shape(lambda vae, frame: vae.decode_first(frame)[1], vae, frame)
+        cache = jax.eval_shape(_first_cache, self._models["vae"], self._latent_frame(None))
         return {
             "text": text,
             "denoise": text + contexts + _nbytes(latents) + _nbytes(state),
@@ -378,13 +375,15 @@ def denoiser_flops(config: DenoiserConfig, tokens: int) -> float:
     return config.num_layers * (projections + attention)
 
 
-def _build(make: Callable[..., nnx.Module], config: Any, dtype: Any) -> nnx.Module:
-    return make(config, dtype=dtype, rngs=nnx.Rngs(0))
+@functools.cache
+def _shapes(make: Callable[..., Any], config: Any, dtype: Any) -> Any:
+    """A model with jax.ShapeDtypeStruct for arrays."""
+    return nnx.eval_shape(lambda: make(config, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
-def _abstract(make: Callable[[], nnx.Module], sharding: Callable[[str], Sharding | None]) -> nnx.Module:
-    """The model with jax.ShapeDtypeStruct for arrays."""
-    graphdef, state = nnx.split(nnx.eval_shape(make))
+def _placed(model: Any, sharding: Callable[[str], Sharding]) -> Any:
+    """The same with a sharding for each array."""
+    graphdef, state = nnx.split(model)
     leaves = [
         (
             path,
@@ -393,6 +392,10 @@ def _abstract(make: Callable[[], nnx.Module], sharding: Callable[[str], Sharding
         for path, variable in state.flat_state()
     ]
     return nnx.merge(graphdef, nnx.State.from_flat_path(leaves))
+
+
+def _first_cache(vae: VAE, frame: jax.Array) -> Cache:
+    return vae.decode_first(frame)[1]
 
 
 def _gib(nbytes: int) -> str:
