@@ -1,14 +1,16 @@
 """Files: what is written can be read back, and a failed write leaves nothing."""
 
 import json
+import threading
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
 from wan_jax import video as video_module
 from wan_jax.errors import InputError
-from wan_jax.video import Video, read_video, save_array
+from wan_jax.video import Video, VideoWriter, read_video, save_array
 
 METADATA = {"prompt": "一只猫，白色", "seed": 3}  # noqa: RUF001
 
@@ -82,6 +84,63 @@ def test_interrupted_save_keeps_the_old_file(video, tmp_path, monkeypatch, endin
         video.save(target)
     assert target.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif", "png"])
+def test_writing_in_pieces_gives_the_same_files(video, tmp_path, ending):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "pieces").mkdir()
+    video.save(tmp_path / "whole" / f"a.{ending}")
+    with VideoWriter(tmp_path / "pieces" / f"a.{ending}", video.fps, video.metadata) as writer:
+        for piece in (video.frames[:1], video.frames[1:5], video.frames[5:]):
+            writer.write(piece)
+    assert writer.files == sorted((tmp_path / "pieces").iterdir())
+    for file in writer.files:
+        assert file.read_bytes() == (tmp_path / "whole" / file.name).read_bytes()
+
+
+def test_frames_are_encoded_while_later_ones_are_made(tmp_path, monkeypatch):
+    encoded = threading.Semaphore(0)
+
+    def count(path, frames, fps, description):
+        for _ in frames:
+            encoded.release()
+        return [path]
+
+    monkeypatch.setitem(video_module.WRITERS, ".mp4", count)
+    with VideoWriter(tmp_path / "a.mp4") as writer:
+        for _ in range(3):
+            writer.write(np.zeros((2, 4, 4, 3), np.uint8))
+            assert all(encoded.acquire(timeout=10) for _ in range(2))
+    assert writer.files == [tmp_path / "a.mp4"]
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif", "png"])
+def test_an_abandoned_writer_keeps_the_old_file(video, tmp_path, ending):
+    target = tmp_path / f"a.{ending}"
+    target.write_bytes(b"old")
+
+    def write_and_stop():
+        with VideoWriter(target) as writer:
+            writer.write(video.frames)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_and_stop()
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_fails_in_the_thread_is_raised(tmp_path):
+    def write(frames: int, height: int) -> None:
+        with VideoWriter(tmp_path / "a.mp4") as writer:
+            writer.write(np.zeros((frames, height, 48, 3), np.uint8))
+
+    with pytest.raises(av.FFmpegError):
+        write(2, 31)  # H.264 in 4:2:0 needs an even height
+    with pytest.raises(InputError, match="no frames"):
+        write(0, 32)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_save_array(tmp_path):

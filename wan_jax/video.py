@@ -5,10 +5,13 @@ import itertools
 import json
 import os
 import pathlib
+import queue
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 from PIL import Image, PngImagePlugin
@@ -17,7 +20,6 @@ from wan_jax.errors import InputError
 
 # The official code writes libx264 at imageio's "quality 8", which is this constant rate factor.
 OFFICIAL_CRF = 10
-ENDINGS = (".mp4", ".gif", ".png")
 
 
 @dataclass
@@ -44,24 +46,89 @@ class Video:
         Every file is written under a temporary name and renamed when complete. Returns the files written; raises
         InputError for an unknown ending or a folder that does not exist.
         """
-        path = check_output(path)
-        description = json.dumps(self.metadata, ensure_ascii=False)
-        if path.suffix.lower() == ".mp4":
-            with temporary_name(path) as temporary:
-                _write_mp4(temporary, self.frames, self.fps, description)
-            return [path]
-        if path.suffix.lower() == ".gif":
-            with temporary_name(path) as temporary:
-                _write_gif(temporary, self.frames, self.fps, description)
-            return [path]
-        return _write_pngs(path, self.frames, description)
+        with VideoWriter(path, self.fps, self.metadata) as writer:
+            writer.write(self.frames)
+        return writer.files
+
+
+class VideoWriter:
+    """Writes a video's file while its frames are still being made; formats and names are those of `Video.save`.
+
+        with VideoWriter("out.mp4", fps=16, metadata={"prompt": "a red circle"}) as writer:
+            for chunk in chunks:
+                writer.write(chunk)
+
+    Frames are encoded by a thread of its own. The file appears, complete, when the block ends, or not at all if the
+    block raises. What goes wrong in the thread is raised by `write` or at the end of the block.
+
+    Attributes:
+        files: what was written, known when the block has ended.
+    """
+
+    def __init__(self, path: str | os.PathLike, fps: int = 16, metadata: dict[str, Any] | None = None):
+        """Raises InputError for an unknown ending or a folder that does not exist."""
+        self.path = check_output(path)
+        self.fps = fps
+        self.description = json.dumps(metadata or {}, ensure_ascii=False)
+        self.files: list[pathlib.Path] = []
+        self._chunks: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()  # None: that was the last
+        self._abandoned = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._encode, name=f"encode {self.path.name}", daemon=True)
+
+    def __enter__(self) -> "VideoWriter":
+        self._thread.start()
+        return self
+
+    def write(self, frames: np.ndarray) -> None:
+        """Takes the next frames, uint8 [n, H, W, 3]; returns at once. They must not change afterwards."""
+        if self._failure is not None:
+            raise self._failure
+        self._chunks.put(frames)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if kind is not None:
+            self._abandoned.set()
+        self._chunks.put(None)
+        try:
+            self._thread.join()
+        except BaseException:  # Ctrl-C
+            self._abandoned.set()
+            self._thread.join()
+            raise
+        if kind is None and self._failure is not None:
+            raise self._failure
+
+    def _encode(self) -> None:
+        try:
+            self.files = WRITERS[self.path.suffix.lower()](self.path, self._frames(), self.fps, self.description)
+        except BaseException as failure:  # whatever it is, it belongs to the thread that writes
+            self._failure = failure
+
+    def _frames(self) -> Iterator[np.ndarray]:
+        """The frames as they come; raises Abandoned where there will be no more."""
+        count = 0
+        while (chunk := self._chunks.get()) is not None:
+            for frame in chunk:
+                if self._abandoned.is_set():
+                    raise Abandoned
+                yield np.ascontiguousarray(frame)
+                count += 1
+        if self._abandoned.is_set():
+            raise Abandoned
+        if not count:
+            raise InputError(f"video {self.path} has no frames; write at least one")
+
+
+class Abandoned(Exception):
+    """Nobody wants the file any more."""
 
 
 def check_output(path: str | os.PathLike) -> pathlib.Path:
     """Checks, before any work is done, that `path` can be written; raises InputError if not."""
     path = pathlib.Path(path)
-    if path.suffix.lower() not in ENDINGS:
-        raise InputError(f"output {path}: unknown ending {path.suffix!r}; use one of {', '.join(ENDINGS)}")
+    if path.suffix.lower() not in WRITERS:
+        raise InputError(f"output {path}: unknown ending {path.suffix!r}; use one of {', '.join(WRITERS)}")
     check_folder(path)
     return path
 
@@ -110,42 +177,60 @@ def read_video(path: str | os.PathLike) -> Video:
     return Video(frames=frames, fps=fps, metadata=metadata)
 
 
-def _write_mp4(path: pathlib.Path, frames: np.ndarray, fps: int, description: str) -> None:
+def _write_mp4(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int, description: str) -> list[pathlib.Path]:
     import av
 
-    _, height, width, _ = frames.shape
-    with av.open(str(path), "w", format="mp4") as container:
+    first = next(frames)
+    with temporary_name(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         container.metadata["comment"] = description
         stream = container.add_stream("libx264", rate=fps, options={"crf": str(OFFICIAL_CRF)})
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for index, frame in enumerate(frames):
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+        stream.height, stream.width, _ = first.shape
+        stream.pix_fmt = "yuv420p"
+        # Threads by frames, as ffmpeg does. PyAV cuts each frame in slices, which is slower and compresses less.
+        stream.thread_type = "AUTO"
+        for index, frame in enumerate(itertools.chain([first], frames)):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
             picture.pts, picture.time_base = index, Fraction(1, fps)
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
+    return [path]
 
 
-def _write_gif(path: pathlib.Path, frames: np.ndarray, fps: int, description: str) -> None:
-    # GIF counts in hundredths of a second: round the times, not the durations, so that the length stays right.
-    times = [round(100 * index / fps) for index in range(len(frames) + 1)]
-    durations = [10 * (end - start) for start, end in itertools.pairwise(times)]
+def _write_gif(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int, description: str) -> list[pathlib.Path]:
     first, *rest = (Image.fromarray(frame) for frame in frames)
+    # GIF counts in hundredths of a second: round the times, not the durations, so that the length stays right.
+    times = [round(100 * index / fps) for index in range(len(rest) + 2)]
+    durations = [10 * (end - start) for start, end in itertools.pairwise(times)]
     comment = description.encode()
-    first.save(path, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, comment=comment)
+    with temporary_name(path) as temporary:
+        first.save(
+            temporary, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, comment=comment
+        )
+    return [path]
 
 
-def _write_pngs(path: pathlib.Path, frames: np.ndarray, description: str) -> list[pathlib.Path]:
+def _write_pngs(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int, description: str) -> list[pathlib.Path]:
     """out.png becomes out-0000.png, out-0001.png, ...; none of them appears unless all could be written."""
+    del fps
     text = PngImagePlugin.PngInfo()
     text.add_itxt("Description", description)
-    targets = [path.with_name(f"{path.stem}-{index:04d}{path.suffix}") for index in range(len(frames))]
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
-        written = [pathlib.Path(folder) / target.name for target in targets]
-        for temporary, frame in zip(written, frames, strict=True):
-            Image.fromarray(frame).save(temporary, format="PNG", pnginfo=text)
+        written = []
+        for index, frame in enumerate(frames):
+            written.append(pathlib.Path(folder) / f"{path.stem}-{index:04d}{path.suffix}")
+            Image.fromarray(frame).save(written[-1], format="PNG", pnginfo=text)
+        targets = [path.with_name(temporary.name) for temporary in written]
         for temporary, target in zip(written, targets, strict=True):
             temporary.replace(target)
     return targets
+
+
+# What writes a file, by its ending: (path, frames, frames per second, description) -> the files written.
+WRITERS: dict[str, Callable[[pathlib.Path, Iterator[np.ndarray], int, str], list[pathlib.Path]]] = {
+    ".mp4": _write_mp4,
+    ".gif": _write_gif,
+    ".png": _write_pngs,
+}
 
 
 def _umask() -> int:

@@ -80,7 +80,7 @@ class CausalConv(nnx.Module):
         self.dtype = options["dtype"]
 
     def __call__(self, x: jax.Array, history: History) -> jax.Array:
-        """[B, T, H, W, C_in] -> [B, T / time_stride, H, W, C_out] in float32, which `dtype`'s products are summed in."""
+        """[B, T, H, W, C_in] -> [B, T / time_stride, H, W, C_out] in float32."""
         kernel = self.kernel[...].astype(self.dtype)
         x = history.settle(x.astype(self.dtype))
         if self.time_stride > 1:
