@@ -33,6 +33,7 @@ TUNINGS = {
     "ping_pong": Tuning(64),
     "two_stage": Tuning(64, schedule="two_stage"),
     "two_stage_ping_pong": Tuning(64, stages=3, schedule="two_stage_ping_pong"),
+    "early_turn": Tuning(128, schedule="two_stage_ping_pong", early_turn=True),
     "cluster": Tuning(64, schedule="two_stage", cluster=2),
     "three_consumers": Tuning(64, schedule="free", consumers=3),
     "first_maximum": Tuning(64, schedule="two_stage_ping_pong", running_maximum=False),
@@ -248,6 +249,7 @@ def test_calls_that_do_not_fit(changes, message):
         {"consumers": 4},
         {"consumers": 3},  # and ping_pong
         {"cluster": 2, "running_maximum": False},
+        {"early_turn": True},  # and ping_pong
     ],
 )
 def test_tunings_that_cannot_be(options):

@@ -1,10 +1,10 @@
 """Space-time attention for Hopper GPUs: a Pallas Mosaic-GPU kernel in the manner of FlashAttention-3.
 
-One block of threads (CTA) computes 128 query rows of one head: two consumer warpgroups of 64 rows each, and a producer
-warpgroup that streams key and value blocks through shared memory with TMA. Arrays stay [B, S, H, D] throughout: TMA
-cuts a head out of them, fills rows past the end with zeros and clips writes, so nothing is padded or transposed.
-The key blocks that need a mask (the last, if the length is not a multiple of the block) are visited first; the loop
-over the others has no condition in it.
+One block of threads (CTA) computes 128 query rows of one head (or 192): consumer warpgroups of 64 rows each, and a
+producer warpgroup that streams key and value blocks through shared memory with TMA. Arrays stay [B, S, H, D]
+throughout: TMA cuts a head out of them, fills rows past the end with zeros and clips writes, so nothing is padded or
+transposed. The key blocks that need a mask (the last, if the length is not a multiple of the block) are visited first;
+the loop over the others has no condition in it.
 
 Shah et al., FlashAttention-3, arXiv 2407.08608.
 """
@@ -52,6 +52,7 @@ class Tuning:
       running_maximum: subtract each row's maximum so far from the logits, as usual. False: that of the first block
         throughout, which saves a quarter of the instructions; a CTA whose sums outgrow TOTAL_LIMIT finds out at its
         end and starts again with a running maximum.
+      early_turn: in "two_stage_ping_pong", hand over before the last 64 keys' product is issued instead of after.
     """
 
     key_block: int = 192
@@ -60,12 +61,15 @@ class Tuning:
     consumers: int = 2
     cluster: int = 1
     running_maximum: bool = True
+    early_turn: bool = False
 
     def __post_init__(self):
         if self.key_block % 64 or self.stages < 2 or self.consumers not in CONSUMER_REGISTERS:
             raise InputError(f"{self} needs key_block in multiples of 64, 2 or more stages, and 2 or 3 consumers")
         if self.schedule.endswith("ping_pong") and self.consumers != 2:
             raise InputError(f"{self} needs 2 consumers to alternate")
+        if self.early_turn and (self.schedule != "two_stage_ping_pong" or self.key_block == 64):
+            raise InputError(f"{self} needs two_stage_ping_pong and a larger key_block to hand over early")
         if self.cluster > 1 and not self.running_maximum:
             raise InputError(f"{self} needs a running maximum: a CTA of a cluster cannot start again alone")
 
@@ -143,7 +147,12 @@ def attention(
         if block_lists.key_ranges is not None and schedule.startswith("two_stage"):
             schedule = "ping_pong"  # two loops in two stages make ptxas serialise the matrix instructions (C7513)
         tuning = dataclasses.replace(
-            tuning, key_block=block_lists.key_block, consumers=consumers, schedule=schedule, cluster=1
+            tuning,
+            key_block=block_lists.key_block,
+            consumers=consumers,
+            schedule=schedule,
+            cluster=1,
+            early_turn=tuning.early_turn and schedule == "two_stage_ping_pong" and block_lists.key_block > 64,
         )
     if jax.__version_info__ < JAX_NEEDED:
         raise InputError(f"the pallas_gpu attention cannot run here: {TOO_OLD}")
@@ -238,7 +247,7 @@ def forward(
         overflow_smem, lse_smem = row_smem.at[0], row_smem.at[1]
         query_ready, key_ready, value_ready = ready
         key_free, value_free = free
-        b, h, thread = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
+        b, h, warpgroup = lax.axis_index("batch"), lax.axis_index("head"), lax.axis_index("warpgroup")
         tile = lax.axis_index("tile")
         if cluster > 1:
             tile = tile * cluster + lax.axis_index("cluster")
@@ -259,7 +268,7 @@ def forward(
 
         steps = of_this_tile(list_refs[1]) if has_lists else blocks
 
-        @pl.when(thread == consumers)
+        @pl.when(warpgroup == consumers)
         def produce():
             plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
@@ -291,13 +300,13 @@ def forward(
             if not running_maximum:
                 pl.when(steps > 0)(stream_again)
 
-        @pl.when(thread < consumers)
+        @pl.when(warpgroup < consumers)
         def consume():
             plgpu.set_max_registers(CONSUMER_REGISTERS[consumers], action="increase")
-            rows = pl.ds((tile * consumers + thread) * WARPGROUP_ROWS, WARPGROUP_ROWS)
-            queries = query_smem.at[thread]
-            plgpu.copy_gmem_to_smem(query_ref.at[b, rows, h], queries, query_ready.at[thread])
-            plgpu.barrier_wait(query_ready.at[thread])
+            rows = pl.ds((tile * consumers + warpgroup) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            queries = query_smem.at[warpgroup]
+            plgpu.copy_gmem_to_smem(query_ref.at[b, rows, h], queries, query_ready.at[warpgroup])
+            plgpu.barrier_wait(query_ready.at[warpgroup])
             if has_ranges:
                 first_key, stop_key = (
                     plgpu.load(ref.at[rows], layout=row_layout, optimized=False) for ref in list_refs[3:]
@@ -310,21 +319,26 @@ def forward(
             def start_logits(logits_ref, slot):
                 plgpu.wgmma(logits_ref, queries, key_smem.at[slot].T)
 
-            def start_values(output_acc, output, probabilities, slot):
+            def start_values(output_acc, output, probabilities, slot, hand_over=lambda: None):
                 """Begins output + probabilities @ values."""
                 if interpret is None:
                     output_acc[...] = output
                 else:  # The interpreter starts accumulators from zero and takes no operand from registers.
-                    probability_smem[thread] = probabilities
+                    probability_smem[warpgroup] = probabilities
                     plgpu.commit_smem()
-                    probabilities = probability_smem.at[thread]
-                plgpu.wgmma(output_acc, probabilities, value_smem.at[slot])
+                    probabilities = probability_smem.at[warpgroup]
+                cut = key_block - 64 if tuning.early_turn else key_block
+                for keys in (slice(0, cut), slice(cut, key_block))[: 2 if tuning.early_turn else 1]:
+                    part = probabilities[:, keys] if interpret is None else probabilities.at[:, keys]
+                    plgpu.wgmma(output_acc, part, value_smem.at[slot, keys])
+                    if keys.stop == cut:
+                        hand_over()
 
             def finish_values(output_acc, output):
                 return output_acc[...] if interpret is None else output_acc[...] + output
 
             def add_up(probabilities):
-                """Row sums; with registers to spare as 8 partial ones, [rows, 8], which cost no exchange of threads."""
+                """Row sums; with registers to spare 8 partial ones, [rows, 8]: no exchange between threads."""
                 if consumers == 3:
                     return probabilities.sum(axis=1)
                 return functools.reduce(jnp.add, (probabilities[:, i : i + 8] for i in range(0, key_block, 8)))
@@ -396,13 +410,17 @@ def forward(
                     return output, maximum, total
 
                 plgpu.barrier_wait(key_ready.at[0])
-                pl.when(thread == 1)(swap)
+                pl.when(warpgroup == 1)(swap)
                 carry = run_steps(body, 0, initial())
-                pl.when(thread == 0)(swap)
+                pl.when(warpgroup == 0)(swap)
                 return carry
 
             def two_stage(running):
                 alternate = tuning.schedule == "two_stage_ping_pong"
+
+                def hand_over():
+                    if alternate:
+                        plgpu.barrier_arrive(turn.at[1 - warpgroup])
 
                 def body(step, carry, partial=False):
                     """Logits of this step beside the values of the one before."""
@@ -410,14 +428,12 @@ def forward(
                     slot, slot_before = slot_of(step), slot_of(step - 1)
                     plgpu.barrier_wait(key_ready.at[slot])
                     if alternate:
-                        plgpu.barrier_wait(turn.at[thread])
+                        plgpu.barrier_wait(turn.at[warpgroup])
 
                     def overlap(logits_ref, output_acc):
                         start_logits(logits_ref, slot)
-                        start_values(output_acc, output, probabilities, slot_before)
-                        if alternate:
-                            plgpu.barrier_arrive(turn.at[1 - thread])
-                        logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
+                        start_values(output_acc, output, probabilities, slot_before, hand_over)
+                        logits = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1 + tuning.early_turn)
                         plgpu.barrier_arrive(key_free.at[slot])
                         after = softmax(logits, maximum, total, step, partial, running)
                         # This wait keeps the compiler from moving the next one above the exponentials.
@@ -432,7 +448,7 @@ def forward(
                     return rescale(output, factor), probabilities, maximum, total
 
                 if alternate:
-                    pl.when(thread == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+                    pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
                 plgpu.barrier_wait(key_ready.at[0])
 
                 def first_logits(logits_ref):
@@ -454,7 +470,7 @@ def forward(
                 output = pl.run_scoped(last_values, plgpu.ACC((WARPGROUP_ROWS, head_dim)))
                 plgpu.barrier_arrive(value_free.at[last])
                 if alternate:
-                    pl.when(thread == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+                    pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
                 return output, maximum, total
 
             def initial():
@@ -475,13 +491,13 @@ def forward(
                 return lax.fori_loop(start, steps, body, carry)
 
             def write(output, lse):
-                query_smem[thread] = output.astype(jnp.bfloat16)  # this warpgroup is done with its queries
+                query_smem[warpgroup] = output.astype(jnp.bfloat16)  # this warpgroup is done with its queries
                 if return_lse:
-                    lse_smem[thread] = lse
+                    lse_smem[warpgroup] = lse
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(query_smem.at[thread], output_ref.at[b, rows, h])
+                plgpu.copy_smem_to_gmem(query_smem.at[warpgroup], output_ref.at[b, rows, h])
                 if return_lse:
-                    plgpu.copy_smem_to_gmem(lse_smem.at[thread], lse_ref[0].at[b, h, rows])
+                    plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup], lse_ref[0].at[b, h, rows])
                 plgpu.wait_smem_to_gmem(0)
 
             def run(running):
@@ -493,9 +509,9 @@ def forward(
                 output, maximum, total = run(running_maximum)
                 if not running_maximum:
                     overflow = jnp.where(total > TOTAL_LIMIT, 1.0, 0.0)
-                    store(overflow_smem, thread, overflow)
+                    store(overflow_smem, warpgroup, overflow)
                     if consumers == 3:  # the fourth row fills up to a multiple of the threads
-                        pl.when(thread == 0)(lambda: store(overflow_smem, 3, overflow))
+                        pl.when(warpgroup == 0)(lambda: store(overflow_smem, 3, overflow))
                     plgpu.barrier_arrive(checked)
                     plgpu.barrier_wait(checked)
                     output, maximum, total = lax.cond(
