@@ -229,7 +229,12 @@ class WanPipeline:
 
         schedule = settings.make_schedule()
         experts = list(dict.fromkeys(plan_steps(schedule, self.config.sampling.boundary)))
-        with self._bars.task("denoise (compiling)", total=settings.steps) as bar, contextlib.ExitStack() as running:
+        with (
+            self._bars.task("denoise (compiling)", total=settings.steps) as bar,
+            contextlib.ExitStack() as at_the_end,
+            contextlib.ExitStack() as running,
+        ):
+            at_the_end.callback(self.memory.drop_prefetched)
 
             def get_expert(name: str) -> Expert:
                 running.close()  # frees the expert before this one
