@@ -133,6 +133,7 @@ NOT_FINITE = np.full(SHAPE, np.inf, np.float32)
         (["a", "--schedule", "offical"], "did you mean 'official'"),
         (["a", "--noise", "pytorch"], "unknown noise 'pytorch'"),
         (["a", "--dtype", "float16"], "unknown dtype 'float16'"),
+        (["a", "--vae-dtype", "half"], "unknown VAE dtype 'half'"),
         (["a", "--guidance", "high"], "LOW,HIGH"),
         (["a", "--output", "nowhere/out.mp4"], "output folder nowhere does not exist"),
         (["a", "--output", "out.avi"], "unknown ending '.avi'"),

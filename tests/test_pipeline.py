@@ -5,6 +5,7 @@ import pytest
 
 from wan_jax.demo import DEMO, random_pipeline
 from wan_jax.errors import InputError
+from wan_jax.pipeline import WanPipeline
 from wan_jax.settings import Settings
 from wan_jax.tokenizer import Tokenizer
 
@@ -99,6 +100,28 @@ def test_a_second_run_compiles_nothing(pipe):
     again = pipe("a green star", **SMALL | {"steps": 3}, guidance=(2.0, 5.0), shift=5.0, seed=9)
     # Looking a program up takes well under a millisecond; compiling one takes a tenth of a second or more.
     assert again.seconds["compile"] < 0.05
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_frames_arrive_while_later_ones_are_decoded(pipe, chunk):
+    latents = np.random.default_rng(0).standard_normal((16, 6, 4, 6)).astype(np.float32)
+    lots = []
+    frames = pipe.decode(latents, on_frames=lots.append, chunk=chunk)
+    assert [len(lot) for lot in lots] == ([1, 4, 4, 4, 4, 4] if chunk == 1 else [1, 12, 8])
+    np.testing.assert_array_equal(np.concatenate(lots), frames)
+    # Another chunk may add in another order, and the cut to whole levels may then fall on the other side.
+    np.testing.assert_allclose(frames.astype(int), pipe.decode(latents), rtol=0, atol=1)
+
+
+def test_vae_in_bfloat16(pipe, diffusers_tree):
+    video = WanPipeline.from_pretrained(diffusers_tree, "float32", vae_dtype="bfloat16")("a red circle", **SMALL)
+    exact = WanPipeline.from_pretrained(diffusers_tree, "float32").decode(video.latents)
+    # Some thirty roundings of 4e-3, and the cut to whole levels; measured 0.76 of 255.
+    error = np.sqrt(np.mean((video.frames.astype(float) - exact) ** 2))
+    print(f"bfloat16 VAE: {error:.2f} levels")
+    assert 0 < error < 1.2
+    with pytest.raises(InputError, match="unknown VAE dtype 'float16'"):
+        WanPipeline.from_pretrained(diffusers_tree, vae_dtype="float16")
 
 
 def test_decode_alone(pipe):

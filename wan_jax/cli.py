@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("decode", help="finish a video from saved latents", allow_abbrev=False)
     command.add_argument("latents", help="float32 [C, F', h, w]", metavar="LATENTS.npy")
-    _add_options(command, ["checkpoint", "output", "quiet"])
+    _add_options(command, ["checkpoint", "vae_dtype", "output", "quiet"])
     command.set_defaults(run=_decode)
 
     command = commands.add_parser("convert", help="convert weights between layouts", allow_abbrev=False)
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "plan", help="predict memory and seconds before anything is loaded", allow_abbrev=False
     )
     command.add_argument("--preset", default="t2v-a14b", help="model (default t2v-a14b)", metavar="NAME")
-    _add_options(command, ["size", "frames", "steps", "guidance", "dtype", "profile"])
+    _add_options(command, ["size", "frames", "steps", "guidance", "dtype", "vae_dtype", "profile"])
     command.add_argument("--device-memory", type=float, help="what fits, instead of this device's", metavar="GIB")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_plan)

@@ -16,7 +16,7 @@ from wan_jax.config import WanConfig, get_preset
 from wan_jax.diffusion.schedule import GRIDS
 from wan_jax.errors import InputError
 from wan_jax.settings import DTYPES, NOISES, PROFILE_NAMES, Settings, parse_guidance, parse_size
-from wan_jax.video import Video, check_folder, check_output, save_array
+from wan_jax.video import VideoWriter, check_folder, check_output, save_array
 
 if TYPE_CHECKING:
     from wan_jax.checkpoint import Checkpoint
@@ -46,6 +46,7 @@ class Options:
     seed: int = _option(int, "the initial noise depends on it alone (default 0)", default=0, metavar="N")
     noise: str = _option(str, f"{' | '.join(NOISES)}: whose random numbers (default jax)", default="jax")
     dtype: str = _option(str, f"{' | '.join(DTYPES)} (default bfloat16)", default="bfloat16")
+    vae_dtype: str = _option(str, "of the VAE (default float32)", default="float32", metavar="NAME")
     profile: str = _option(
         str, f"{' | '.join(PROFILE_NAMES)}: where weights are kept (default auto)", default="auto", metavar="NAME"
     )
@@ -87,7 +88,12 @@ def generate(options: Options) -> dict[str, Any]:
     if initial_latents is not None:
         settings.check_latents(initial_latents.shape, checkpoint.config, 1)
     pipeline = WanPipeline.from_checkpoint(
-        checkpoint, options.dtype, profile=options.profile, settings=settings, progress=not options.quiet
+        checkpoint,
+        options.dtype,
+        vae_dtype=options.vae_dtype,
+        profile=options.profile,
+        settings=settings,
+        progress=not options.quiet,
     )
     seconds = dict.fromkeys(STAGES, 0.0)
     seconds["load"] = time.perf_counter() - start
@@ -98,19 +104,20 @@ def generate(options: Options) -> dict[str, Any]:
         kept = side_files["save_latents"][index] if side_files["save_latents"] else _rescue_name(output)
         save_array(kept, latents)
         try:
-            frames = pipeline.decode(latents)
-            start = time.perf_counter()
-            metadata = pipeline.metadata(prompt, settings)
-            files = Video(frames, latents, settings.fps, metadata).save(output)
+            with VideoWriter(output, settings.fps, pipeline.metadata(prompt, settings)) as writer:
+                frames = pipeline.decode(latents, on_frames=writer.write)
+                start = time.perf_counter()
             if side_files["save_frames"]:
                 save_array(side_files["save_frames"][index], frames)
         except BaseException:
             again = f"wan-jax decode {kept} --checkpoint {options.checkpoint or 'PATH'} --output {output}"
+            if options.vae_dtype != "float32":
+                again += f" --vae-dtype {options.vae_dtype}"
             print(f"the latents are kept in {kept}; finish with: {again}", file=sys.stderr)
             raise
         if not side_files["save_latents"]:
             kept.unlink()
-        written += files
+        written += writer.files
         seconds["save"] += time.perf_counter() - start
         for stage in ("text", "compile", "denoise", "decode"):
             seconds[stage] += pipeline.seconds.get(stage, 0.0)
@@ -119,6 +126,7 @@ def generate(options: Options) -> dict[str, Any]:
             "prompts": prompts,
             "checkpoint": options.checkpoint,
             "dtype": options.dtype,
+            "vae_dtype": options.vae_dtype,
             **settings.as_json(),
         },
         "seed": settings.seed,
@@ -136,7 +144,7 @@ def plan(preset: str, options: Options, device_memory: float | None = None) -> "
 
     from wan_jax.plan import report
 
-    return report(config, settings, options.dtype, options.profile, device_memory)
+    return report(config, settings, options.dtype, options.profile, device_memory, options.vae_dtype)
 
 
 def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
@@ -150,8 +158,12 @@ def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
     bars = Bars(not options.quiet)
     checkpoint = _open(options, bars)
     # The experts stay on the host.
-    pipeline = WanPipeline.from_checkpoint(checkpoint, options.dtype, profile="swap", progress=not options.quiet)
-    return Video(pipeline.decode(latents), latents, checkpoint.config.sampling.fps).save(output)
+    pipeline = WanPipeline.from_checkpoint(
+        checkpoint, options.dtype, vae_dtype=options.vae_dtype, profile="swap", progress=not options.quiet
+    )
+    with VideoWriter(output, checkpoint.config.sampling.fps) as writer:
+        pipeline.decode(latents, on_frames=writer.write)
+    return writer.files
 
 
 def _settings(options: Options, config: WanConfig) -> Settings:

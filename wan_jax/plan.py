@@ -27,8 +27,9 @@ from wan_jax.errors import InputError
 from wan_jax.memory import PROFILES, Profile, single_device, streams
 from wan_jax.models.denoiser import Context, Denoiser
 from wan_jax.models.parameters import dotted, named_parameters
+from wan_jax.models.streaming import Cache
 from wan_jax.models.text_encoder import TextEncoder
-from wan_jax.models.vae import VAE, Cache
+from wan_jax.models.vae import FRAMES_AT_ONCE, VAE
 from wan_jax.program import Programs, scratch_bytes
 from wan_jax.settings import DTYPES, PROFILE_NAMES, Settings, check_name
 
@@ -37,8 +38,9 @@ STAGES = ("text", "denoise", "decode")
 # What CUDA, cuDNN and fragmentation take, as a share of the memory that JAX may use.
 RESERVE = 0.04
 
-# Arrays of the full resolution, of `base_dim` float32 channels, that the decoder needs at one time.
-DECODE_ACTIVATIONS = 6
+# Arrays of one frame in full resolution, of `base_dim` channels, that the decoder needs at one time: in its dtype, and
+# one more in float32.
+DECODE_ACTIVATIONS = 7
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ class Plan:
     Args:
       config: the model.
       settings: the run.
-      dtype: of the text encoder and the denoisers; the VAE is float32.
+      dtype: of the text encoder and the denoisers.
+      vae_dtype: of the VAE.
       device: where it would run; the default device if None.
       programs: compiled programs go here, for the pipeline that will run them.
     """
@@ -99,6 +102,7 @@ class Plan:
         config: WanConfig,
         settings: Settings,
         dtype: str,
+        vae_dtype: str = "float32",
         *,
         device: jax.Device | None = None,
         programs: Programs | None = None,
@@ -106,6 +110,7 @@ class Plan:
         self.config = config
         self.settings = settings
         self.dtype = jnp.dtype(dtype)
+        self.vae_dtype = jnp.dtype(vae_dtype)
         self.device = jax.devices()[0] if device is None else device
         self.compiled = self.device.platform != "cpu"  # whether scratch comes from compiled programs
         self._programs = Programs(exact=dtype == "float32") if programs is None else programs
@@ -113,7 +118,7 @@ class Plan:
         self._models = {
             "text_encoder": _shapes(TextEncoder, config.text_encoder, self.dtype),
             "denoiser": _shapes(Denoiser, config.denoiser, self.dtype),
-            "vae": _shapes(VAE, config.vae, jnp.dtype(jnp.float32)),
+            "vae": _shapes(VAE, config.vae, self.vae_dtype),
         }
         self._weights = {
             name: {path: _nbytes(array) for path, array in named_parameters(model).items()}
@@ -158,7 +163,7 @@ class Plan:
         every token; that layer's weights, which the loop slices out; one context, because guidance selects it. A
         streamed layer comes on top.
         Text: the same of 512 tokens, and the scores of all heads in float32, three times.
-        Decode: at full resolution, the activations around a residual block and its convolutions' partial sums.
+        Decode: at full resolution, the activations around a residual block and what its convolutions made.
         """
         denoiser, encoder, vae = self.config.denoiser, self.config.text_encoder, self.config.vae
         item = self.dtype.itemsize
@@ -172,8 +177,8 @@ class Plan:
         text = 3 * 4 * encoder.num_heads * length**2 + length * item * (encoder.dim + 3 * encoder.ffn_dim)
         text += encoder_layer // encoder.num_layers * (2 if profile.layers_on_host else 1)
         width, height = self.settings.size
-        frames = vae.temporal_stride if self.settings.frames > 1 else 1
-        decode = width * height * frames * 4 * vae.base_dim * DECODE_ACTIVATIONS
+        vae_item = self.vae_dtype.itemsize
+        decode = width * height * FRAMES_AT_ONCE * vae.base_dim * (vae_item * DECODE_ACTIVATIONS + 4)
         return {"text": text, "denoise": denoise, "decode": decode}
 
     def _compiled_scratch(self, profile: Profile) -> dict[str, int]:
@@ -289,6 +294,7 @@ class Report:
             "model": plan.config.name,
             "settings": plan.settings.as_json(),
             "dtype": plan.dtype.name,
+            "vae_dtype": plan.vae_dtype.name,
             "device": plan.device.device_kind,
             "device_memory": self.device_memory,
             "scratch": "compiled" if plan.compiled else "formula",
@@ -331,23 +337,31 @@ class Report:
 
 
 def report(
-    config: WanConfig, settings: Settings, dtype: str, profile: str = "auto", device_memory: float | None = None
+    config: WanConfig,
+    settings: Settings,
+    dtype: str,
+    profile: str = "auto",
+    device_memory: float | None = None,
+    vae_dtype: str = "float32",
 ) -> Report:
     """Predicts one profile, or all of them for "auto".
 
     `device_memory` is in GiB and takes the place of what the default device has.
     """
     check_name("dtype", dtype, DTYPES)
+    check_name("VAE dtype", vae_dtype, DTYPES)
     check_name("profile", profile, PROFILE_NAMES)
     if device_memory is not None and not device_memory > 0:
         raise InputError(f"device memory {device_memory:g}: give GiB, more than 0")
-    plan = Plan(config, settings, dtype)
+    plan = Plan(config, settings, dtype, vae_dtype)
     profiles = PROFILES.values() if profile == "auto" else [PROFILES[profile]]
     limit = memory_limit(plan.device) if device_memory is None else int(device_memory * 2**30)
     return Report(plan, tuple(plan.predict(each) for each in profiles), limit)
 
 
-def choose_profile(config: WanConfig, settings: Settings, dtype: str, programs: Programs | None = None) -> Profile:
+def choose_profile(
+    config: WanConfig, settings: Settings, dtype: str, vae_dtype: str = "float32", programs: Programs | None = None
+) -> Profile:
     """The fastest profile that the default device has room for, and "stream" where none has.
 
     Where the device does not say how much memory it has (CPUs), everything stays resident.
@@ -355,7 +369,7 @@ def choose_profile(config: WanConfig, settings: Settings, dtype: str, programs: 
     memory = memory_limit(jax.devices()[0])
     if memory is None:
         return PROFILES["resident"]
-    plan = Plan(config, settings, dtype, programs=programs)
+    plan = Plan(config, settings, dtype, vae_dtype, programs=programs)
     for profile in PROFILES.values():
         # Compiling takes long: not for a profile whose weights alone are too large.
         if max(plan.without_scratch(profile).values()) < memory and plan.predict(profile).fits(memory):

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from wan_jax.models.streaming import Cache
 from wan_jax.models.text_encoder import TextEncoder
-from wan_jax.models.vae import VAE, Cache
+from wan_jax.models.vae import VAE
 from wan_jax.xla_flags import TEXT_ENCODER_OPTIONS
 
 
