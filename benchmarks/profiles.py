@@ -19,15 +19,15 @@ from typing import Any
 
 GIB = 2**30
 PROMPT = "Two cats in boxing gear and bright gloves fight on a spotlighted stage."
-# name -> (size, profiles, limit in GiB, steps). With shift 5 the first two of three steps use the high-noise expert, so
+# name -> (size, dtype of the VAE, profiles, limit in GiB, steps). With shift 5 the first two of three steps use the high-noise expert, so
 # that the second is a step and nothing else.
-PARTS: dict[str, tuple[str, tuple[str, ...], float | None, int]] = {
-    "compile_480p": ("832x480", ("resident", "stream"), 23, 0),
-    "resident_480p": ("832x480", ("resident",), None, 3),
-    "swap_480p": ("832x480", ("swap",), 46, 3),
-    "stream_480p": ("832x480", ("stream",), 23, 3),
-    "compile_720p": ("1280x720", ("resident",), 76, 0),
-    "resident_720p": ("1280x720", ("resident",), 76, 1),
+PARTS: dict[str, tuple[str, str, tuple[str, ...], float | None, int]] = {
+    "compile_480p": ("832x480", "float32", ("resident", "stream"), 23, 0),
+    "resident_480p": ("832x480", "float32", ("resident",), None, 3),
+    "swap_480p": ("832x480", "float32", ("swap",), 46, 3),
+    "stream_480p": ("832x480", "float32", ("stream",), 23, 3),
+    "compile_720p": ("1280x720", "bfloat16", ("resident",), 76, 0),
+    "resident_720p": ("1280x720", "bfloat16", ("resident",), 76, 1),
 }
 
 
@@ -66,7 +66,7 @@ def gpu_bytes() -> int | None:
 
 
 def run_child(part: str, values: argparse.Namespace, cache: str, total: int | None) -> dict[str, Any]:
-    limit = PARTS[part][2]
+    limit = PARTS[part][3]
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": cache,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -114,7 +114,7 @@ def run_part(part: str, demo: bool) -> dict[str, Any]:
     from wan_jax.program import Programs
     from wan_jax.settings import Settings, parse_size
 
-    size, names, _, steps = PARTS[part]
+    size, vae_dtype, names, _, steps = PARTS[part]
     config = DEMO if demo else get_preset("t2v-a14b")
     settings = Settings.resolve(
         config,
@@ -129,13 +129,14 @@ def run_part(part: str, demo: bool) -> dict[str, Any]:
         "jax": jax.__version__,
         "size": settings.size,
         "frames": settings.frames,
+        "vae_dtype": vae_dtype,
         "memory_limit": memory_limit(device),
         "start_seconds": time.perf_counter() - started,
         "plan": {},
     }
     start = time.perf_counter()
     programs = Programs(exact=False)
-    plan = Plan(config, settings, "bfloat16", programs=programs)
+    plan = Plan(config, settings, "bfloat16", vae_dtype, programs=programs)
     for name in names:
         profile = PROFILES[name]
         result["plan"][name] = plan.predict(profile).as_json() | {
@@ -144,11 +145,11 @@ def run_part(part: str, demo: bool) -> dict[str, Any]:
         }
     result["compile_seconds"] = time.perf_counter() - start
     if steps:
-        result |= run_pipeline(config, settings, PROFILES[names[0]], programs, started)
+        result |= run_pipeline(config, settings, PROFILES[names[0]], vae_dtype, programs, started)
     return result
 
 
-def run_pipeline(config, settings, profile, programs, started: float) -> dict[str, Any]:
+def run_pipeline(config, settings, profile, vae_dtype: str, programs, started: float) -> dict[str, Any]:
     import jax
     import numpy as np
 
@@ -156,7 +157,7 @@ def run_pipeline(config, settings, profile, programs, started: float) -> dict[st
     from wan_jax.memory import Memory
 
     start = time.perf_counter()
-    pipeline = made_up_pipeline(config, Memory(profile), programs)
+    pipeline = made_up_pipeline(config, Memory(profile), vae_dtype, programs)
     result: dict[str, Any] = {"profile": profile.name, "weights_seconds": time.perf_counter() - start}
     peaks = {"weights": pipelines.peak_bytes()}
 
@@ -198,7 +199,7 @@ def run_pipeline(config, settings, profile, programs, started: float) -> dict[st
     }
 
 
-def made_up_pipeline(config, memory, programs):
+def made_up_pipeline(config, memory, vae_dtype: str, programs):
     """Weights at once: each parameter's layers are one random layer, spread over the device."""
     import jax
     import jax.numpy as jnp
@@ -242,7 +243,7 @@ def made_up_pipeline(config, memory, programs):
         tokenizer=tokenizer,
         text_encoder=model(TextEncoder, config.text_encoder, "bfloat16"),
         denoisers={name: model(Denoiser, config.denoiser, "bfloat16") for name in config.experts},
-        vae=model(VAE, config.vae, "float32"),
+        vae=model(VAE, config.vae, vae_dtype),
         memory=memory,
         programs=programs,
     )

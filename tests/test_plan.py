@@ -81,6 +81,15 @@ def test_formula_for_denoising_is_a_little_above_what_is_compiled(size, profile,
     assert gib <= scratch <= 1.15 * gib
 
 
+@pytest.mark.parametrize(
+    ("size", "vae_dtype", "gib"),
+    [("480p", "float32", 1.05), ("480p", "bfloat16", 0.61), ("720p", "float32", 2.39), ("720p", "bfloat16", 1.38)],
+)
+def test_formula_for_decoding_is_a_little_above_what_is_compiled(size, vae_dtype, gib):
+    plan = Plan(A14B, Settings.resolve(A14B, size=SIZES[size]), "bfloat16", vae_dtype)
+    assert gib <= plan.estimated_scratch(PROFILES["resident"])["decode"] / GIB <= 1.15 * gib
+
+
 @pytest.mark.parametrize(("size", "forward", "decode"), [("480p", 2.94, 1.52), ("720p", 11.25, 3.70)])
 def test_seconds_on_an_h200(size, forward, decode):
     """Within a tenth of what benchmarks/results/generate_full_size_h200.json says."""
@@ -155,7 +164,7 @@ def test_targets(size, profile, gib):
 
 def test_some_memory_stays_in_reserve():
     prediction = Prediction("swap", {"text": 10, "denoise": 1000}, 0)
-    assert not prediction.fits(1000)
+    assert not prediction.fits(1010)
     assert prediction.fits(1050)
 
 

@@ -35,8 +35,8 @@ from wan_jax.settings import DTYPES, PROFILE_NAMES, Settings, check_name
 
 STAGES = ("text", "denoise", "decode")
 
-# What CUDA, cuDNN and fragmentation take, as a share of the memory that JAX may use.
-RESERVE = 0.04
+# What fragmentation may take of the memory that JAX may use.
+RESERVE = 0.02
 
 # Arrays of one frame in full resolution, of `base_dim` channels, that the decoder needs at one time: in its dtype, and
 # one more in float32.
@@ -197,12 +197,11 @@ class Plan:
         denoise = scratch_bytes(compile_step(expert, self.settings.make_schedule(), solver, state))
 
         frame = self._latent_frame(here)
-        decode = self._programs.decode_first.scratch_bytes(vae, frame)
+        cache = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(_first_cache, vae, frame)
+        )
+        decode = self._programs.decode_first.scratch_bytes(vae, frame) - _nbytes(cache)  # the cache is an input, below
         if self.settings.frames > 1:
-            cache = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-                jax.eval_shape(_first_cache, vae, frame),
-            )
             decode = max(decode, self._programs.decode_next.scratch_bytes(vae, cache, frame))
         return {"text": text, "denoise": denoise, "decode": decode}
 
