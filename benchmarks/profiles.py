@@ -19,8 +19,8 @@ from typing import Any
 
 GIB = 2**30
 PROMPT = "Two cats in boxing gear and bright gloves fight on a spotlighted stage."
-# name -> (size, dtype of the VAE, profiles, limit in GiB, steps). With shift 5 the first two of three steps use the high-noise expert, so
-# that the second is a step and nothing else.
+# name -> (size, dtype of the VAE, profiles, limit in GiB, steps). With shift 5 the first two of three steps use the
+# high-noise expert, so that the second is a step and nothing else.
 PARTS: dict[str, tuple[str, str, tuple[str, ...], float | None, int]] = {
     "compile_480p": ("832x480", "float32", ("resident", "stream"), 23, 0),
     "resident_480p": ("832x480", "float32", ("resident",), None, 3),
