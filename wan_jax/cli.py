@@ -72,6 +72,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_plan)
 
+    command = commands.add_parser("bench", help="measure a part of a model", allow_abbrev=False)
+    command.add_argument("part", help="denoiser | attention | text | vae | video", metavar="PART")
+    command.add_argument("--preset", default="t2v-a14b", help="model, or demo (default t2v-a14b)", metavar="NAME")
+    command.add_argument("--weights", choices=("random",), default="random", help="speed does not depend on them")
+    _add_options(command, ["size", "frames", "steps", "dtype", "vae_dtype"])
+    command.add_argument("--repeats", type=int, default=5, help="timed runs, of which the median counts", metavar="N")
+    command.add_argument("--output", type=pathlib.Path, help="write all figures here", metavar="F.json")
+    command.add_argument("--plot", type=pathlib.Path, help="draw where a forward's time goes", metavar="F.png")
+    command.set_defaults(run=_bench)
+
     command = commands.add_parser("demo", help="write, convert and run a small random model", allow_abbrev=False)
     command.add_argument("folder", nargs="?", default="outputs/demo", help="where (default outputs/demo)")
     command.set_defaults(run=_demo)
@@ -145,6 +155,13 @@ def _plan(values: argparse.Namespace) -> None:
 
     report = plan(values.preset, _options(values), values.device_memory)
     print(json.dumps(report.as_json()) if values.json else report)
+
+
+def _bench(values: argparse.Namespace) -> None:
+    from wan_jax.bench import run
+
+    names = ("part", "preset", "size", "frames", "steps", "dtype", "vae_dtype", "repeats", "output", "plot")
+    run(**{name: getattr(values, name) for name in names})
 
 
 def _demo(values: argparse.Namespace) -> None:

@@ -6,8 +6,9 @@ are coloured noise.
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -37,23 +38,32 @@ DEMO = WanConfig(
 )
 
 
+def random_model(make: Callable[..., Any], config: Any, dtype: str, seed: int = 0) -> Any:
+    """A Denoiser, TextEncoder or VAE (`make`) with fixed random weights."""
+
+    def build():
+        return make(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+
+    return with_parameters(build, random_parameters(abstract_parameters(build), seed, dtype))
+
+
 def random_pipeline(
-    config: WanConfig, tokenizer: Tokenizer, dtype: str = "bfloat16", *, progress: bool = False
+    config: WanConfig,
+    tokenizer: Tokenizer,
+    dtype: str = "bfloat16",
+    *,
+    vae_dtype: str = "float32",
+    progress: bool = False,
 ) -> WanPipeline:
     """A pipeline of any size with fixed random weights."""
-
-    def model(make, model_config, dtype: str, seed: int):
-        def build():
-            return make(model_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
-
-        return with_parameters(build, random_parameters(abstract_parameters(build), seed, dtype))
-
     return WanPipeline(
         config,
         tokenizer=tokenizer,
-        text_encoder=model(TextEncoder, config.text_encoder, dtype, 1),
-        denoisers={name: model(Denoiser, config.denoiser, dtype, 2 + n) for n, name in enumerate(config.experts)},
-        vae=model(VAE, config.vae, "float32", 0),
+        text_encoder=random_model(TextEncoder, config.text_encoder, dtype, 1),
+        denoisers={
+            name: random_model(Denoiser, config.denoiser, dtype, 2 + n) for n, name in enumerate(config.experts)
+        },
+        vae=random_model(VAE, config.vae, vae_dtype, 0),
         progress=progress,
     )
 
