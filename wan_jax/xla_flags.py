@@ -27,7 +27,7 @@ def configure() -> None:
     for name, value in {
         # JAX takes this part of a GPU when it starts; its own 0.75 leaves 60 of 80 GB. CUDA and cuDNN need the rest.
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
-        # GiB. Pinned memory ends at 64 otherwise, and two experts, text encoder and VAE take 64.3 (profiles swap, stream).
+        # GiB. Pinned memory ends at 64 otherwise, and experts, text encoder and VAE take 64.3 (profiles swap, stream).
         # Not all there is: JAX pins in growing pieces, more than was asked for.
         "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": str(max(80, host_memory * 3 // 4 // 2**30)),
     }.items():
