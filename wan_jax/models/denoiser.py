@@ -374,9 +374,12 @@ def rotary_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[jax.Array,
 
 
 def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns the pairs (x[2j], x[2j + 1]) of [B, S, heads, head_dim] in float32; the same dtype out."""
-    cos, sin = rotary
+    """Turns the pairs (x[2j], x[2j + 1]) of [B, S, heads, head_dim] in float32; the same dtype out.
+
+    (a, b) becomes (a cos - b sin, b cos + a sin): the pair times cos, and the reversed pair times -sin and sin. On GPUs
+    that reads and writes whole pairs.
+    """
+    cos, sin = (table[..., None] for table in rotary)
     pairs = rearrange(x.astype(jnp.float32), "b s h (pair two) -> b s h pair two", two=2)
-    real, imaginary = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
+    turned = pairs * cos + jnp.flip(pairs, -1) * (sin * np.array([-1, 1], np.float32))
     return turned.reshape(x.shape).astype(x.dtype)
