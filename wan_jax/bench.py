@@ -141,6 +141,23 @@ def normal(shape: tuple[int, ...], dtype: Any = jnp.float32, seed: int = 1) -> j
     return draw(jax.random.key(seed))
 
 
+def get_config(preset: str) -> WanConfig:
+    """A preset, or the demo's model."""
+    return DEMO if preset == DEMO.name else get_preset(preset)
+
+
+def device_facts() -> dict[str, Any]:
+    """What every report says of the device: its name, versions, and the rate of its matrix products now."""
+    xla_flags.configure()
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.client.platform_version.split("\n")[0],
+        "jax": jax.__version__,
+        "matmul_tflop_per_second": matmul_rate() / 1e12,
+    }
+
+
 def denoiser_inputs(bench: Bench, model: Denoiser) -> tuple[jax.Array, jax.Array, Context]:
     """(latents, timesteps, context) of one forward."""
     config = bench.config.denoiser
@@ -326,28 +343,22 @@ def run(
     for path in filter(None, (output, plot)):
         if not path.parent.is_dir():
             raise InputError(f"output folder {path.parent} does not exist; make it first")
-    config = DEMO if preset == DEMO.name else get_preset(preset)
+    config = get_config(preset)
     settings = Settings.resolve(config, size=parse_size(size) if size else None, frames=frames, steps=steps)
-    xla_flags.configure()
-
-    matmul = matmul_rate()
-    device = jax.devices()[0]
     report: dict[str, Any] = {
         "benchmark": part,
-        "device": device.device_kind,
-        "platform": device.client.platform_version.split("\n")[0],
-        "jax": jax.__version__,
+        **device_facts(),
         "preset": config.name,
         "size": list(settings.size),
         "frames": settings.frames,
         "dtype": dtype,
         "vae_dtype": vae_dtype,
         "weights": "random",
-        "matmul_tflop_per_second": matmul / 1e12,
         "rows": [],
     }
+    matmul = report["matmul_tflop_per_second"] * 1e12
     width, height = settings.size
-    on_line(f"{config.name} {width}x{height}, {settings.frames} frames, {dtype}; {device.device_kind}")
+    on_line(f"{config.name} {width}x{height}, {settings.frames} frames, {dtype}; {report['device']}")
     on_line(f"{'':<32} {'seconds':>11} {'TFLOP/s':>9} {'of matmul':>10} {'memory':>11}")
     on_line(f"{'bfloat16 matmul':<32} {'':>11} {matmul / 1e12:>9.1f}")
 
