@@ -79,10 +79,12 @@ class Tuning:
         return self.consumers * WARPGROUP_ROWS
 
 
-def default_tuning(key_length: int) -> Tuning:
-    """The fastest measured (benchmarks/NOTES.md, section attention)."""
-    # 192 keys waste up to 191: with few keys, smaller blocks win.
-    return Tuning(key_block=192 if key_length >= 2048 else 128)
+def default_tuning(key_length: int, lists: bool = False) -> Tuning:
+    """The fastest measured on an H200 (benchmarks/results/attention_h200.json)."""
+    if lists:
+        return Tuning(128, schedule="two_stage_ping_pong", running_maximum=False)
+    # With few steps per CTA, as in cross-attention, a fixed maximum does not pay.
+    return Tuning(128, schedule="free", consumers=3, running_maximum=key_length < 2048)
 
 
 def supports(query: jax.Array, key: jax.Array, value: jax.Array) -> str | None:
@@ -138,7 +140,7 @@ def attention(
     key_length = key.shape[1]
     scale = head_dim**-0.5 if scale is None else float(scale)
     if tuning is None:
-        tuning = default_tuning(key_length)
+        tuning = default_tuning(key_length, block_lists is not None)
     if block_lists is not None:
         consumers = {128: 2, 192: 3}.get(block_lists.query_tile)
         if consumers is None:
