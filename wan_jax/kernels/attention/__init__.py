@@ -1,28 +1,99 @@
 """Attention: one function, several backends.
 
-A backend is a module with two functions: `supports(query, key, value)`, which returns None or the reason why it cannot
-run the call on this device, and `attention(query, key, value, *, scale)`. Adding one is a file and a line in BACKENDS.
+A backend has two functions: `supports`, which returns None or the reason why it cannot run a call on this device, and
+`attention`, differentiable. Most are modules; a Pallas kernel becomes one with PallasBackend. Adding one is a file and
+a line in BACKENDS.
 """
 
-from typing import Protocol
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, overload
 
 import jax
 import jax.numpy as jnp
 
 from wan_jax.errors import InputError
-from wan_jax.kernels.attention import chunked, cudnn, reference
+from wan_jax.kernels.attention import chunked, cudnn, pallas_gpu, pallas_tpu, reference
+from wan_jax.kernels.attention.backward import with_recomputed_gradients
+from wan_jax.kernels.attention.block_lists import BlockLists
+
+Result = jax.Array | tuple[jax.Array, jax.Array]
 
 
 class Backend(Protocol):
-    """What a backend's module offers."""
+    """What a backend offers."""
 
-    def supports(self, query: jax.Array, key: jax.Array, value: jax.Array) -> str | None: ...
+    def supports(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        block_lists: BlockLists | None = None,
+        return_lse: bool = False,
+    ) -> str | None: ...
 
-    def attention(self, query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float) -> jax.Array: ...
+    def attention(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        scale: float,
+        block_lists: BlockLists | None = None,
+        return_lse: bool = False,
+    ) -> Result: ...
+
+
+@dataclass(frozen=True)
+class PallasBackend:
+    """A Pallas kernel as a backend, with gradients.
+
+    Attributes:
+      kernel: the module, with supports(query, key, value), unsupported_shape(query) and attention(...).
+      unsupported_lists: why the kernel cannot run block lists of these sizes, or None.
+      interpret: what JAX needs to interpret the kernel on the CPU; None runs it on its own device.
+    """
+
+    kernel: Any
+    unsupported_lists: Callable[[BlockLists], str | None]
+    interpret: Any = None
+
+    def supports(self, query, key, value, *, block_lists=None, return_lse=False) -> str | None:
+        del return_lse  # every kernel has it
+        on_device = self.kernel.supports(query, key, value) if self.interpret is None else None
+        reason = on_device or self.kernel.unsupported_shape(query)
+        return reason or (None if block_lists is None else self.unsupported_lists(block_lists))
+
+    def attention(self, query, key, value, *, scale, block_lists=None, return_lse=False) -> Result:
+        return with_recomputed_gradients(
+            functools.partial(self.kernel.attention, interpret=self.interpret),
+            query,
+            key,
+            value,
+            scale=scale,
+            block_lists=block_lists,
+            return_lse=return_lse,
+            prefer_cudnn=True,
+        )
+
+
+def unsupported_by_hopper(block_lists: BlockLists) -> str | None:
+    """What the instructions and the shared memory of a Hopper GPU allow."""
+    query_tile, key_block = block_lists.query_tile, block_lists.key_block
+    if (query_tile, key_block) in ((128, 64), (128, 128), (128, 192), (192, 64), (192, 128)):
+        return None
+    return (
+        "it needs block lists for tiles of 128 queries and blocks of 64, 128 or 192 keys, or 192 and 64 or 128, "
+        f"not {query_tile} and {key_block}"
+    )
 
 
 # Fastest first: the order in which `implementation=None` tries them.
 BACKENDS: dict[str, Backend] = {
+    "pallas_gpu": PallasBackend(pallas_gpu, unsupported_by_hopper),
+    "pallas_tpu": PallasBackend(pallas_tpu, pallas_tpu.unsupported_lists),
     "cudnn": cudnn,
     "reference": reference,
     "chunked": chunked,
@@ -32,59 +103,112 @@ BACKENDS: dict[str, Backend] = {
 REFERENCE_LOGITS_BYTES = 4 * 2**20
 
 
+@overload
 def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     *,
     scale: float | None = None,
+    block_lists: BlockLists | None = None,
+    return_lse: Literal[False] = False,
     implementation: str | None = None,
-) -> jax.Array:
-    """softmax(query key^T scale) value per head, without a mask: every query sees every key.
+) -> jax.Array: ...
+
+
+@overload
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float | None = None,
+    block_lists: BlockLists | None = None,
+    return_lse: Literal[True],
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float | None = None,
+    block_lists: BlockLists | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Result:
+    """softmax(query key^T scale) value per head, over all keys or over the blocks of keys that `block_lists` names.
+
+    Differentiable with respect to query, key and value, in bounded memory but for the reference.
 
     Args:
       query: [B, Sq, H, D], bfloat16, float16 or float32.
       key, value: [B, Sk, H, D] in the same dtype. Lengths are free.
-      scale: what the logits are multiplied by; 1/sqrt(D) if None.
+      scale: what the logits are multiplied by, positive; 1/sqrt(D) if None.
+      block_lists: which blocks of keys each tile of queries sees; None: every query sees every key.
+      return_lse: also return the logits' log-sum-exp (natural logarithm).
       implementation: a name in BACKENDS; None takes the fastest that supports the call on the default device.
 
     Returns:
-      [B, Sq, H, D] in the query's dtype. Logits, softmax and accumulation are float32; the probabilities are rounded
-      to the inputs' dtype before they meet the values.
+      [B, Sq, H, D] in the query's dtype, and [B, H, Sq] float32 if return_lse. A query that sees no key gives 0 and
+      -inf. Logits, softmax and accumulation are float32; the probabilities are rounded to the inputs' dtype before
+      they meet the values.
 
     Raises:
-      InputError: shapes or dtypes that do not fit, an unknown implementation, or one that cannot run the call.
+      InputError: shapes, dtypes, a scale or block lists that do not fit, an unknown implementation, or one that cannot
+        run the call.
     """
-    check_arguments(query, key, value)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    check_arguments(query, key, value, scale, block_lists)
     if implementation is None:
-        implementation = fastest(query, key, value)
+        implementation = fastest(query, key, value, block_lists=block_lists, return_lse=return_lse)
     if implementation not in BACKENDS:
         raise InputError(f"unknown attention implementation {implementation!r}; use one of {', '.join(BACKENDS)}")
     backend = BACKENDS[implementation]
-    if reason := backend.supports(query, key, value):
+    if reason := backend.supports(query, key, value, block_lists=block_lists, return_lse=return_lse):
         raise InputError(f"attention implementation {implementation!r} cannot run here: {reason}; use another or None")
-    return backend.attention(query, key, value, scale=query.shape[-1] ** -0.5 if scale is None else scale)
+    return backend.attention(query, key, value, scale=scale, block_lists=block_lists, return_lse=return_lse)
 
 
-def fastest(query: jax.Array, key: jax.Array, value: jax.Array) -> str:
+def fastest(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    block_lists: BlockLists | None = None,
+    return_lse: bool = False,
+) -> str:
     """The name of the fastest backend that can run this call on the default device."""
     batch, query_length, heads, _ = query.shape
     logits_bytes = 4 * batch * heads * query_length * key.shape[1]
     for name, backend in BACKENDS.items():
-        too_large = name == "reference" and logits_bytes > REFERENCE_LOGITS_BYTES
-        if not too_large and backend.supports(query, key, value) is None:
+        if name == "reference" and logits_bytes > REFERENCE_LOGITS_BYTES:
+            continue
+        if backend.supports(query, key, value, block_lists=block_lists, return_lse=return_lse) is None:
             return name
     raise AssertionError("unreachable: 'chunked' runs everywhere")
 
 
-def check_arguments(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+def check_arguments(
+    query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block_lists: BlockLists | None
+) -> None:
     if query.ndim != 4 or key.shape != value.shape or key.shape != (query.shape[0], *key.shape[1:2], *query.shape[2:]):
         raise InputError(
             "attention needs a query [B, Sq, H, D] and a key and value [B, Sk, H, D]; "
             f"it got {query.shape}, {key.shape} and {value.shape}"
         )
+    if 0 in query.shape or 0 in key.shape:
+        raise InputError(f"attention needs at least one of everything; it got {query.shape} and {key.shape}")
     if not query.dtype == key.dtype == value.dtype or query.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise InputError(
             "attention needs query, key and value of one dtype, bfloat16, float16 or float32; "
             f"it got {query.dtype}, {key.dtype} and {value.dtype}"
         )
+    if scale <= 0:
+        raise InputError(f"attention needs a positive scale, not {scale}; negate the query instead")
+    if block_lists is not None:
+        batch, query_length, heads, _ = query.shape
+        block_lists.check(batch, heads, query_length, key.shape[1])

@@ -1,13 +1,23 @@
 """cuDNN's fused attention, through jax.nn.dot_product_attention. NVIDIA GPUs, bfloat16 and float16.
 
-Logits, softmax and sums are float32 inside; the probabilities meet the values in the inputs' dtype.
+Logits, softmax and sums are float32 inside; the probabilities meet the values in the inputs' dtype. Gradients are
+cuDNN's too.
 """
 
 import jax
 import jax.numpy as jnp
 
+from wan_jax.kernels.attention.block_lists import BlockLists
 
-def supports(query: jax.Array, key: jax.Array, value: jax.Array) -> str | None:
+
+def supports(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    block_lists: BlockLists | None = None,
+    return_lse: bool = False,
+) -> str | None:
     """Why cuDNN cannot run this call here, or None."""
     del key, value
     device = jax.devices()[0]
@@ -20,9 +30,22 @@ def supports(query: jax.Array, key: jax.Array, value: jax.Array) -> str | None:
     head_dim = query.shape[-1]
     if head_dim > widest or head_dim % 8:
         return f"it needs a head_dim of at most {widest} and divisible by 8, not {head_dim}"
+    if block_lists is not None:
+        return "it knows no block lists"
+    if return_lse:
+        return "it returns no float32 log-sum-exp"
     return None
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float) -> jax.Array:
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float,
+    block_lists: BlockLists | None = None,
+    return_lse: bool = False,
+) -> jax.Array:
     """softmax(query key^T scale) value; see the package for shapes."""
+    del block_lists, return_lse  # refused by supports
     return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn")

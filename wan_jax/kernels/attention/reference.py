@@ -6,20 +6,43 @@ Materialises the logits [B, H, Sq, Sk] in float32.
 import jax
 import jax.numpy as jnp
 
+from wan_jax.kernels.attention.block_lists import BlockLists
 from wan_jax.precision import matmul_precision
 
 
-def supports(query: jax.Array, key: jax.Array, value: jax.Array) -> str | None:
-    """None: it runs everywhere."""
-    del query, key, value
+def supports(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    block_lists: BlockLists | None = None,
+    return_lse: bool = False,
+) -> str | None:
+    """None: it runs everywhere and has everything."""
+    del query, key, value, block_lists, return_lse
     return None
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float) -> jax.Array:
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float,
+    block_lists: BlockLists | None = None,
+    return_lse: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """softmax(query key^T scale) value; see the package for shapes."""
     logits = einsum_float32("b q h d, b k h d -> b h q k", query, key) * scale
-    probabilities = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return einsum_float32("b h q k, b k h d -> b q h d", probabilities, value).astype(query.dtype)
+    if block_lists is not None:
+        mask = block_lists.mask(query.shape[1], key.shape[1])
+        logits = jnp.where(mask, logits, -jnp.inf)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    if block_lists is not None:
+        probabilities = jnp.where(mask, probabilities, 0.0)  # where a query sees nothing, softmax gives NaN
+    output = einsum_float32("b h q k, b k h d -> b q h d", probabilities.astype(value.dtype), value)
+    output = output.astype(query.dtype)
+    return (output, jax.nn.logsumexp(logits, axis=-1)) if return_lse else output
 
 
 def einsum_float32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:

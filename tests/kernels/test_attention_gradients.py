@@ -1,0 +1,162 @@
+"""Gradients of every backend against those of the reference in float32. Pallas kernels run in JAX's interpreters."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from tests.kernels.attention_cases import LIST_CASES, Case, attention_float64
+from wan_jax.kernels.attention import BACKENDS, attention, cudnn, pallas_gpu, reference
+from wan_jax.kernels.attention.backward import with_recomputed_gradients
+
+# Errors as a share of the largest gradient.
+# float32: sums of ~1000 terms in another order.
+# bfloat16: probabilities, logits' gradients, output and result are rounded by up to 2^-9 each, with random signs.
+TOLERANCE = {jnp.float32: 1e-5, jnp.bfloat16: 2**-7}
+
+CASES = {
+    "several_chunks": Case("several_chunks", 1, 1031, 601, 2, 12),
+    "batch_and_lse": Case("batch_and_lse", 2, 37, 53, 3, 64, return_lse=True),
+    "one_query": Case("one_query", 2, 1, 700, 2, 64),
+    "one_key": Case("one_key", 1, 130, 1, 2, 64),
+    "large_logits": Case("large_logits", 1, 130, 201, 1, 64, query_scale=30.0, return_lse=True),
+} | {case.name: case for case in LIST_CASES}
+
+
+def gradients(case, name, inputs):
+    """Of a random linear function of the output and, where returned, of the log-sum-exp."""
+    generator = np.random.default_rng(0)
+    output_weights = jnp.asarray(generator.normal(size=inputs[0].shape), jnp.float32)
+    lse_weights = jnp.asarray(generator.normal(size=(case.batch, case.heads, case.query_length)), jnp.float32)
+    lists = case.block_lists
+
+    def loss(*inputs):
+        result = attention(*inputs, block_lists=lists, return_lse=case.return_lse, implementation=name)
+        output, lse = result if case.return_lse else (result, jnp.zeros(()))
+        return jnp.sum(output * output_weights) + jnp.sum(jnp.where(lse > -jnp.inf, lse, 0.0) * lse_weights)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*inputs)
+
+
+def check(case, name, dtype):
+    inputs = case.inputs(dtype)
+    expected = gradients(case, "reference", [x.astype(jnp.float32) for x in inputs])
+    largest = [float(jnp.abs(x).max()) for x in expected]
+    if case.key_length == 1:  # query and key have no influence: the exact gradients are 0
+        largest = [max(largest)] * 3
+    for ours, exact, size in zip(gradients(case, name, inputs), expected, largest, strict=True):
+        assert ours.dtype == dtype
+        assert jnp.abs(ours - exact).max() <= TOLERANCE[dtype] * size
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_chunked_gradients(case, dtype):
+    check(case, "chunked", dtype)
+
+
+def interpreted(monkeypatch, name, params):
+    monkeypatch.setitem(BACKENDS, name, dataclasses.replace(BACKENDS[name], interpret=params))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("batch_and_lse", jnp.float32), ("one_query", jnp.bfloat16), ("unseeing_queries", jnp.bfloat16)]
+)
+def test_pallas_tpu_gradients(monkeypatch, name, dtype):
+    interpreted(monkeypatch, "pallas_tpu", pltpu.InterpretParams())
+    check(CASES[name], "pallas_tpu", dtype)
+
+
+if jax.__version_info__ >= pallas_gpu.JAX_NEEDED:
+
+    @pytest.mark.parametrize("name", ["batch_and_lse", "one_key", "unseeing_queries"])
+    def test_pallas_gpu_gradients(monkeypatch, name):
+        interpreted(monkeypatch, "pallas_gpu", pallas_gpu.plgpu.InterpretGPUParams())
+        check(CASES[name], "pallas_gpu", jnp.bfloat16)
+
+
+def test_reference_gradients_agree_with_differences():
+    """The one that the others are compared with: against finite differences in float64."""
+    case = CASES["unseeing_queries"]
+    query, key, value = (np.asarray(x, np.float64) for x in case.inputs(jnp.float32))
+    weights = np.random.default_rng(0).normal(size=query.shape)
+
+    def loss(query, key, value):
+        return (attention_float64(query, key, value, 64**-0.5, case.mask) * weights).sum()
+
+    def loss_float32(*inputs):
+        return jnp.sum(attention(*inputs, block_lists=case.block_lists, implementation="reference") * weights)
+
+    slopes = jax.grad(loss_float32, argnums=(0, 1, 2))(*(jnp.asarray(x, jnp.float32) for x in (query, key, value)))
+    generator, step = np.random.default_rng(1), 1e-4
+    for argument, slope in enumerate(slopes):
+        direction = generator.normal(size=slope.shape)
+        ends = []
+        for sign in (1, -1):
+            moved = [query, key, value]
+            moved[argument] = moved[argument] + sign * step * direction
+            ends.append(loss(*moved))
+        # Differences err by the square of the step, 1e-8; float32 sums of 10,000 terms of both signs by 1e-5.
+        np.testing.assert_allclose(np.vdot(slope, direction), (ends[0] - ends[1]) / (2 * step), rtol=1e-4)
+
+
+def forbidden(*inputs, **options):
+    raise AssertionError("the forward kernel ran")
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_cudnn_differentiates_what_it_supports(monkeypatch, return_lse):
+    """Its kernels then run forward too: the result that they save is what they need."""
+    calls = []
+
+    def of_cudnn(*inputs, scale):
+        calls.append(scale)
+        return reference.attention(*inputs, scale=scale)
+
+    def supports(*inputs, block_lists, return_lse):
+        return "it returns no float32 log-sum-exp" if return_lse else None
+
+    monkeypatch.setattr(cudnn, "supports", supports)
+    monkeypatch.setattr(cudnn, "attention", of_cudnn)
+    inputs = CASES["one_key"].inputs(jnp.float32)
+
+    def loss(*inputs):
+        forward = reference.attention if return_lse else forbidden
+        options = {"scale": 0.1, "block_lists": None, "return_lse": return_lse, "prefer_cudnn": True}
+        return jax.tree.leaves(with_recomputed_gradients(forward, *inputs, **options))[0].sum()
+
+    ours = jax.grad(loss, argnums=(0, 1, 2))(*inputs)
+    expected = jax.grad(lambda *x: reference.attention(*x, scale=0.1).sum(), argnums=(0, 1, 2))(*inputs)
+    assert calls == ([] if return_lse else [0.1])
+    for x, y in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)  # sums of 130 float32 terms of order 1
+
+
+def scanned(x, scales, name):
+    """As a model in training calls attention: layers scanned, each recomputed in the backward pass."""
+
+    def layer(x, scale):
+        y = x * scale.astype(x.dtype)
+        return x + attention(y, y, y, implementation=name), None
+
+    return jax.lax.scan(jax.checkpoint(layer), x, scales)[0].sum()
+
+
+def test_gradients_under_rematerialisation_and_scan():
+    x, _, _ = Case("layers", 1, 30, 30, 1, 64).inputs(jnp.float32)
+    differentiate = jax.jit(jax.grad(scanned, argnums=(0, 1)), static_argnums=2)
+    scales = jnp.array([0.5, 1.5])
+    for ours, expected in zip(differentiate(x, scales, "chunked"), differentiate(x, scales, "reference"), strict=True):
+        assert jnp.abs(ours - expected).max() <= TOLERANCE[jnp.float32] * jnp.abs(expected).max()
+
+
+def test_gradients_lower_for_tpu_at_the_real_shape(monkeypatch):
+    """The forward kernel once, and once more for what its recomputed gradients need."""
+    interpreted(monkeypatch, "pallas_tpu", False)  # not interpreted, and unchecked: lowered for a TPU from here
+    x = jax.ShapeDtypeStruct((1, 75_600, 40, 128), jnp.bfloat16)
+    scales = jax.ShapeDtypeStruct((40,), jnp.float32)
+    traced = jax.jit(jax.grad(scanned), static_argnums=2).trace(x, scales, "pallas_tpu")
+    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.custom_call @tpu_custom_call") == 2
