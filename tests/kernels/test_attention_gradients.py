@@ -9,8 +9,17 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from tests.kernels.attention_cases import LIST_CASES, Case, attention_float64
-from wan_jax.kernels.attention import BACKENDS, attention, cudnn, pallas_gpu, reference
+from wan_jax.kernels.attention import (
+    BACKENDS,
+    HOPPER_LIST_SIZES,
+    attention,
+    cudnn,
+    pallas_gpu,
+    reference,
+    unsupported_by_hopper,
+)
 from wan_jax.kernels.attention.backward import with_recomputed_gradients
+from wan_jax.kernels.attention.block_lists import from_key_ranges
 
 # Errors as a share of the largest gradient.
 # float32: sums of ~1000 terms in another order.
@@ -153,10 +162,31 @@ def test_gradients_under_rematerialisation_and_scan():
         assert jnp.abs(ours - expected).max() <= TOLERANCE[jnp.float32] * jnp.abs(expected).max()
 
 
-def test_gradients_lower_for_tpu_at_the_real_shape(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "platform", "custom_call"),
+    [
+        ("pallas_tpu", "tpu", "@tpu_custom_call"),
+        *([("pallas_gpu", "cuda", "@mosaic_gpu_v2")] if jax.__version_info__ >= pallas_gpu.JAX_NEEDED else []),
+    ],
+)
+def test_gradients_lower_at_the_real_shape(monkeypatch, name, platform, custom_call):
     """The forward kernel once, and once more for what its recomputed gradients need."""
-    interpreted(monkeypatch, "pallas_tpu", False)  # not interpreted, and unchecked: lowered for a TPU from here
+    monkeypatch.setattr(type(BACKENDS[name]), "supports", lambda *inputs, **options: None)
     x = jax.ShapeDtypeStruct((1, 75_600, 40, 128), jnp.bfloat16)
     scales = jax.ShapeDtypeStruct((40,), jnp.float32)
-    traced = jax.jit(jax.grad(scanned), static_argnums=2).trace(x, scales, "pallas_tpu")
-    assert traced.lower(lowering_platforms=("tpu",)).as_text().count("stablehlo.custom_call @tpu_custom_call") == 2
+    traced = jax.jit(jax.grad(scanned), static_argnums=2).trace(x, scales, name)
+    assert traced.lower(lowering_platforms=(platform,)).as_text().count(f"custom_call {custom_call}") == 2
+
+
+if jax.__version_info__ >= pallas_gpu.JAX_NEEDED:
+
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    @pytest.mark.parametrize("sizes", sorted(HOPPER_LIST_SIZES), ids=str)
+    def test_what_is_said_of_hopper_lists(sizes, head_dim):
+        """Lists of every size that `supports` admits lower for CUDA, where shared memory is counted."""
+        query_tile, key_block = sizes
+        lists = from_key_ranges(np.tile([0, 700], (1000, 1)), 1000, query_tile=query_tile, key_block=key_block)
+        assert unsupported_by_hopper(lists) is None
+        x = jax.ShapeDtypeStruct((1, 1000, 2, head_dim), jnp.bfloat16)
+        run = jax.jit(lambda x, lists: pallas_gpu.attention(x, x, x, block_lists=lists, return_lse=True))
+        assert "mosaic_gpu_v2" in run.trace(x, lists).lower(lowering_platforms=("cuda",)).as_text()

@@ -79,15 +79,15 @@ class PallasBackend:
         )
 
 
+# (query_tile, key_block) that the instructions and the shared memory of a Hopper GPU allow.
+HOPPER_LIST_SIZES = {(128, 64), (128, 128), (128, 192), (192, 64), (192, 128)}
+
+
 def unsupported_by_hopper(block_lists: BlockLists) -> str | None:
-    """What the instructions and the shared memory of a Hopper GPU allow."""
-    query_tile, key_block = block_lists.query_tile, block_lists.key_block
-    if (query_tile, key_block) in ((128, 64), (128, 128), (128, 192), (192, 64), (192, 128)):
+    sizes = (block_lists.query_tile, block_lists.key_block)
+    if sizes in HOPPER_LIST_SIZES:
         return None
-    return (
-        "it needs block lists for tiles of 128 queries and blocks of 64, 128 or 192 keys, or 192 and 64 or 128, "
-        f"not {query_tile} and {key_block}"
-    )
+    return f"it needs block lists of one of the sizes {sorted(HOPPER_LIST_SIZES)} (queries, keys), not {sizes}"
 
 
 # Fastest first: the order in which `implementation=None` tries them.
