@@ -169,7 +169,7 @@ def read_video(path: str | os.PathLike) -> Video:
         stream = container.streams.video[0]
         frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
         description = container.metadata.get("comment", "")
-        fps = round(stream.average_rate) if stream.average_rate else 16
+        fps = round(float(stream.average_rate)) if stream.average_rate else 16
     try:
         metadata = json.loads(description)
     except json.JSONDecodeError:
