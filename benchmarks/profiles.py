@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=pathlib.Path, required=True, help="JSON file")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), metavar="PART")
-    parser.add_argument("--seconds", type=float, default=170, help="for each part (default 170)")
+    parser.add_argument("--seconds", type=float, default=200, help="for each part (default 200)")
     parser.add_argument("--demo", action="store_true", help="the demo's model, to try the script without a GPU")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     values = parser.parse_args()

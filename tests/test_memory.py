@@ -1,6 +1,7 @@
 """Memory profiles: where weights lie, that no copy stays behind, and that no bit of a result changes."""
 
 import gc
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,12 @@ from flax import nnx
 
 from wan_jax import WanPipeline, memory
 from wan_jax.demo import DEMO, random_pipeline
+from wan_jax.diffusion import sampler
 from wan_jax.errors import InputError
-from wan_jax.memory import PROFILES, Memory, place, single_device, streams
+from wan_jax.memory import PROFILES, Memory, abstract_array, place, single_device, streams
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.layers import Linear, scan_layers, stack_layers
-from wan_jax.models.parameters import abstract_parameters, named_parameters
+from wan_jax.models.layers import Linear, on_host, scan_layers, stack_layers
+from wan_jax.models.parameters import abstract_parameters, dotted, named_parameters
 from wan_jax.tokenizer import Tokenizer
 
 SMALL = {"size": (48, 32), "frames": 5, "steps": 3, "shift": 5.0, "seed": 3}
@@ -223,6 +225,35 @@ def test_one_layer_alone(layers):
     x, offsets = jnp.ones((2, 8)), jnp.zeros(1)
     here, there = jax.jit(run)(first, x, offsets), jax.jit(run)(fetched(first), x, offsets)
     jax.tree.map(np.testing.assert_array_equal, here, there)
+
+
+def test_shapes_in_the_place_of_layers(layers):
+    """What is compiled from shapes is what is compiled from the arrays: otherwise no copy is asked for."""
+    there = fetched(layers)
+    shapes = jax.tree.map(lambda array: abstract_array(array.shape, array.dtype, array.sharding), there)
+    if not on_host(shapes.read.kernel.get_value()):
+        assert jax.__version_info__ < (0, 11)  # and the plan asks a formula
+        return
+    inputs = jnp.ones((2, 8)), jnp.zeros(5)
+    assert "device_put" in str(jax.make_jaxpr(run)(shapes, *inputs))
+    assert str(jax.make_jaxpr(run)(shapes, *inputs)) == str(jax.make_jaxpr(run)(there, *inputs))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_step_is_told_what_is_on_the_host(pipelines, videos, monkeypatch, profile):
+    pipeline = pipelines[profile]
+    step, told = sampler._sample_step, []
+
+    def lower(graphdef, solver, parameters, *rest):
+        told.append({dotted(path): on_host(variable.get_value()) for path, variable in parameters.flat_state()})
+        return step.lower(graphdef, solver, parameters, *rest)
+
+    monkeypatch.setattr(sampler, "_sample_step", SimpleNamespace(lower=lower))
+    pipeline("a red circle", **SMALL)
+    assert len(told) == 2  # one for each expert
+    for parameters in told:
+        assert parameters == {name: profile == "stream" and streams(name) for name in parameters}
+        assert any(map(streams, parameters))
 
 
 def test_copies_are_asked_for_one_layer_ahead_and_only_of_what_is_read(layers):

@@ -137,6 +137,18 @@ def single_device(device: jax.Device, on_host: bool) -> Sharding:
     return SingleDeviceSharding(device, memory_kind="pinned_host" if on_host else device.default_memory().kind)
 
 
+def abstract_array(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
+    """A shape that traces as the array will, in host memory or on the device.
+
+    By its sharding alone JAX takes any shape on a single device for one in device memory. JAX 0.10 always does:
+    `models.layers.on_host` tells.
+    """
+    array = jax.ShapeDtypeStruct(shape, dtype)
+    if sharding.memory_kind == "pinned_host":
+        array = jax.eval_shape(lambda array: jax.device_put(array, jax.memory.Space.Host), array)
+    return array.update(sharding=sharding)
+
+
 def free_bytes(device: jax.Device) -> int:
     """Device memory that this process never needed so far; 0 where the backend does not say."""
     statistics = device.memory_stats() or {}

@@ -24,8 +24,9 @@ from wan_jax.diffusion.guidance import guidance_by_expert
 from wan_jax.diffusion.sampler import Expert, compile_step, plan_steps
 from wan_jax.diffusion.solvers import get_solver
 from wan_jax.errors import InputError
-from wan_jax.memory import PROFILES, Profile, single_device, streams
+from wan_jax.memory import PROFILES, Profile, abstract_array, single_device, streams
 from wan_jax.models.denoiser import Context, Denoiser
+from wan_jax.models.layers import on_host
 from wan_jax.models.parameters import dotted, named_parameters
 from wan_jax.models.streaming import Cache
 from wan_jax.models.text_encoder import TextEncoder
@@ -150,11 +151,19 @@ class Plan:
 
     def scratch(self, profile: Profile) -> Mapping[str, int]:
         """Bytes that each stage's program takes beside weights and inputs."""
-        if not self.compiled:
+        if not self.compiles(profile):
             return self.estimated_scratch(profile)
         if profile.layers_on_host not in self._scratch:  # resident and swap run the same programs
             self._scratch[profile.layers_on_host] = self._compiled_scratch(profile)
         return self._scratch[profile.layers_on_host]
+
+    def compiles(self, profile: Profile) -> bool:
+        """Whether scratch comes from compiled programs: JAX 0.10 has no shapes that stand for arrays in host memory."""
+        return self.compiled and (not profile.layers_on_host or self._has_shapes_on_host)
+
+    @functools.cached_property
+    def _has_shapes_on_host(self) -> bool:
+        return on_host(abstract_array((), jnp.float32, single_device(self.device, on_host=True)))
 
     def estimated_scratch(self, profile: Profile) -> dict[str, int]:
         """The formula: the largest set of arrays that are needed at one time.
@@ -321,7 +330,9 @@ class Report:
                 f"{each.profile:<9} {_gib(each.peak_bytes):>11} {stages} {_gib(each.host_bytes):>12} {times}  {verdict}"
             )
         if plan.compiled:
-            lines.append("Scratch memory is that of the programs as compiled for this device.")
+            formula = [each.profile for each in self.predictions if not plan.compiles(PROFILES[each.profile])]
+            note = f"; for {formula[0]} a formula's, until JAX is 0.11" if formula else ""
+            lines.append(f"Scratch memory is that of the programs as compiled for this device{note}.")
         else:
             lines.append(
                 "Scratch memory is a formula's, for GPUs: programs compiled for the CPU at hand need other amounts."
@@ -398,10 +409,7 @@ def _placed(model: Any, sharding: Callable[[str], Sharding]) -> Any:
     """The same with a sharding for each array."""
     graphdef, state = nnx.split(model)
     leaves = [
-        (
-            path,
-            variable.replace(jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding(dotted(path)))),
-        )
+        (path, variable.replace(abstract_array(variable.shape, variable.dtype, sharding(dotted(path)))))
         for path, variable in state.flat_state()
     ]
     return nnx.merge(graphdef, nnx.State.from_flat_path(leaves))

@@ -23,6 +23,7 @@ from wan_jax.diffusion.guidance import guidance_by_expert, guide
 from wan_jax.diffusion.schedule import TRAIN_TIMESTEPS, Schedule
 from wan_jax.diffusion.solvers import Solver
 from wan_jax.errors import InputError
+from wan_jax.models.layers import on_host
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,8 +157,9 @@ def compile_step(expert: Expert, schedule: Schedule, solver: Solver, state: Any)
         ),
         state,
     )
+    # As shapes with a sharding, arrays in host memory would be taken for arrays on the device and never be fetched.
     arrays = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        lambda x: x if on_host(x) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
         (parameters, expert.positive, expert.negative),
     )
     numbers = _step_numbers(schedule, solver.coefficients(schedule), 0)

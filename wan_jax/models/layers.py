@@ -142,7 +142,7 @@ def scan_layers(
     return run_fetched(count - 1, carry, last, ys)
 
 
-def on_host(array: jax.Array) -> bool:
+def on_host(array: jax.Array | jax.ShapeDtypeStruct) -> bool:
     """Whether an array, or what is traced in its place, lies in host memory."""
     return jax.typeof(array).memory_space == jax.memory.Space.Host
 
