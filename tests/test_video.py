@@ -98,8 +98,10 @@ def test_writing_in_pieces_gives_the_same_files(video, tmp_path, ending):
     for file in writer.files:
         whole = tmp_path / "whole" / file.name
         if ending == "mp4":  # holds the second in which it was made
-            # Its size may differ by a byte: once in some hundred times x264 codes the same frames another way.
-            np.testing.assert_allclose(read_video(file).frames.astype(int), read_video(whole).frames, rtol=0, atol=2)
+            # With threads x264 codes a few blocks another way, once in some hundred times (seen: 0.4 % of values, by up
+            # to 9 levels, 0.02 on average). A lost, doubled or shifted frame of this clip changes values by 4 or more.
+            difference = read_video(file).frames.astype(int) - read_video(whole).frames
+            assert np.abs(difference).mean() < 0.5
         else:
             assert file.read_bytes() == whole.read_bytes()
 
