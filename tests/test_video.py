@@ -98,8 +98,8 @@ def test_writing_in_pieces_gives_the_same_files(video, tmp_path, ending):
     for file in writer.files:
         whole = tmp_path / "whole" / file.name
         if ending == "mp4":  # holds the second in which it was made
-            # With threads x264 codes a few blocks another way, once in some hundred times (seen: 0.4 % of values more than
-            # 2 levels off, 5 at most). A lost, doubled or shifted frame of this clip changes values by 4 or more.
+            # With threads x264 codes a few blocks another way, once in some hundred times (seen: 0.4 % of values more
+            # than 2 levels off, 5 at most). A lost, doubled or shifted frame of this clip changes values by 4 or more.
             difference = read_video(file).frames.astype(int) - read_video(whole).frames
             assert np.abs(difference).mean() < 0.5
         else:
