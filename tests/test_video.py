@@ -98,10 +98,10 @@ def test_writing_in_pieces_gives_the_same_files(video, tmp_path, ending):
     for file in writer.files:
         whole = tmp_path / "whole" / file.name
         if ending == "mp4":  # holds the second in which it was made
-            # With threads x264 codes a few blocks another way, once in some hundred times (seen: 0.4 % of values more
-            # than 2 levels off, 5 at most). A frame in another's place is 4 levels off on average.
+            # On a loaded machine x264 at times codes the same frames another way: up to 0.6 levels a frame were seen. A
+            # frame in another's place is 4.3 levels off (measured on this clip); the bound lies between.
             difference = read_video(file).frames.astype(int) - read_video(whole).frames
-            assert np.abs(difference).mean(axis=(1, 2, 3)).max() < 0.5
+            assert np.abs(difference).mean(axis=(1, 2, 3)).max() < 2
         else:
             assert file.read_bytes() == whole.read_bytes()
 
