@@ -2,7 +2,7 @@
 
 import pytest
 
-from wan_jax.config import OFFICIAL_NEGATIVE_PROMPT, PRESETS, get_preset
+from wan_jax.config import OFFICIAL_NEGATIVE_PROMPT, PRESETS, WanConfig, get_preset
 from wan_jax.errors import InputError
 from wan_jax.settings import Settings, parse_guidance, parse_size
 
@@ -66,7 +66,17 @@ def test_parse_guidance():
 
 
 def test_presets():
-    assert set(PRESETS) == {"t2v-a14b", "t2v-14b", "t2v-1.3b"}
+    wan21 = {"t2v-14b", "t2v-1.3b", "i2v-14b-480p", "i2v-14b-720p", "flf2v-14b-720p"}
+    assert set(PRESETS) == wan21 | {"t2v-a14b", "i2v-a14b", "ti2v-5b"}
+    assert {name for name, preset in PRESETS.items() if len(preset.experts) == 1} == wan21 | {"ti2v-5b"}
+    for preset in PRESETS.values():  # the mask has as many channels as frames in a latent frame
+        given = 4 + preset.vae.z_dim if preset.conditioning == "image_latents" else 0
+        assert preset.denoiser.in_channels == preset.vae.z_dim + given
+        assert preset.denoiser.out_channels == preset.vae.z_dim
+        assert (preset.image_encoder is None) == (preset.denoiser.image_dim is None)
+    assert get_preset("flf2v-14b-720p").denoiser.image_position_length == 514
+    with pytest.raises(InputError, match="unknown conditioning 'image_latent'; did you mean 'image_latents'"):
+        WanConfig(conditioning="image_latent")
     assert A14B.experts == ("high_noise", "low_noise")
     assert get_preset("t2v-1.3b").experts == ("denoiser",)
     assert A14B.size_multiple == (16, 16)

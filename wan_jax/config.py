@@ -25,6 +25,8 @@ class DenoiserConfig:
     text_length: int = 512  # tokens of context; shorter prompts are padded with zero vectors, which are attended
     freq_dim: int = 256  # width of the timestep sinusoid
     eps: float = 1e-6
+    image_dim: int | None = None  # width of the image encoder's features (Wan2.1 I2V); None: no attention to images
+    image_position_length: int | None = None  # image tokens with learned positions (FLF2V: two images); None: none
 
     def __post_init__(self):
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
@@ -50,6 +52,31 @@ class TextEncoderConfig:
     num_buckets: int = 32
     max_distance: int = 128
     eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class ImageEncoderConfig:
+    """The vision tower of CLIP (open-clip's XLM-RoBERTa-large ViT-H/14) that Wan2.1's image to video attends to."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    dim: int = 1280
+    num_layers: int = 32  # all of the tower's; Wan reads what goes into the last one
+    num_heads: int = 16
+    ffn_dim: int = 5120
+    eps: float = 1e-5
+
+    def __post_init__(self):
+        if self.dim % self.num_heads or self.image_size % self.patch_size:
+            raise InputError(
+                f"image encoder dim {self.dim} must divide by its {self.num_heads} heads and image_size "
+                f"{self.image_size} by patch_size {self.patch_size}; check the config"
+            )
+
+    @property
+    def num_tokens(self) -> int:
+        """One for each patch of an image, and one for the whole."""
+        return (self.image_size // self.patch_size) ** 2 + 1
 
 
 # Normalisation of the Wan2.1 VAE's 16 latent channels (wan/modules/vae2_1.py).
@@ -93,11 +120,17 @@ class VAEConfig:
         return 2 ** sum(self.temporal_downsample)
 
 
+# The VAE of TI2V-5B. Not yet whole: its structure and statistics are to be filled in.
+WAN22_VAE = VAEConfig(z_dim=48, latents_mean=(0.0,) * 48, latents_std=(1.0,) * 48)
+
 # wan/configs/shared_config.py: sample_neg_prompt.
 OFFICIAL_NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"  # noqa: RUF001
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
 )
+# Wan2.1's image-to-video models put "camera shake" before it, and FLF2V "camera cuts" before that.
+I2V_NEGATIVE_PROMPT = "镜头晃动，" + OFFICIAL_NEGATIVE_PROMPT  # noqa: RUF001
+FLF2V_NEGATIVE_PROMPT = "镜头切换，" + I2V_NEGATIVE_PROMPT  # noqa: RUF001
 
 
 @dataclass(frozen=True)
@@ -116,6 +149,13 @@ class SamplingConfig:
     negative_prompt: str = OFFICIAL_NEGATIVE_PROMPT
 
 
+# What a model is given beside the noise:
+#   text           the prompt alone;
+#   image_latents  a mask and the latents of given frames, concatenated to the noise along channels;
+#   first_frame    the prompt alone, or the first latent frame in the noise's place, with timestep 0 for its tokens.
+CONDITIONINGS = ("text", "image_latents", "first_frame")
+
+
 @dataclass(frozen=True)
 class WanConfig:
     """Everything that defines one member of the family."""
@@ -125,6 +165,12 @@ class WanConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    image_encoder: ImageEncoderConfig | None = None  # for denoisers that attend to images
+    conditioning: str = "text"  # one of CONDITIONINGS
+
+    def __post_init__(self):
+        if self.conditioning not in CONDITIONINGS:
+            raise unknown_name("conditioning", self.conditioning, CONDITIONINGS)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -138,17 +184,60 @@ class WanConfig:
         return patch_height * self.vae.spatial_stride, patch_width * self.vae.spatial_stride
 
 
+# The 14 B denoiser is the same in Wan2.1 and in each expert of Wan2.2, but for what it is given beside the noise: 4
+# channels of mask and 16 of latents for image to video, and in Wan2.1 also the image's CLIP features.
+_I2V_DENOISER = DenoiserConfig(in_channels=36)
+_CLIP_DENOISER = dataclasses.replace(_I2V_DENOISER, image_dim=ImageEncoderConfig.dim)
+_FLF2V_DENOISER = dataclasses.replace(_CLIP_DENOISER, image_position_length=2 * ImageEncoderConfig().num_tokens)
+
 _WAN21_SAMPLING = SamplingConfig(steps=50, shift=5.0, guidance=(5.0, 5.0), boundary=None)
+_I2V_SAMPLING = dataclasses.replace(_WAN21_SAMPLING, steps=40, negative_prompt=I2V_NEGATIVE_PROMPT)
 
 PRESETS: dict[str, WanConfig] = {
     preset.name: preset
     for preset in (
         WanConfig(name="t2v-a14b"),
+        WanConfig(
+            name="i2v-a14b",
+            denoiser=_I2V_DENOISER,
+            sampling=SamplingConfig(shift=5.0, guidance=(3.5, 3.5), boundary=0.9),
+            conditioning="image_latents",
+        ),
+        WanConfig(
+            name="ti2v-5b",
+            denoiser=DenoiserConfig(
+                num_layers=30, dim=3072, num_heads=24, ffn_dim=14336, in_channels=48, out_channels=48
+            ),
+            vae=WAN22_VAE,
+            sampling=dataclasses.replace(_WAN21_SAMPLING, size=(1280, 704), frames=121, fps=24),
+            conditioning="first_frame",
+        ),
         WanConfig(name="t2v-14b", sampling=_WAN21_SAMPLING),
         WanConfig(
             name="t2v-1.3b",
             denoiser=DenoiserConfig(num_layers=30, dim=1536, num_heads=12, ffn_dim=8960),
             sampling=dataclasses.replace(_WAN21_SAMPLING, size=(832, 480)),
+        ),
+        WanConfig(
+            name="i2v-14b-480p",
+            denoiser=_CLIP_DENOISER,
+            sampling=dataclasses.replace(_I2V_SAMPLING, size=(832, 480), shift=3.0),
+            image_encoder=ImageEncoderConfig(),
+            conditioning="image_latents",
+        ),
+        WanConfig(
+            name="i2v-14b-720p",
+            denoiser=_CLIP_DENOISER,
+            sampling=_I2V_SAMPLING,
+            image_encoder=ImageEncoderConfig(),
+            conditioning="image_latents",
+        ),
+        WanConfig(
+            name="flf2v-14b-720p",
+            denoiser=_FLF2V_DENOISER,
+            sampling=dataclasses.replace(_WAN21_SAMPLING, shift=16.0, negative_prompt=FLF2V_NEGATIVE_PROMPT),
+            image_encoder=ImageEncoderConfig(),
+            conditioning="image_latents",
         ),
     )
 }

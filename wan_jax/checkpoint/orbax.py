@@ -21,7 +21,7 @@ from wan_jax.checkpoint.components import Component, bind_component
 from wan_jax.checkpoint.configs import read_json
 from wan_jax.checkpoint.layouts import component_config
 from wan_jax.checkpoint.tensors import ReadMany, TensorInfo, TensorStore, cast, split_by_bytes
-from wan_jax.config import DenoiserConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig
+from wan_jax.config import DenoiserConfig, ImageEncoderConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig
 from wan_jax.errors import InputError
 
 MANIFEST = "wan_jax.json"
@@ -122,7 +122,9 @@ def config_from_json(content: Mapping[str, Any]) -> WanConfig:
         "vae": VAEConfig,
         "sampling": SamplingConfig,
     }
-    sections = {name: make(**_tuples(content[name])) for name, make in classes.items()}
+    sections: dict[str, Any] = {name: make(**_tuples(content[name])) for name, make in classes.items()}
+    if content.get("image_encoder") is not None:
+        sections["image_encoder"] = ImageEncoderConfig(**_tuples(content["image_encoder"]))
     return WanConfig(**{**content, **sections})
 
 
