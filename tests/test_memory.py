@@ -65,6 +65,14 @@ def test_no_bit_changes(videos, profile):
     np.testing.assert_array_equal(videos[profile].frames, videos["resident"].frames)
 
 
+def test_encoding_frees_what_it_copied(pipelines, videos):
+    live = len(jax.live_arrays())
+    latents = pipelines["swap"].encode(videos["swap"].frames)
+    gc.collect()
+    assert len(jax.live_arrays()) == live
+    np.testing.assert_array_equal(latents, pipelines["resident"].encode(videos["swap"].frames))
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_weights_wait_where_the_profile_says_also_after_a_run(pipelines, videos, profile):
     expected = "device" if profile == "resident" else "pinned_host"

@@ -1,5 +1,6 @@
 """The pipeline's own behaviour, on the demo's structure with random weights; parity is in tests/parity/."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -111,6 +112,52 @@ def test_frames_arrive_while_later_ones_are_decoded(pipe, chunk):
     np.testing.assert_array_equal(np.concatenate(lots), frames)
     # Another chunk may add in another order, and the cut to whole levels may then fall on the other side.
     np.testing.assert_allclose(frames.astype(int), pipe.decode(latents), rtol=0, atol=1)
+
+
+def conditioning_frames(count: int) -> np.ndarray:
+    """An image, then grey, as image to video encodes them; the grey takes no memory."""
+    image = np.random.default_rng(0).uniform(-1, 1, (1, 32, 48, 3)).astype(np.float32)
+    return np.concatenate([image, np.broadcast_to(np.float32(0), (count - 1, 32, 48, 3))])
+
+
+def test_encoding_streams(pipe, monkeypatch):
+    """The latents are those of the whole sequence, and only one latent frame's worth of frames travels at a time."""
+    frames = conditioning_frames(13)
+    sent, start = [], pipe._start
+    monkeypatch.setattr(pipe, "_start", lambda *args: sent.append(args[-1].shape) or start(*args))
+    latents = pipe.encode(frames)
+    assert sent == [(1, 32, 48, 3), *[(4, 32, 48, 3)] * 3]
+    assert latents.shape == (16, 4, 4, 6)
+    assert latents.dtype == np.float32
+    expected = jax.jit(lambda vae, frames: vae.encode(frames))(pipe.vae, frames[None])[0]
+    np.testing.assert_allclose(latents, expected, rtol=0, atol=1e-5)  # float32 sums in another order
+    np.testing.assert_array_equal(pipe.encode(frames[:1]), latents[:, :1])
+    assert pipe.seconds["encode"] > 0
+
+
+def test_pixels_and_floats_give_the_same_latents(pipe):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 32, 48, 3), np.uint8)
+    floats = (pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+    # One rounding of the input, through some twenty layers.
+    np.testing.assert_allclose(pipe.encode(pixels), pipe.encode(floats), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(pipe.encode(floats.astype(np.float64)), pipe.encode(floats), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (np.zeros((5, 32, 48), np.uint8), r"give \[frames, height, width, 3\]"),
+        (np.zeros((0, 32, 48, 3), np.uint8), r"cannot encode frames of shape \(0,"),
+        (np.zeros((4, 32, 48, 3), np.uint8), r"cannot encode 4 frames; give 4n \+ 1"),
+        (np.zeros((1, 32, 44, 3), np.uint8), "of 44x32 pixels; give multiples of 8"),
+        (np.zeros((1, 32, 48, 3), np.int64), "frames of int64; give uint8, or floats"),
+        (np.full((1, 32, 48, 3), 255.0), "reach 255; give uint8"),
+        (np.full((1, 32, 48, 3), np.nan), "reach nan"),
+    ],
+)
+def test_bad_frames(pipe, frames, message):
+    with pytest.raises(InputError, match=message):
+        pipe.encode(frames)
 
 
 def test_vae_in_bfloat16(pipe, diffusers_tree):

@@ -48,7 +48,7 @@ class WanPipeline:
         config: what the model is, and its sampling defaults.
         text_encoder, denoisers, vae: the models; `denoisers` by expert name.
         memory: where their weights wait and run.
-        seconds: wall time of the last run by stage: "load", "text", "compile", "denoise", "decode".
+        seconds: wall time of the last run by stage: "load", "text", "compile", "encode", "denoise", "decode".
         latents: float32 [B, C, F', h, w] of the last run. They are kept as soon as denoising ends, so that nothing is
             lost if decoding or saving fails; None before the first run.
     """
@@ -304,6 +304,61 @@ class WanPipeline:
             fetch(frames)
             bar.reach(latents.shape[2])
         return np.concatenate(lots)
+
+    def encode(self, frames: ArrayLike) -> np.ndarray:
+        """Frames of one video [F, H, W, 3] -> normalised latents, float32 [C, F', h, w]: the inverse of `decode`.
+
+        Frames are uint8, or floats in [-1, 1], which a resize may have overshot a little. F is 4n + 1, and one frame is
+        a video too; H and W are multiples of the VAE's stride. They go to the device one latent frame's worth at a
+        time, while those before are encoded: memory does not grow with the length. Nothing is sampled: the latents are
+        the mean of their distribution.
+
+        The VAE's dtype is that of the pipeline (`vae_dtype`). Condition on latents from a float32 VAE: in bfloat16 they
+        shift enough to be seen in what is generated.
+
+        Raises:
+            InputError: frames of another shape, dtype or range.
+        """
+        frames = self._check_frames(np.asarray(frames))
+        stride = self.config.vae.temporal_stride
+        lots: list[np.ndarray] = []
+        with (
+            self._bars.task("encode", total=1 + (len(frames) - 1) // stride) as bar,
+            self.memory.on_device(self.vae) as vae,
+            self._stage("encode"),
+        ):
+            latents, cache = self._start(self._programs.encode_first, vae, jnp.asarray(frames[:1]))
+            for index in range(1, len(frames), stride):
+                some = jnp.asarray(frames[index : index + stride])
+                following, cache = self._start(self._programs.encode_next, vae, cache, some)
+                lots.append(np.asarray(latents))  # waits, so that no more frames are on their way to the device
+                bar.reach(len(lots))
+                latents = following
+            lots.append(np.asarray(latents))
+            bar.reach(len(lots))
+        return np.concatenate(lots, axis=1)
+
+    def _check_frames(self, frames: np.ndarray) -> np.ndarray:
+        """The same frames, uint8 or float32."""
+        stride, multiple = self.config.vae.temporal_stride, self.config.vae.spatial_stride
+        if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+            raise InputError(f"cannot encode frames of shape {frames.shape}; give [frames, height, width, 3]")
+        if (len(frames) - 1) % stride:
+            raise InputError(f"cannot encode {len(frames)} frames; give {stride}n + 1")
+        if frames.shape[1] % multiple or frames.shape[2] % multiple:
+            raise InputError(
+                f"cannot encode frames of {frames.shape[2]}x{frames.shape[1]} pixels; give multiples of {multiple}"
+            )
+        if frames.dtype == np.uint8:
+            return frames
+        if not jnp.issubdtype(frames.dtype, jnp.floating):
+            raise InputError(f"cannot encode frames of {frames.dtype}; give uint8, or floats in [-1, 1]")
+        frames = frames.astype(np.float32, copy=False)
+        # Bicubic interpolation overshoots, but never by as much as a wrong scale.
+        largest = np.max([max(-frame.min(), frame.max()) for frame in frames])
+        if not largest <= 2:
+            raise InputError(f"frames to encode reach {largest:g}; give uint8, or floats in [-1, 1]")
+        return frames
 
     def metadata(self, prompt: str, settings: Settings) -> dict[str, Any]:
         """What is written into the video's file."""

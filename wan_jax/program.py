@@ -54,6 +54,8 @@ class Programs:
         vae_precision = None if exact else "tensorfloat32"
         self.decode_first = Program(_decode_first, matmul_precision=vae_precision)
         self.decode_next = Program(_decode_next, matmul_precision=vae_precision, donate_argnums=(1,))
+        self.encode_first = Program(_encode_first, matmul_precision=vae_precision)
+        self.encode_next = Program(_encode_next, matmul_precision=vae_precision, donate_argnums=(1,))
 
 
 def _encode_text(encoder: TextEncoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -73,6 +75,23 @@ def _decode_next(vae: VAE, cache: Cache, latents: jax.Array) -> tuple[jax.Array,
 def _to_uint8(frames: jax.Array) -> jax.Array:
     """[1, F, H, W, 3] around [-1, 1] -> uint8 [F, H, W, 3], truncated as the official code does."""
     return ((jnp.clip(frames[0], -1.0, 1.0) + 1.0) / 2.0 * 255.0).astype(jnp.uint8)
+
+
+def _encode_first(vae: VAE, frames: jax.Array) -> tuple[jax.Array, Cache]:
+    latents, cache = vae.encode_first(_from_pixels(frames))
+    return latents[0], cache
+
+
+def _encode_next(vae: VAE, cache: Cache, frames: jax.Array) -> tuple[jax.Array, Cache]:
+    latents, cache = vae.encode_next(cache, _from_pixels(frames))
+    return latents[0], cache
+
+
+def _from_pixels(frames: jax.Array) -> jax.Array:
+    """[F, H, W, 3], uint8 or floats in [-1, 1] -> float32 [1, F, H, W, 3] in [-1, 1]."""
+    if frames.dtype == jnp.uint8:
+        frames = (frames.astype(jnp.float32) / 255.0 - 0.5) / 0.5
+    return frames.astype(jnp.float32)[None]
 
 
 def scratch_bytes(executable: jax.stages.Compiled) -> int:
