@@ -57,6 +57,43 @@ def vae(seed: int, **changes):
     return randomise(AutoencoderKLWan(**(config | changes)), seed)
 
 
+def vae_2_2(seed: int, **changes):
+    """The structure of TI2V-5B's: 48 channels of latents of 16 x 16 pixels, a wider decoder, 2 x 2 pixels in a patch."""
+    config = {
+        "base_dim": 6,
+        "decoder_base_dim": 8,
+        "z_dim": 48,
+        "dim_mult": [1, 1, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+        "latents_mean": np.linspace(-0.5, 0.4, 48).tolist(),
+        "latents_std": np.linspace(0.4, 1.6, 48).tolist(),
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_temporal": 4,
+        "scale_factor_spatial": 16,
+    }
+    return vae(seed, **(config | changes))
+
+
+def image_encoder(seed: int, **changes):
+    """CLIP's vision tower: 3 layers, 16 patches of an image and one token for the whole."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    config = {
+        "hidden_size": 22,
+        "intermediate_size": 36,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+    }
+    return randomise(CLIPVisionModel(CLIPVisionConfig(**(config | changes))), seed)
+
+
 def text_encoder(seed: int, vocab_size: int, **changes):
     from transformers import UMT5Config, UMT5EncoderModel
 
@@ -93,18 +130,55 @@ def scheduler(solver: str, shift: float):
 def pipeline(tokenizer_folder: pathlib.Path, *, experts: int = 2, solver: str = "unipc", shift: float = 3.0):
     """A whole diffusers WanPipeline of Wan2.2's structure (or 2.1's, with one expert), float32."""
     from diffusers import WanPipeline
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     return WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder(1, vocab_size=len(tokenizer) + 3),
+        **_text_models(tokenizer_folder),
         transformer=denoiser(2),
         transformer_2=denoiser(3) if experts == 2 else None,
         vae=vae(4),
         scheduler=scheduler(solver, shift),
         boundary_ratio=0.875 if experts == 2 else None,
     )
+
+
+def image_pipeline(tokenizer_folder: pathlib.Path, model: str, *, solver: str = "unipc", shift: float = 5.0):
+    """A whole diffusers pipeline that takes an image, float32.
+
+    `model`: "i2v-a14b" (two experts, mask and image latents), "i2v-14b" (one, and CLIP), "flf2v-14b" (CLIP of two
+    images) or "ti2v-5b" (VAE 2.2, first frame given).
+    """
+    from diffusers import WanImageToVideoPipeline
+    from transformers import CLIPImageProcessor
+
+    models = _text_models(tokenizer_folder) | {"scheduler": scheduler(solver, shift)}
+    if model == "ti2v-5b":
+        changes = {"in_channels": 48, "out_channels": 48}
+        models |= {"vae": vae_2_2(4), "transformer": denoiser(2, **changes), "expand_timesteps": True}
+    elif model == "i2v-a14b":
+        experts = {"transformer": denoiser(2, in_channels=36), "transformer_2": denoiser(3, in_channels=36)}
+        models |= {"vae": vae(4), **experts, "boundary_ratio": 0.9}
+    else:
+        clip = image_encoder(5)
+        changes = {"in_channels": 36, "image_dim": clip.config.hidden_size, "added_kv_proj_dim": 60}
+        if model == "flf2v-14b":
+            changes["pos_embed_seq_len"] = 2 * clip.embeddings.num_positions
+        size = clip.config.image_size
+        models |= {
+            "vae": vae(4),
+            "transformer": denoiser(2, **changes),
+            "image_encoder": clip,
+            "image_processor": CLIPImageProcessor(
+                size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+            ),
+        }
+    return WanImageToVideoPipeline(**models)
+
+
+def _text_models(tokenizer_folder: pathlib.Path) -> dict:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    return {"tokenizer": tokenizer, "text_encoder": text_encoder(1, vocab_size=len(tokenizer) + 3)}
 
 
 def relative_error(ours, theirs) -> float:
