@@ -241,6 +241,17 @@ def test_new_timesteps_do_not_recompile():
     assert relative_distance(velocities[0], velocities[1]) > 1e-2
 
 
+def test_timesteps_for_each_frame():
+    """The same values as when they are given for each token, one by one."""
+    latents, text = random_inputs(TINY)
+    denoiser = random_denoiser(TINY, jnp.float32)
+    by_frame = jnp.asarray([[0.0, 500.0, 20.5], [937.0, 937.0, 12.0]])
+    expected = forward(denoiser, latents, jnp.repeat(by_frame, TOKENS // 3, axis=1), text)
+    # The small matrix products of the time embedding have other shapes, and may add in another order.
+    assert relative_distance(forward(denoiser, latents, by_frame, text), expected) < 1e-6
+    assert relative_distance(forward(denoiser, latents, by_frame[:, 0], text), expected) > 1e-3
+
+
 def test_timesteps_for_each_token():
     latents, text = random_inputs(TINY)
     denoiser = random_denoiser(TINY, jnp.float32)

@@ -19,6 +19,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding
 
+from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning
 from wan_jax.diffusion.guidance import guidance_by_expert, guide
 from wan_jax.diffusion.schedule import TRAIN_TIMESTEPS, Schedule
 from wan_jax.diffusion.solvers import Solver
@@ -75,6 +76,7 @@ def denoise(
     boundary: float | None,
     get_expert: Callable[[str], Expert],
     on_step: Callable[[StepReport], None] | None = None,
+    conditioning: Conditioning = TEXT_ONLY,
 ) -> jax.Array:
     """Turns noise into latents of videos.
 
@@ -88,6 +90,7 @@ def denoise(
         get_expert: gives the expert of a name. Called once per unbroken run of its steps, after the loop has dropped
             the expert before it, so that the caller may swap weights.
         on_step: called after each step.
+        conditioning: the frames that are known beforehand.
 
     Returns:
         float32 [B, C, F, h, w], without noise.
@@ -97,10 +100,10 @@ def denoise(
     """
     names = plan_steps(schedule, boundary)
     scales = guidance_by_expert(guidance, tuple(dict.fromkeys(names)))
-    state = solver.init(latents)
+    state = solver.init(conditioning.restore(latents))
     for name, steps in itertools.groupby(range(schedule.num_steps), key=names.__getitem__):
         # The call holds the only reference to the expert, so that it is gone before the next one is asked for.
-        state = _run_expert(get_expert(name), name, steps, schedule, solver, scales[name], state, on_step)
+        state = _run_expert(get_expert(name), name, steps, schedule, solver, scales[name], state, conditioning, on_step)
     return state.latents
 
 
@@ -112,6 +115,7 @@ def _run_expert(
     solver: Solver,
     scale: float,
     state: Any,
+    conditioning: Conditioning,
     on_step: Callable[[StepReport], None] | None,
 ) -> Any:
     """Runs consecutive steps of one expert: solver state before them -> solver state after them."""
@@ -120,13 +124,13 @@ def _run_expert(
     elif expert.negative is None:
         raise InputError(f"guidance {scale:g} of expert {name!r} needs a negative prompt; give one, or use guidance 1")
     start = time.perf_counter()
-    step = compile_step(expert, schedule, solver, state)
+    step = compile_step(expert, schedule, solver, state, conditioning)
     compile_seconds = time.perf_counter() - start
     arrays = nnx.state(expert.denoiser), expert.positive, expert.negative
     coefficients = solver.coefficients(schedule)
     for index in steps:
         start = time.perf_counter()
-        state = step(*arrays, state, *_step_numbers(schedule, coefficients, index), np.float32(scale))
+        state = step(*arrays, state, conditioning, *_step_numbers(schedule, coefficients, index), np.float32(scale))
         # Waiting here makes the reported seconds true and lets Ctrl-C in; it costs far less than a step.
         jax.block_until_ready(state)
         if on_step is not None:
@@ -135,7 +139,9 @@ def _run_expert(
     return state
 
 
-def compile_step(expert: Expert, schedule: Schedule, solver: Solver, state: Any) -> jax.stages.Compiled:
+def compile_step(
+    expert: Expert, schedule: Schedule, solver: Solver, state: Any, conditioning: Conditioning = TEXT_ONLY
+) -> jax.stages.Compiled:
     """Compiles the step that `denoise` will run, or finds it compiled.
 
     Args:
@@ -144,6 +150,7 @@ def compile_step(expert: Expert, schedule: Schedule, solver: Solver, state: Any)
         schedule: any schedule; its numbers and length do not matter.
         solver: see `get_solver`.
         state: `solver.init(latents)`, or what jax.eval_shape gives for it.
+        conditioning: its arrays, too, may be abstract.
 
     Returns:
         The executable; its `memory_analysis()` says what a step needs.
@@ -151,11 +158,11 @@ def compile_step(expert: Expert, schedule: Schedule, solver: Solver, state: Any)
     graphdef, parameters = nnx.split(expert.denoiser)
     # Only a state spread over a mesh asks for its place; any other follows the parameters. Lowered as it is, a state
     # that came out of a step would differ from the first one by being committed to a device, and compile anew.
-    state = jax.tree.map(
+    state, conditioning = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=x.sharding if isinstance(x.sharding, NamedSharding) else None
         ),
-        state,
+        (state, conditioning),
     )
     # As shapes with a sharding, arrays in host memory would be taken for arrays on the device and never be fetched.
     arrays = jax.tree.map(
@@ -163,7 +170,7 @@ def compile_step(expert: Expert, schedule: Schedule, solver: Solver, state: Any)
         (parameters, expert.positive, expert.negative),
     )
     numbers = _step_numbers(schedule, solver.coefficients(schedule), 0)
-    return _sample_step.lower(graphdef, solver, *arrays, state, *numbers, np.float32(1)).compile()
+    return _sample_step.lower(graphdef, solver, *arrays, state, conditioning, *numbers, np.float32(1)).compile()
 
 
 def _step_numbers(schedule: Schedule, coefficients: Any, index: int) -> tuple[Any, np.ndarray]:
@@ -172,7 +179,7 @@ def _step_numbers(schedule: Schedule, coefficients: Any, index: int) -> tuple[An
 
 
 @partial(jax.jit, static_argnames=("graphdef", "solver"), donate_argnames="state")
-def _sample_step(graphdef, solver, parameters, positive, negative, state, coefficients, timestep, scale):
+def _sample_step(graphdef, solver, parameters, positive, negative, state, conditioning, coefficients, timestep, scale):
     denoiser = nnx.merge(graphdef, parameters)
     timesteps = jnp.full(state.latents.shape[:1], timestep)
 
@@ -181,15 +188,16 @@ def _sample_step(graphdef, solver, parameters, positive, negative, state, coeffi
         # Without the barrier XLA embeds the latents once for both turns and keeps that, the size of all activations
         # between two layers, in memory beside the second turn's own.
         latents, t, _ = lax.optimization_barrier((state.latents, timesteps, is_positive))
-        return denoiser(latents, t, context)
+        return denoiser(*conditioning.inputs(latents, t), context)
 
     if negative is None:
-        velocity = denoiser(state.latents, timesteps, positive)
+        velocity = denoiser(*conditioning.inputs(state.latents, timesteps), positive)
     else:
         # A loop of two turns, so that the denoiser is compiled once and its activations exist once.
         conditional, unconditional = lax.map(evaluate, jnp.array([True, False]))
         velocity = guide(conditional, unconditional, scale)
-    return solver.step(state, velocity.astype(jnp.float32), coefficients)
+    state = solver.step(state, velocity.astype(jnp.float32), coefficients)
+    return state._replace(latents=conditioning.restore(state.latents))
 
 
 @partial(jax.jit, static_argnames="graphdef")

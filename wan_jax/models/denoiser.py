@@ -99,7 +99,8 @@ class Denoiser(nnx.Module):
 
         Args:
           latents: [B, in_channels, F, h, w], float32; F, h, w are multiples of the patch size.
-          timesteps: [B] float32, 1000 sigma; or [B, tokens], one for each token in the order (F, h, w).
+          timesteps: [B] float32, 1000 sigma; or one for each latent frame, [B, F / patch], or for each token, [B, S] in
+            the order (F, h, w).
           context: what `encode_context` of this denoiser returned for B texts.
 
         Returns:
@@ -114,9 +115,9 @@ class Denoiser(nnx.Module):
         patches = rearrange(latents, "b c (f pt) (h ph) (w pw) -> b (f h w) (c pt ph pw)", **axes)
         x = self.patch_embedding(patches).astype(jnp.float32)  # [B, S, dim]
 
-        # A timestep for all tokens is kept as [B, 1, ...], which broadcasts against [B, S, ...].
+        # What is the same for many tokens is computed once: n is 1, the number of frames, or S. `add_table` spreads it.
         timesteps = timesteps.reshape(timesteps.shape[0], -1)
-        time = self.time_embedding(timestep_embedding(timesteps, self.config.freq_dim))  # [B, 1 or S, dim]
+        time = self.time_embedding(timestep_embedding(timesteps, self.config.freq_dim))  # [B, n, dim]
         modulation = rearrange(self.time_projection(jax.nn.silu(time)), "b s (six dim) -> b s six dim", six=6)
         rotary = rotary_tables(grid, self.config.head_dim)
 
@@ -141,10 +142,11 @@ class Denoiser(nnx.Module):
                 "choose multiples of them"
             )
         frames, height, width = (size // step for size, step in zip(sizes, patch, strict=True))
-        if timesteps.shape not in ((batch,), (batch, frames * height * width)):
+        tokens = frames * height * width
+        if timesteps.shape not in ((batch,), (batch, frames), (batch, tokens)):
             raise InputError(
                 f"timesteps have shape {timesteps.shape}; give ({batch},), one for each of the latents, "
-                f"or ({batch}, {frames * height * width}), one for each token"
+                f"({batch}, {frames}), one for each frame, or ({batch}, {tokens}), one for each token"
             )
         if context.batch != batch:
             raise InputError(
@@ -179,8 +181,8 @@ class DenoiserBlock(nnx.Module):
         keys: jax.Array,
         values: jax.Array,
     ) -> jax.Array:
-        """x [B, S, dim] and modulation [B, 1 or S, 6, dim] in float32; keys, values [B, T, heads, head_dim]."""
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = add_table(self.modulation, modulation)
+        """x [B, S, dim] and modulation [B, n, 6, dim] in float32; keys, values [B, T, heads, head_dim]."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = add_table(self.modulation, modulation, x.shape[1])
         y = layer_norm(x, self.eps) * (1 + scale_1) + shift_1
         x = x + gate_1 * self.self_attention(y, rotary)
         x = x + self.cross_attention(self.cross_attention_norm(x), keys, values)
@@ -272,8 +274,8 @@ class Head(nnx.Module):
         self.eps = config.eps
 
     def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
-        """x [B, S, dim], time [B, 1 or S, dim] -> [B, S, features]."""
-        shift, scale = add_table(self.modulation, time[:, :, None])
+        """x [B, S, dim], time [B, n, dim] -> [B, S, features]."""
+        shift, scale = add_table(self.modulation, time[:, :, None], x.shape[1])
         return self.linear(layer_norm(x, self.eps) * (1 + scale) + shift)
 
 
@@ -328,9 +330,15 @@ def modulation_table(rows: int, dim: int, param_dtype: DTypeLike, rngs: nnx.Rngs
     return nnx.Param(jax.random.normal(rngs.params(), (rows, dim), param_dtype) * dim**-0.5, axes=(None, "embed"))
 
 
-def add_table(table: nnx.Param, time: jax.Array) -> list[jax.Array]:
-    """Table (rows, dim) + time [B, 1 or S, rows or 1, dim] -> rows arrays [B, 1 or S, dim], in float32."""
-    return list(jnp.unstack(table[...].astype(jnp.float32) + time, axis=2))
+def add_table(table: nnx.Param, time: jax.Array, tokens: int) -> list[jax.Array]:
+    """Table (rows, dim) + time [B, n, rows or 1, dim] -> rows arrays [B, 1 or S, dim], in float32.
+
+    n divides the S tokens, in runs of equal length. XLA spreads n to S where the values are used, not in memory.
+    """
+    shifted = table[...].astype(jnp.float32) + time
+    if 1 < time.shape[1] < tokens:
+        shifted = jnp.repeat(shifted, tokens // time.shape[1], axis=1)
+    return list(jnp.unstack(shifted, axis=2))
 
 
 def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:

@@ -1,0 +1,99 @@
+"""What frames that are known beforehand do to the denoise loop.
+
+    TextOnly      nothing: every frame is made from noise
+    KnownFrames   the model reads them beside the noisy latents, as extra channels: I2V, first and last frame
+    FirstFrame    the first latent frame is the image's, without noise, at timestep 0: TI2V
+
+The loop asks two things of each: what the denoiser gets (`inputs`), and what of the latents is put back after a step
+(`restore`). All are pytrees: other images are other arrays, and compile nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Conditioning(Protocol):
+    """What the denoise loop needs."""
+
+    def inputs(self, latents: jax.Array, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Noisy latents [B, z, T, h, w] and timesteps [B] -> what the denoiser is called with."""
+
+    def restore(self, latents: jax.Array) -> jax.Array:
+        """[B, z, T, h, w] -> the same, with what is known as it is known."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TextOnly:
+    """Nothing is known but the text."""
+
+    def inputs(self, latents: jax.Array, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return latents, timesteps
+
+    def restore(self, latents: jax.Array) -> jax.Array:
+        return latents
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KnownFrames:
+    """Channels beside the latents: which frames are known, and the latents of a video that holds them."""
+
+    channels: jax.Array  # [1 or B, temporal_stride + z, T, h, w] float32, the mask first
+
+    def inputs(self, latents: jax.Array, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
+        channels = jnp.broadcast_to(self.channels, (latents.shape[0], *self.channels.shape[1:]))
+        return jnp.concatenate([latents, channels], axis=1), timesteps
+
+    def restore(self, latents: jax.Array) -> jax.Array:
+        return latents
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class FirstFrame:
+    """The first latent frame is given and stays as it is."""
+
+    latents: jax.Array  # [1 or B, z, 1, h, w] float32
+
+    def inputs(self, latents: jax.Array, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Timesteps become [B, T], one for each latent frame."""
+        by_frame = jnp.broadcast_to(timesteps[:, None], (latents.shape[0], latents.shape[2]))
+        return latents, by_frame.at[:, 0].set(0)
+
+    def restore(self, latents: jax.Array) -> jax.Array:
+        """What the solver remembers of its first frame is left alone: it reaches no other frame."""
+        return latents.at[:, :, :1].set(self.latents)
+
+
+TEXT_ONLY = TextOnly()
+
+
+def known_frames(latents: jax.Array, known: Sequence[int], stride: int) -> KnownFrames:
+    """Conditioning on some frames of a video.
+
+    Args:
+      latents: float32 [1, z, T, h, w], normalised: the encoded video of which those frames are known. The others were
+        grey (0 in [-1, 1]).
+      known: their indices.
+      stride: frames to a latent frame.
+    """
+    _, _, length, height, width = latents.shape
+    mask = known_frames_mask(known, 1 + stride * (length - 1), stride)
+    mask = np.broadcast_to(mask[None, :, :, None, None], (1, stride, length, height, width))
+    return KnownFrames(jnp.concatenate([mask, latents], axis=1))
+
+
+def known_frames_mask(known: Sequence[int], frames: int, stride: int) -> np.ndarray:
+    """1 where a frame is known: float32 [stride, T], one channel for each frame in a latent frame.
+
+    The first latent frame holds one frame alone, which fills all its channels (wan/image2video.py).
+    """
+    by_frame = np.zeros(frames, np.float32)
+    by_frame[list(known)] = 1
+    return np.concatenate([np.repeat(by_frame[:1], stride), by_frame[1:]]).reshape(-1, stride).T
