@@ -136,7 +136,7 @@ def normalise(pixels: np.ndarray) -> np.ndarray:
 
 
 def cover(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 [h, w, 3] -> [H, W, 3]: scaled (Lanczos, antialiased) until it covers `size`, then cut around its centre."""
+    """uint8 [h, w, 3] -> [H, W, 3]: scaled (Lanczos, antialiased) until it covers `size`, then cut to its centre."""
     height, width, _ = pixels.shape
     if (width, height) == size:
         return pixels

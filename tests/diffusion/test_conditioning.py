@@ -65,7 +65,12 @@ def test_first_frame_has_timestep_0():
 
 def make_expert(in_channels: int) -> Expert:
     config = DenoiserConfig(
-        **{"num_layers": 1, "dim": 24, "num_heads": 2, "ffn_dim": 40, "text_dim": 6, "text_length": 5},
+        num_layers=1,
+        dim=24,
+        num_heads=2,
+        ffn_dim=40,
+        text_dim=6,
+        text_length=5,
         in_channels=in_channels,
         out_channels=SHAPE[1],
     )
