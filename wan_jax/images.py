@@ -1,11 +1,15 @@
 """The images that a video starts from (and may end with): reading them, the video's size, resizing.
 
+`ImagePrompt` is what the pipeline uses; the rest are its parts.
+
 Rules and arithmetic are those of the official code (Wan-Video/Wan2.2: wan/image2video.py, wan/textimage2video.py,
 wan/utils/utils.py; Wan2.1: wan/modules/clip.py), with its roundings: the same image gives the same size and pixels.
 """
 
+import hashlib
 import math
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,75 @@ from wan_jax.errors import InputError
 # What CLIP was trained to see: the mean and the deviation of red, green and blue in [0, 1].
 CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
 CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePrompt:
+    """The images that are given beside a text."""
+
+    first: np.ndarray  # uint8 [H, W, 3]
+    last: np.ndarray | None  # of the same size
+    names: dict[str, str]  # for the metadata: "image", "last_image"
+    digest: bytes  # equal for equal images
+
+    @classmethod
+    def read(cls, config: WanConfig, image: Any = None, last_image: Any = None) -> "ImagePrompt | None":
+        """Reads the images, each in one of the forms that `read_image` takes; None where there are none.
+
+        A last image of another shape is cut to the shape of the first.
+
+        Raises:
+          InputError: what cannot be read, and what the model has no use for or misses.
+        """
+        check_images(config, image is not None, last_image is not None)
+        if image is None:
+            return None
+        first = read_image(image)
+        last = None
+        names = {"image": image_name(image)}
+        if last_image is not None:
+            height, width, _ = first.shape
+            last = cover(read_image(last_image), (width, height))
+            names["last_image"] = image_name(last_image)
+        digest = hashlib.sha256(b"".join(str(x.shape).encode() + x.tobytes() for x in (first, last) if x is not None))
+        return cls(first, last, names, digest.digest())
+
+    def video_size(self, config: WanConfig) -> tuple[int, int]:
+        """The (width, height) of the video that this model makes of the image; see `output_size`."""
+        height, width, _ = self.first.shape
+        return output_size(config, (width, height))
+
+    def frames(self, config: WanConfig, size: tuple[int, int], count: int) -> np.ndarray:
+        """The video of `count` frames that the VAE encodes: float32 [F, H, W, 3]; grey where nothing is known."""
+        if config.conditioning == "first_frame":
+            return fit(config, self.first, size)[None]
+        if self.last is not None and count < 2:
+            raise InputError(f"frames {count}: a first and a last image need more than one")
+        width, height = size
+        frames = np.zeros((count, height, width, 3), np.float32)
+        frames[0] = fit(config, self.first, size)
+        if self.last is not None:
+            frames[-1] = fit(config, self.last, size)
+        return frames
+
+    def clip_inputs(self, size: int) -> np.ndarray:
+        """What the image encoder sees: float32 [1 or 2, size, size, 3]."""
+        return np.stack([clip_input(image, size) for image in (self.first, self.last) if image is not None])
+
+
+def check_images(config: WanConfig, first: bool, last: bool) -> None:
+    """Raises InputError unless the model can do with those of the two images that are given."""
+    name, needs_last = config.name, config.denoiser.image_position_length is not None
+    if last and not first:
+        raise InputError("a last image needs a first one: give both")
+    if first and config.conditioning == "text":
+        raise InputError(f"{name} makes videos from text alone; leave the image out, or take an image-to-video model")
+    if not first and config.conditioning == "image_latents":
+        raise InputError(f"{name} makes videos from an image and a text; give an image")
+    if last and (config.conditioning == "first_frame" or (config.image_encoder is not None and not needs_last)):
+        raise InputError(f"{name} takes a first image alone; leave the last one out")
+    if first and not last and needs_last:
+        raise InputError(f"{name} makes videos between two images; give the last one too")
 
 
 def read_image(image: Any) -> np.ndarray:

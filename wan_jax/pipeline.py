@@ -7,6 +7,7 @@ between denoising and decoding.
 import contextlib
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,10 +21,12 @@ from wan_jax import xla_flags
 from wan_jax.checkpoint import Checkpoint, open_checkpoint
 from wan_jax.checkpoint.hub import local_checkpoint
 from wan_jax.config import WanConfig
+from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, known_frames
 from wan_jax.diffusion.noise import initial_noise
 from wan_jax.diffusion.sampler import Expert, StepReport, denoise, plan_steps
 from wan_jax.diffusion.solvers import get_solver
 from wan_jax.errors import InputError
+from wan_jax.images import ImagePrompt, check_images
 from wan_jax.memory import PROFILES, Memory
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.parameters import with_parameters
@@ -37,12 +40,13 @@ from wan_jax.tokenizer import Tokenizer
 from wan_jax.video import Video
 
 CACHED_PROMPTS = 64
+CACHED_IMAGES = 8
 # Latent frames decoded at once. More of them take more memory; only the layers of low resolution get faster.
 DECODE_CHUNK = 1
 
 
 class WanPipeline:
-    """Text to video with one model of the Wan family.
+    """Text, or text and images, to video with one model of the Wan family.
 
     Attributes:
         config: what the model is, and its sampling defaults.
@@ -77,6 +81,8 @@ class WanPipeline:
         exact = next(iter(denoisers.values())).dtype == jnp.float32
         self._programs = Programs(exact) if programs is None else programs
         self._encoded_prompts: dict[str, jax.Array] = {}
+        self._encoded_images: dict[tuple[Any, ...], Conditioning] = {}
+        self._lengths_warned_of: set[int] = set()
 
     @classmethod
     def from_pretrained(
@@ -166,6 +172,8 @@ class WanPipeline:
         self,
         prompt: str | Sequence[str],
         *,
+        image: Any = None,
+        last_image: Any = None,
         negative_prompt: str | None = None,
         size: tuple[int, int] | None = None,
         frames: int | None = None,
@@ -184,8 +192,11 @@ class WanPipeline:
 
         Args:
             prompt: one text or several.
+            image: where the video starts, for models that take one: a path, a PIL image, or uint8 [H, W, 3].
+            last_image: where it ends, for models that take that too.
             negative_prompt: what guidance steers away from.
-            size: (width, height) in pixels, multiples of 16.
+            size: (width, height) in pixels, multiples of 16. By default an image's shape with the preset's area, as in
+                the official code; an image is resized to whatever size is given.
             frames: 4n + 1.
             steps: number of denoising steps.
             guidance: (low-noise expert, high-noise expert), or one number for both; 1 means no guidance.
@@ -199,6 +210,9 @@ class WanPipeline:
         Raises:
             InputError: an argument that the model cannot serve, named with what to do.
         """
+        images = ImagePrompt.read(self.config, image, last_image)
+        if size is None and images is not None:
+            size = images.video_size(self.config)
         settings = Settings.resolve(
             self.config,
             negative_prompt=negative_prompt,
@@ -213,13 +227,13 @@ class WanPipeline:
             noise=noise,
         )
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        latents = self.denoise(prompts, settings, initial_latents)
+        latents = self.denoise(prompts, settings, initial_latents, images)
         videos = [
             Video(
                 frames=self.decode(one_latents),
                 latents=one_latents,
                 fps=settings.fps,
-                metadata=self.metadata(one_prompt, settings),
+                metadata=self.metadata(one_prompt, settings, images),
             )
             for one_prompt, one_latents in zip(prompts, latents, strict=True)
         ]
@@ -228,15 +242,22 @@ class WanPipeline:
         return videos[0] if isinstance(prompt, str) else videos
 
     def denoise(
-        self, prompts: Sequence[str], settings: Settings, initial_latents: ArrayLike | None = None
+        self,
+        prompts: Sequence[str],
+        settings: Settings,
+        initial_latents: ArrayLike | None = None,
+        images: ImagePrompt | None = None,
     ) -> np.ndarray:
-        """Prompts -> float32 latents [B, C, F', h, w], from noise or from `initial_latents`."""
+        """Prompts, and images for all of them -> float32 latents [B, C, F', h, w], from noise or `initial_latents`."""
         if not prompts:
             raise InputError("no prompts: give at least one")
+        check_images(self.config, images is not None, images is not None and images.last is not None)
+        self._warn_of_length(settings.frames)
         self.seconds = {"load": self.seconds["load"]} if "load" in self.seconds else {}
         latents = self._initial_latents(len(prompts), settings, initial_latents)
         encoded = self._encode_prompts([*prompts, *[settings.negative_prompt] * len(prompts)])
         positive, negative = jnp.split(encoded, 2)
+        conditioning = self._encode_images(images, settings)
 
         schedule = settings.make_schedule()
         experts = list(dict.fromkeys(plan_steps(schedule, self.config.sampling.boundary)))
@@ -267,6 +288,7 @@ class WanPipeline:
                 self.config.sampling.boundary,
                 get_expert,
                 on_step,
+                conditioning,
             )
         self.latents = np.asarray(latents)
         if not np.isfinite(self.latents).all():
@@ -360,9 +382,10 @@ class WanPipeline:
             raise InputError(f"frames to encode reach {largest:g}; give uint8, or floats in [-1, 1]")
         return frames
 
-    def metadata(self, prompt: str, settings: Settings) -> dict[str, Any]:
+    def metadata(self, prompt: str, settings: Settings, images: ImagePrompt | None = None) -> dict[str, Any]:
         """What is written into the video's file."""
-        return {"prompt": prompt, "model": self.config.name, **settings.as_json()}
+        names = {} if images is None else images.names
+        return {"prompt": prompt, **names, "model": self.config.name, **settings.as_json()}
 
     def _initial_latents(self, batch: int, settings: Settings, given: ArrayLike | None) -> jax.Array:
         shape = settings.latents_shape(self.config)
@@ -388,6 +411,37 @@ class WanPipeline:
                         "text", self._programs.encode_text, encoder, tokens, mask
                     )[0]
         return jnp.stack([self._encoded_prompts[prompt] for prompt in prompts])
+
+    def _encode_images(self, images: ImagePrompt | None, settings: Settings) -> Conditioning:
+        """What the images give to the denoise loop; what it was for the last few images is remembered."""
+        if images is None:
+            return TEXT_ONLY
+        key = (images.digest, settings.size, settings.frames)
+        if key not in self._encoded_images:
+            if len(self._encoded_images) >= CACHED_IMAGES:
+                self._encoded_images.pop(next(iter(self._encoded_images)))
+            frames = images.frames(self.config, settings.size, settings.frames)
+            latents = jnp.asarray(self.encode(frames))[None]
+            if self.config.conditioning == "first_frame":
+                self._encoded_images[key] = FirstFrame(latents)
+            else:
+                known = [0] if images.last is None else [0, settings.frames - 1]
+                self._encoded_images[key] = known_frames(latents, known, self.config.vae.temporal_stride)
+        return self._encoded_images[key]
+
+    def _warn_of_length(self, frames: int) -> None:
+        """Says, once for each length, that the model was not trained for so many frames."""
+        trained = self.config.sampling.frames
+        if frames <= trained or frames in self._lengths_warned_of:
+            return
+        self._lengths_warned_of.add(frames)
+        message = (
+            f"{frames} frames are more than the {trained} that {self.config.name} was trained for: motion may repeat"
+        )
+        if self._bars.enabled:
+            self._bars.note(message)
+        else:
+            warnings.warn(message, stacklevel=3)
 
     def _run(self, stage: str, program: Program, *args: Any) -> Any:
         """Runs a program to its end, counts the time under `stage` and the time to compile it under "compile"."""

@@ -36,11 +36,18 @@ class Expert:
     negative: Any = None  # Context of the negative prompts; needed only for guidance
 
     @classmethod
-    def prepare(cls, denoiser: nnx.Module, positive: jax.Array, negative: jax.Array | None = None) -> "Expert":
-        """Computes the contexts from encoded text, [B, text_length, text_dim] each."""
+    def prepare(
+        cls,
+        denoiser: nnx.Module,
+        positive: jax.Array,
+        negative: jax.Array | None = None,
+        image: jax.Array | None = None,
+    ) -> "Expert":
+        """Computes the contexts from encoded text, [B, text_length, text_dim] each, and an image's features."""
         graphdef, parameters = nnx.split(denoiser)
         contexts = (
-            None if text is None else _encode_context(graphdef, parameters, text) for text in (positive, negative)
+            None if text is None else _encode_context(graphdef, parameters, text, image)
+            for text in (positive, negative)
         )
         return cls(denoiser, *contexts)
 
@@ -201,5 +208,6 @@ def _sample_step(graphdef, solver, parameters, positive, negative, state, condit
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _encode_context(graphdef, parameters, text):
-    return nnx.merge(graphdef, parameters).encode_context(text)
+def _encode_context(graphdef, parameters, text, image):
+    denoiser = nnx.merge(graphdef, parameters)
+    return denoiser.encode_context(text) if image is None else denoiser.encode_context(text, image)

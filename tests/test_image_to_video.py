@@ -1,0 +1,140 @@
+"""Image to video through the one pipeline, on the demo's structure with random weights; parity is in tests/parity/."""
+
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wan_jax.demo import DEMO, random_pipeline
+from wan_jax.errors import InputError
+from wan_jax.images import ImagePrompt
+from wan_jax.settings import Settings
+from wan_jax.tokenizer import Tokenizer
+
+I2V = replace(
+    DEMO, name="demo-i2v", denoiser=replace(DEMO.denoiser, in_channels=16 + 4 + 16), conditioning="image_latents"
+)
+TI2V = replace(DEMO, name="demo-ti2v", conditioning="first_frame")
+SMALL = {"size": (48, 32), "frames": 9, "steps": 2}
+
+
+def picture(seed: int, width: int = 48, height: int = 32) -> np.ndarray:
+    """A smooth image."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder):
+    return Tokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture(scope="module")
+def i2v(tokenizer):
+    return random_pipeline(I2V, tokenizer, "float32")
+
+
+@pytest.fixture(scope="module")
+def ti2v(tokenizer):
+    return random_pipeline(TI2V, tokenizer, "float32")
+
+
+@pytest.fixture(scope="module")
+def t2v(tokenizer):
+    return random_pipeline(DEMO, tokenizer, "float32")
+
+
+def test_images_matter(i2v):
+    first, last = picture(0), picture(1)
+    latents = i2v("a", image=first, **SMALL).latents
+    np.testing.assert_array_equal(i2v("a", image=Image.fromarray(first), **SMALL).latents, latents)
+    for changed in ({"image": last}, {"image": first, "last_image": last}, {"image": first, "last_image": first}):
+        assert np.abs(i2v("a", **changed, **SMALL).latents - latents).max() > 1e-3
+
+
+def test_the_first_frame_is_the_image(ti2v):
+    first = picture(0)
+    video = ti2v("a", image=first, **SMALL)
+    # Pixels become floats on the host here and on the device there: one rounding, through some twenty layers.
+    np.testing.assert_allclose(video.latents[:, :1], ti2v.encode(first[None]), rtol=0, atol=1e-5)
+    assert np.abs(video.latents[:, 1:] - ti2v("a", image=picture(1), **SMALL).latents[:, 1:]).max() > 1e-3
+    text_alone = ti2v("a", **SMALL)
+    assert np.abs(text_alone.latents - video.latents).max() > 1e-3
+
+
+def test_size_follows_the_image(i2v, monkeypatch):
+    runs = []
+    monkeypatch.setattr(i2v, "denoise", lambda prompts, settings, *rest: runs.append(settings) or [])
+    with pytest.raises(ValueError, match="zip"):  # no latents to decode
+        i2v("a", image=picture(0, 100, 200))
+    with pytest.raises(ValueError, match="zip"):
+        i2v("a", image=picture(0, 100, 200), size=(48, 32))
+    assert [settings.size for settings in runs] == [(80, 160), (48, 32)]  # the area of 160x96, one to two
+
+
+def test_a_batch_shares_the_image(i2v):
+    videos = i2v(["a", "b"], image=picture(0), **SMALL)
+    alone = i2v("b", image=picture(0), **SMALL)
+    np.testing.assert_allclose(videos[1].latents, alone.latents, atol=1e-4)  # another batch size adds in another order
+
+
+def test_an_image_is_encoded_once_and_another_compiles_nothing(i2v, monkeypatch):
+    i2v("a", image=picture(2), **SMALL)
+    again = i2v("b", image=picture(2), **SMALL)
+    assert "encode" not in again.seconds
+    another = i2v("b", image=picture(3), last_image=picture(4), **SMALL)
+    assert another.seconds["encode"] > 0
+    assert another.seconds["compile"] < 0.05  # looking programs up; compiling one takes a tenth of a second or more
+
+
+def test_metadata_names_the_images(i2v, tmp_path):
+    path = tmp_path / "first.png"
+    Image.fromarray(picture(0)).save(path)
+    metadata = i2v("a", image=path, last_image=picture(1), **SMALL).metadata
+    assert (metadata["image"], metadata["last_image"]) == (str(path), "48x32 pixels")
+
+
+@pytest.mark.parametrize(
+    ("config", "images", "message"),
+    [
+        (DEMO, {"image": 0}, "demo makes videos from text alone; leave the image out"),
+        (I2V, {}, "demo-i2v makes videos from an image and a text; give an image"),
+        (I2V, {"last_image": 0}, "a last image needs a first one"),
+        (TI2V, {"image": 0, "last_image": 1}, "demo-ti2v takes a first image alone"),
+        (replace(I2V, denoiser=replace(I2V.denoiser, image_position_length=514)), {"image": 0}, "give the last one"),
+    ],
+)
+def test_images_that_the_model_cannot_use(config, images, message):
+    with pytest.raises(InputError, match=message):
+        ImagePrompt.read(config, **{name: picture(seed) for name, seed in images.items()})
+
+
+def test_the_pipeline_checks_too(i2v, t2v):
+    with pytest.raises(InputError, match="give an image"):
+        i2v("a", **SMALL)
+    with pytest.raises(InputError, match="from text alone"):
+        t2v("a", image=picture(0), **SMALL)
+    with pytest.raises(InputError, match="need more than one"):
+        i2v("a", image=picture(0), last_image=picture(1), size=(48, 32), frames=1, steps=1)
+
+
+def test_a_last_image_of_another_shape_is_cut():
+    images = ImagePrompt.read(I2V, picture(0, 48, 32), picture(1, 100, 200))
+    assert images.last.shape == images.first.shape
+    frames = images.frames(I2V, (80, 48), 9)
+    assert frames.shape == (9, 48, 80, 3)
+    assert (frames[1:-1] == 0).all()
+    assert np.abs(frames[[0, -1]]).max(axis=(1, 2, 3)).min() > 0.5
+
+
+def test_more_frames_than_trained_warn_once(t2v, monkeypatch):
+    monkeypatch.setattr("wan_jax.pipeline.denoise", lambda latents, *rest: latents)
+    long, trained = (Settings.resolve(DEMO, size=(48, 32), frames=frames) for frames in (21, 17))
+    with pytest.warns(UserWarning, match="21 frames are more than the 17 that demo was trained for"):
+        t2v.denoise(["a"], long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        t2v.denoise(["a"], long)
+        t2v.denoise(["a"], trained)
