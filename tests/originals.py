@@ -58,7 +58,7 @@ def vae(seed: int, **changes):
 
 
 def vae_2_2(seed: int, **changes):
-    """The structure of TI2V-5B's: 48 channels of latents of 16 x 16 pixels, a wider decoder, 2 x 2 pixels in a patch."""
+    """TI2V-5B's structure: 48 channels of latents of 16 x 16 pixels, a wider decoder, patches of 2 x 2 pixels."""
     config = {
         "base_dim": 6,
         "decoder_base_dim": 8,

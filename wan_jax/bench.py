@@ -25,7 +25,8 @@ from wan_jax.demo import DEMO, random_model, random_pipeline
 from wan_jax.demo_tokenizer import train_small_tokenizer
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import BACKENDS, attention
-from wan_jax.models.denoiser import Context, Denoiser, gelu, layer_norm, rotary_tables, rotate
+from wan_jax.models.denoiser import Context, Denoiser, gelu, rotary_tables, rotate
+from wan_jax.models.layers import layer_norm
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.pipeline import DECODE_CHUNK, peak_bytes

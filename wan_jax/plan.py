@@ -271,9 +271,15 @@ class Plan:
 
     def _context(self, sharding: Sharding | None) -> Context:
         config = self.config.denoiser
-        shape = (config.num_layers, 1, config.text_length, config.num_heads, config.head_dim)
-        array: Any = jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
-        return Context(array, array)
+
+        def array(tokens: int) -> Any:
+            shape = (config.num_layers, 1, tokens, config.num_heads, config.head_dim)
+            return jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
+
+        text, image = array(config.text_length), None
+        if self.config.image_encoder is not None:
+            image = array(config.image_position_length or self.config.image_encoder.num_tokens)
+        return Context(text, text, image, image)
 
     def _context_bytes(self) -> int:
         return _nbytes(self._context(None))

@@ -8,6 +8,7 @@ from flax import nnx
 
 from wan_jax.config import PRESETS, DenoiserConfig
 from wan_jax.errors import InputError
+from wan_jax.memory import PROFILES, Memory, place
 from wan_jax.models.denoiser import (
     Context,
     Denoiser,
@@ -16,7 +17,8 @@ from wan_jax.models.denoiser import (
     rotate,
     timestep_embedding,
 )
-from wan_jax.models.parameters import abstract_parameters, with_parameters
+from wan_jax.models.layers import on_host
+from wan_jax.models.parameters import abstract_parameters, named_parameters, with_parameters
 
 TINY = DenoiserConfig(
     num_layers=3,
@@ -29,6 +31,7 @@ TINY = DenoiserConfig(
     text_length=11,
     freq_dim=34,
 )
+TWO_IMAGES = dataclasses.replace(TINY, image_dim=22, image_position_length=10)
 SIZES = (3, 4, 6)  # latent frames, height, width
 TOKENS = 3 * 2 * 3
 
@@ -82,12 +85,23 @@ def relative_distance(x, y) -> float:
 # The abstract tree
 
 
-@pytest.mark.parametrize(("preset", "count"), [("t2v-a14b", 14_288_491_584), ("t2v-1.3b", 1_418_996_800)])
-def test_parameter_count(preset, count):
+@pytest.mark.parametrize(
+    ("preset", "count", "of_images"),
+    [
+        ("t2v-a14b", 14_288_491_584, 0),
+        ("i2v-a14b", 14_288_901_184, 0),
+        ("ti2v-5b", 4_999_787_712, 0),
+        ("t2v-1.3b", 1_418_996_800, 0),
+        ("i2v-14b-720p", 16_394_878_784, 5 * 40 + 8),  # keys and values of images in 40 layers; the embedding
+        ("flf2v-14b-720p", 16_394_878_784 + 514 * 1280, 5 * 40 + 8 + 1),
+    ],
+)
+def test_parameter_count(preset, count, of_images):
     tree = abstract_parameters(lambda: Denoiser(PRESETS[preset].denoiser, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
     assert sum(int(np.prod(info.shape)) for info in tree.values()) == count
     layers = PRESETS[preset].denoiser.num_layers
-    assert sum(layers if info.stacked else 1 for info in tree.values()) == 27 * layers + 15  # tensors in a checkpoint
+    tensors = sum(layers if info.stacked else 1 for info in tree.values())  # in a checkpoint
+    assert tensors == 27 * layers + 15 + of_images
     assert all(info.dtype == jnp.bfloat16 and len(info.axes) == len(info.shape) for info in tree.values())
 
 
@@ -105,8 +119,10 @@ def test_full_size_forward_without_memory():
 
 
 def test_logical_axes():
-    tree = abstract_parameters(lambda: Denoiser(TINY, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    tree = abstract_parameters(lambda: Denoiser(TWO_IMAGES, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     axes = {name: info.axes for name, info in tree.items()}
+    assert axes["blocks.cross_attention.image.key.kernel"] == ("layers", "embed", "heads")
+    assert axes["image_embedding.linear_2.kernel"] == ("mlp", "embed")
     assert axes["blocks.self_attention.query.kernel"] == ("layers", "embed", "heads")
     assert axes["blocks.cross_attention.output.kernel"] == ("layers", "heads", "embed")
     assert axes["blocks.cross_attention.key_norm.scale"] == ("layers", "heads")
@@ -312,3 +328,66 @@ def test_texts_that_do_not_fit(shape):
     denoiser = nnx.eval_shape(lambda: Denoiser(TINY, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     with pytest.raises(InputError, match=r"the denoiser needs \[B, 11, 24\]"):
         denoiser.encode_context(jnp.zeros(shape))
+
+
+# Images
+
+
+@jax.jit
+def encode_with_image(denoiser, text, image):
+    return denoiser.encode_context(text, image)
+
+
+def random_image(tokens: int, batch: int = 2) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(2).normal(size=(batch, tokens, TWO_IMAGES.image_dim)), jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: dtype.__name__)
+def test_context_of_images(dtype):
+    _, text = random_inputs(TINY)
+    context = encode_with_image(Denoiser(TWO_IMAGES, dtype=dtype, rngs=nnx.Rngs(0)), text, random_image(10))
+    assert context.keys.shape == context.values.shape == (3, 2, 11, 3, 20)
+    assert context.image_keys.shape == context.image_values.shape == (3, 2, 10, 3, 20)
+    assert {array.dtype for array in jax.tree.leaves(context)} == {jnp.dtype(dtype)}
+    without = encode(Denoiser(TINY, dtype=dtype, rngs=nnx.Rngs(0)), text)
+    assert len(jax.tree.leaves(without)) == 2  # no memory for images that a model does not attend to
+
+
+def test_text_and_image_are_attended_apart():
+    """Each has its own softmax: an image whose values are zero leaves the attention to the text as it was."""
+    latents, text = random_inputs(TINY)
+    denoiser = random_denoiser(TWO_IMAGES, jnp.float32)
+    timesteps = jnp.asarray([937.0, 12.0])
+    context = encode_with_image(denoiser, text, random_image(10))
+    silent = dataclasses.replace(context, image_values=jnp.zeros_like(context.image_values))
+    without = dataclasses.replace(context, image_keys=None, image_values=None)
+    velocities = [step(denoiser, latents, timesteps, some) for some in (context, silent, without)]
+    assert relative_distance(velocities[1], velocities[2]) < 1e-6  # float32 rounding
+    assert relative_distance(velocities[0], velocities[2]) > 1e-2
+
+
+def test_streamed_layers_with_images_change_no_bit():
+    latents, text = random_inputs(TINY)
+    denoiser = random_denoiser(TWO_IMAGES, jnp.float32)
+    keeper = Memory(PROFILES["stream"])
+    waiting = place(denoiser, dict.fromkeys(named_parameters(denoiser), keeper.waiting()))
+    timesteps, image = jnp.asarray([937.0, 12.0]), random_image(10)
+    expected = step(denoiser, latents, timesteps, encode_with_image(denoiser, text, image))
+    with keeper.on_device(waiting) as running:
+        assert on_host(running.blocks.cross_attention.image.key.kernel.get_value())
+        context = encode_with_image(running, text, image)
+        np.testing.assert_array_equal(step(running, latents, timesteps, context), expected)
+
+
+def test_images_that_do_not_fit():
+    def abstract(config):
+        return nnx.eval_shape(lambda: Denoiser(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+
+    text = jnp.zeros((2, 11, 24))
+    with pytest.raises(InputError, match=r"attends to an image's features; give them, \[B, image tokens, 22\]"):
+        abstract(TWO_IMAGES).encode_context(text)
+    with pytest.raises(InputError, match="attends to no image"):
+        abstract(TINY).encode_context(text, jnp.zeros((2, 10, 22)))
+    for shape in ((2, 5, 22), (1, 10, 22), (2, 10, 21)):
+        with pytest.raises(InputError, match=r"the image's features have shape .* needs \[2, 10, 22\]"):
+            abstract(TWO_IMAGES).encode_context(text, jnp.zeros(shape))

@@ -38,6 +38,11 @@ CASES = {
     "larger_epsilon": (dataclasses.replace(THREE_HEADS, eps=1e-2), (1, 4, 2)),
 }
 
+# The original takes the last 512 rows of what it attends to for the text.
+IMAGE_TOKENS = 5
+WITH_IMAGE = dataclasses.replace(WIDE_HEADS, in_channels=12, image_dim=22, text_length=512)
+WITH_TWO_IMAGES = dataclasses.replace(WITH_IMAGE, image_position_length=2 * IMAGE_TOKENS)
+
 # Float32 roundings leave 3e-7. At large timesteps the original's float32 sinusoid, off by 3e-5 radians at t = 937,
 # adds 4e-6 to 7e-6; ours follows the official float64 one.
 TOLERANCES = {(1.0, 2.0): 1e-6, (937.0, 12.0): 2e-5}
@@ -57,11 +62,14 @@ def random_original(config: DenoiserConfig) -> WanTransformer3DModel:
         ffn_dim=config.ffn_dim,
         num_layers=config.num_layers,
         eps=config.eps,
+        image_dim=config.image_dim,
+        added_kv_proj_dim=None if config.image_dim is None else config.dim,
+        pos_embed_seq_len=config.image_position_length,
     ).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)
-            if name.endswith(("scale_shift_table", "bias")):
+            if name.endswith(("scale_shift_table", "bias", "pos_embed")):
                 parameter.copy_(0.3 * noise)
             elif "norm" in name:
                 parameter.copy_(1 + 0.3 * noise)
@@ -85,23 +93,28 @@ def ported(model: WanTransformer3DModel, config: DenoiserConfig) -> Denoiser:
     return with_parameters(lambda: Denoiser(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), arrays)
 
 
-def velocities(config, sizes, timesteps) -> tuple[np.ndarray, np.ndarray]:
-    """The original's and our velocity for the same random latents and text, whose last rows are zeros."""
+def velocities(config, sizes, timesteps, images: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The original's and our velocity for the same random latents, text, whose last rows are zeros, and images."""
     generator = np.random.default_rng(1)
     latents = generator.normal(size=(2, config.in_channels, *sizes)).astype(np.float32)
     text = generator.normal(size=(2, config.text_length, config.text_dim)).astype(np.float32)
     text[0, 7:] = text[1, 3:] = 0
     timesteps = np.float32(timesteps)
+    features = image = None
+    if images:  # the original takes each image apart; we take all tokens of a video together
+        features = generator.normal(size=(2 * images, IMAGE_TOKENS, config.image_dim)).astype(np.float32)
+        image = jnp.asarray(features.reshape(2, images * IMAGE_TOKENS, config.image_dim))
 
     original = random_original(config)
     with torch.no_grad():
-        theirs = original(torch.tensor(latents), torch.tensor(timesteps), torch.tensor(text)).sample.numpy()
+        inputs = [None if x is None else torch.tensor(x) for x in (latents, timesteps, text, features)]
+        theirs = original(*inputs).sample.numpy()
 
     @jax.jit
-    def forward(denoiser, latents, timesteps, text):
-        return denoiser(latents, timesteps, denoiser.encode_context(text))
+    def forward(denoiser, latents, timesteps, text, image):
+        return denoiser(latents, timesteps, denoiser.encode_context(text, image))
 
-    ours = forward(ported(original, config), jnp.asarray(latents), jnp.asarray(timesteps), jnp.asarray(text))
+    ours = forward(ported(original, config), jnp.asarray(latents), jnp.asarray(timesteps), jnp.asarray(text), image)
     return theirs, np.asarray(ours)
 
 
@@ -127,3 +140,10 @@ def test_velocity_with_a_timestep_for_each_token():
     timesteps = np.stack([np.linspace(0, 900, tokens), np.full(tokens, 250.5)])
     theirs, ours = velocities(THREE_HEADS, (3, 4, 6), timesteps)
     assert relative_error(ours, theirs) < 2e-5  # as above
+
+
+@pytest.mark.parametrize(("config", "images"), [(WITH_IMAGE, 1), (WITH_TWO_IMAGES, 2)], ids=["i2v", "flf2v"])
+def test_velocity_with_images(config, images):
+    """Wan2.1's image to video: attention to images beside the text, more channels in than out."""
+    theirs, ours = velocities(config, (3, 4, 6), (1.0, 2.0), images)
+    assert relative_error(ours, theirs) < 1e-6  # as above

@@ -97,6 +97,13 @@ def _linear(ours: str, official: str, diffusers: str, in_features: int, out_feat
     ]
 
 
+def _layer_norm(ours: str, official: str, diffusers: str, features: int) -> list[Row]:
+    return [
+        Row(f"{ours}.scale", f"{official}.weight", f"{diffusers}.weight", VECTOR, (features,)),
+        Row(f"{ours}.bias", f"{official}.bias", f"{diffusers}.bias", VECTOR, (features,)),
+    ]
+
+
 def denoiser_rows(config: DenoiserConfig) -> list[Row]:
     """The diffusion transformer. Beware: official norm3 is the cross-attention norm, which diffusers calls norm2."""
     dim, ffn_dim = config.dim, config.ffn_dim
@@ -149,15 +156,39 @@ def denoiser_rows(config: DenoiserConfig) -> list[Row]:
             Row(f"{ours}.key_norm.scale", f"{official}.norm_k.weight", f"{diffusers}.norm_k.weight", VECTOR, (dim,)),
         ]
     block = f"blocks.{LAYER}"
-    norm = f"{block}.cross_attention_norm"
     return [
         *rows,
-        Row(f"{norm}.scale", f"{block}.norm3.weight", f"{block}.norm2.weight", VECTOR, (dim,)),
-        Row(f"{norm}.bias", f"{block}.norm3.bias", f"{block}.norm2.bias", VECTOR, (dim,)),
+        *_image_rows(config),
+        *_layer_norm(f"{block}.cross_attention_norm", f"{block}.norm3", f"{block}.norm2", dim),
         *_linear(f"{block}.feed_forward.up", f"{block}.ffn.0", f"{block}.ffn.net.0.proj", dim, ffn_dim),
         *_linear(f"{block}.feed_forward.down", f"{block}.ffn.2", f"{block}.ffn.net.2", ffn_dim, dim),
         Row("head.modulation", "head.modulation", "scale_shift_table", MODULATION, (1, 2, dim)),
         *_linear("head.linear", "head.head", "proj_out", dim, patch * config.out_channels),
+    ]
+
+
+def _image_rows(config: DenoiserConfig) -> list[Row]:
+    """What Wan2.1's image-to-video denoisers have in addition."""
+    dim, image_dim, length = config.dim, config.image_dim, config.image_position_length
+    if image_dim is None:
+        return []
+    ours, official, diffusers = "image_embedding", "img_emb", "condition_embedder.image_embedder"
+    rows = [
+        *_layer_norm(f"{ours}.norm_1", f"{official}.proj.0", f"{diffusers}.norm1", image_dim),
+        *_linear(f"{ours}.linear_1", f"{official}.proj.1", f"{diffusers}.ff.net.0.proj", image_dim, image_dim),
+        *_linear(f"{ours}.linear_2", f"{official}.proj.3", f"{diffusers}.ff.net.2", image_dim, dim),
+        *_layer_norm(f"{ours}.norm_2", f"{official}.proj.4", f"{diffusers}.norm2", dim),
+    ]
+    if length is not None:
+        shape = (1, length, image_dim)
+        rows.append(Row(f"{ours}.positions", f"{official}.emb_pos", f"{diffusers}.pos_embed", MODULATION, shape))
+    ours, official, diffusers = (f"blocks.{LAYER}.{name}" for name in ("cross_attention.image", "cross_attn", "attn2"))
+    norm = (f"{ours}.key_norm.scale", f"{official}.norm_k_img.weight", f"{diffusers}.norm_added_k.weight")
+    return [
+        *rows,
+        *_linear(f"{ours}.key", f"{official}.k_img", f"{diffusers}.add_k_proj", dim, dim),
+        *_linear(f"{ours}.value", f"{official}.v_img", f"{diffusers}.add_v_proj", dim, dim),
+        Row(*norm, VECTOR, (dim,)),
     ]
 
 

@@ -3,14 +3,15 @@
     latents [B, C, F, h, w] --patchify--> tokens [B, S, dim] --blocks--> --head, unpatchify--> velocity [B, C, F, h, w]
 
 Every block does self-attention over all tokens of the video, cross-attention to the text, and a feed-forward layer. The
-timestep enters as a shift, a scale and a gate around self-attention and around the feed-forward layer.
+timestep enters as a shift, a scale and a gate around self-attention and around the feed-forward layer. Image-to-video
+models of Wan2.1 attend to the features of an image, too, beside the text and with the same queries.
 
 Precision follows the official code run with bfloat16 weights: matrix products and attention in `dtype`; the residual
 stream, norms, modulation, time embedding and head in float32. Original: Wan-Video/Wan2.2, wan/modules/model.py.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -18,22 +19,28 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 
 from wan_jax.config import DenoiserConfig
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
-from wan_jax.models.layers import Linear, RMSNorm, scan_layers, stack_layers
+from wan_jax.models.layers import LayerNorm, Linear, RMSNorm, gelu_erf, layer_norm, scan_layers, stack_layers
+
+IMAGE_EPS = 1e-5  # of the image embedding's norms
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Context:
-    """What the blocks' cross-attention reads of a text: made once per prompt, by the denoiser that will use it."""
+    """What the blocks' cross-attention reads of a text and an image: made once, by the denoiser that will use it.
+
+    A scan over layers hands each layer its own, without the leading axis.
+    """
 
     keys: jax.Array  # [layers, B, text_length, heads, head_dim], normalised
     values: jax.Array  # the same shape
+    image_keys: jax.Array | None = None  # [layers, B, image tokens, heads, head_dim]; None: no attention to images
+    image_values: jax.Array | None = None
 
     @property
     def batch(self) -> int:
@@ -65,6 +72,8 @@ class Denoiser(nnx.Module):
         self.patch_embedding = linear(patch_features, config.dim, axes=(None, "embed"), dtype=dtype)
         self.text_embedding = embedding(config.text_dim, config.dim, activation=gelu, dtype=dtype)
         self.time_embedding = embedding(config.freq_dim, config.dim, activation=jax.nn.silu, dtype=jnp.float32)
+        image_embedding = partial(ImageEmbedding, config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.image_embedding = None if config.image_dim is None else image_embedding(config.image_dim)
         self.time_projection = linear(config.dim, 6 * config.dim, axes=("embed", None), dtype=jnp.float32)
         self.blocks = stack_layers(
             lambda rngs: DenoiserBlock(config, dtype, param_dtype, attention_implementation, rngs),
@@ -75,24 +84,26 @@ class Denoiser(nnx.Module):
         self.config = config
         self.dtype = dtype
 
-    def encode_context(self, text: jax.Array) -> Context:
-        """Projects a text for the cross-attention of every layer; it depends on neither latents nor timestep.
+    def encode_context(self, text: jax.Array, image: jax.Array | None = None) -> Context:
+        """Projects text and image for the cross-attention of every layer; neither latents nor timestep matter to it.
 
         Args:
           text: [B, text_length, text_dim], the text encoder's output. Rows after the text are zeros; they are attended,
             as in training, so they must be there.
+          image: [B, image tokens, image_dim], the image encoder's output; of two images, the first's tokens come first.
+            Needed where the config has an image_dim, and only there.
 
         Raises:
-          InputError: another shape.
+          InputError: another shape, or an image missing or unexpected.
         """
-        expected = (self.config.text_length, self.config.text_dim)
-        if text.shape[1:] != expected:
-            raise InputError(f"the text has shape {text.shape}; the denoiser needs [B, {expected[0]}, {expected[1]}]")
+        self.check_context_shapes(text, image)
         text = self.text_embedding(text)
-        _, (keys, values) = scan_layers(
-            lambda _, layer, __: (None, layer.project_context(text)), None, self.blocks.cross_attention
+        if image is not None and self.image_embedding is not None:
+            image = self.image_embedding(image)
+        _, context = scan_layers(
+            lambda _, layer, __: (None, layer.project_context(text, image)), None, self.blocks.cross_attention
         )
-        return Context(keys, values)
+        return context
 
     def __call__(self, latents: jax.Array, timesteps: jax.Array, context: Context) -> jax.Array:
         """Predicts the velocity noise - clean of latents = (1 - sigma) clean + sigma noise.
@@ -122,11 +133,32 @@ class Denoiser(nnx.Module):
         rotary = rotary_tables(grid, self.config.head_dim)
 
         def layer(x, block, context):
-            return block(x, modulation, rotary, *context), None
+            return block(x, modulation, rotary, context), None
 
-        x, _ = scan_layers(layer, x, self.blocks, (context.keys, context.values))
+        x, _ = scan_layers(layer, x, self.blocks, context)
         velocity = self.head(x, time)  # [B, S, pt * ph * pw * out_channels]
         return rearrange(velocity, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", **axes)
+
+    def check_context_shapes(self, text: jax.Array, image: jax.Array | None) -> None:
+        config = self.config
+        if text.shape[1:] != (config.text_length, config.text_dim):
+            raise InputError(
+                f"the text has shape {text.shape}; the denoiser needs [B, {config.text_length}, {config.text_dim}]"
+            )
+        if (image is None) != (config.image_dim is None):
+            raise InputError(
+                f"this denoiser attends to an image's features; give them, [B, image tokens, {config.image_dim}]"
+                if image is None
+                else "this denoiser attends to no image; give the text alone"
+            )
+        if image is None:
+            return
+        tokens = image.shape[1] if config.image_position_length is None else config.image_position_length
+        if image.shape != (text.shape[0], tokens, config.image_dim):
+            raise InputError(
+                f"the image's features have shape {image.shape}; the denoiser needs "
+                f"[{text.shape[0]}, {config.image_position_length or 'image tokens'}, {config.image_dim}]"
+            )
 
     def check_shapes(self, latents: jax.Array, timesteps: jax.Array, context: Context) -> tuple[int, int, int]:
         """Returns the number of tokens along frames, height and width."""
@@ -168,7 +200,7 @@ class DenoiserBlock(nnx.Module):
     ):
         self.modulation = modulation_table(6, config.dim, param_dtype, rngs)
         self.self_attention = SelfAttention(config, dtype, param_dtype, implementation, rngs)
-        self.cross_attention_norm = LayerNorm(config.dim, eps=config.eps, param_dtype=param_dtype)
+        self.cross_attention_norm = LayerNorm(config.dim, axis="embed", eps=config.eps, param_dtype=param_dtype)
         self.cross_attention = CrossAttention(config, dtype, param_dtype, implementation, rngs)
         self.feed_forward = FeedForward(config, dtype, param_dtype, rngs)
         self.eps = config.eps
@@ -178,14 +210,13 @@ class DenoiserBlock(nnx.Module):
         x: jax.Array,
         modulation: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
-        keys: jax.Array,
-        values: jax.Array,
+        context: Context,
     ) -> jax.Array:
-        """x [B, S, dim] and modulation [B, n, 6, dim] in float32; keys, values [B, T, heads, head_dim]."""
+        """x [B, S, dim] and modulation [B, n, 6, dim] in float32; this layer's part of the context."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = add_table(self.modulation, modulation, x.shape[1])
         y = layer_norm(x, self.eps) * (1 + scale_1) + shift_1
         x = x + gate_1 * self.self_attention(y, rotary)
-        x = x + self.cross_attention(self.cross_attention_norm(x), keys, values)
+        x = x + self.cross_attention(self.cross_attention_norm(x), context)
         y = layer_norm(x, self.eps) * (1 + scale_2) + shift_2
         return x + gate_2 * self.feed_forward(y)
 
@@ -225,9 +256,9 @@ class MultiHeadAttention(nnx.Module):
         return rearrange(x, "b s (h d) -> b s h d", h=self.num_heads)
 
     def attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        """Heads in, [B, S, dim] out."""
+        """Heads in, [B, S, dim] out, before the output projection."""
         y = attention(query, key, value, implementation=self.implementation)
-        return self.output(rearrange(y, "b s h d -> b s (h d)"))
+        return rearrange(y, "b s h d -> b s (h d)")
 
 
 class SelfAttention(MultiHeadAttention):
@@ -236,18 +267,52 @@ class SelfAttention(MultiHeadAttention):
     def __call__(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
         query = self.project_query(x)
         key, value = self.project_key_value(x)
-        return self.attend(rotate(query, rotary), rotate(key, rotary), value)
+        return self.output(self.attend(rotate(query, rotary), rotate(key, rotary), value))
 
 
 class CrossAttention(MultiHeadAttention):
-    """Every token of the video attends to all rows of the text, padding included."""
+    """Every token of the video attends to all rows of the text, padding included, and apart from it to an image's."""
 
-    def project_context(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The part that does not depend on the video: [B, T, dim] -> keys, values [B, T, heads, head_dim]."""
-        return self.project_key_value(text)
+    def __init__(
+        self,
+        config: DenoiserConfig,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        implementation: str | None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(config, dtype, param_dtype, implementation, rngs)
+        self.image = None if config.image_dim is None else ImageKeyValue(config, dtype, param_dtype, rngs)
 
-    def __call__(self, x: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-        return self.attend(self.project_query(x), keys, values)
+    def project_context(self, text: jax.Array, image: jax.Array | None) -> Context:
+        """The part that does not depend on the video; text and image are [B, T, dim]."""
+        context = Context(*self.project_key_value(text))
+        if image is None or self.image is None:
+            return context
+        keys, values = map(self.split_heads, self.image(image))
+        return replace(context, image_keys=keys, image_values=values)
+
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        query = self.project_query(x)
+        y = self.attend(query, context.keys, context.values)
+        if context.image_keys is not None and context.image_values is not None:
+            y = y + self.attend(query, context.image_keys, context.image_values)
+        return self.output(y)
+
+
+class ImageKeyValue(nnx.Module):
+    """Keys and values of an image's tokens, which the queries for the text attend to as well."""
+
+    def __init__(self, config: DenoiserConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        dim = config.dim
+        linear = partial(Linear, dim, dim, axes=("embed", "heads"), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.key = linear()
+        self.value = linear()
+        self.key_norm = RMSNorm(dim, axis="heads", eps=config.eps, param_dtype=param_dtype, rngs=rngs)
+
+    def __call__(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, T, dim] -> keys, normalised, and values, [B, T, dim] each."""
+        return self.key_norm(self.key(image)), self.value(image)
 
 
 class FeedForward(nnx.Module):
@@ -301,23 +366,26 @@ class ConditionEmbedding(nnx.Module):
         return self.linear_2(self.activation(self.linear_1(x)))
 
 
-class LayerNorm(nnx.Module):
-    """Layer normalisation with a learned scale and bias, in float32."""
+class ImageEmbedding(nnx.Module):
+    """An image's features at the model's width: norm, Linear, GELU, Linear, norm. Norms are in float32."""
 
-    def __init__(self, dim: int, *, eps: float, param_dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones((dim,), param_dtype), axes=("embed",))
-        self.bias = nnx.Param(jnp.zeros((dim,), param_dtype), axes=("embed",))
-        self.eps = eps
+    def __init__(
+        self, config: DenoiserConfig, image_dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        linear = partial(Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        length = config.image_position_length
+        table = jax.random.normal(rngs.params(), (length or 0, image_dim), param_dtype) * 0.02
+        self.positions = None if length is None else nnx.Param(table, axes=(None, None))
+        self.norm_1 = LayerNorm(image_dim, axis=None, eps=IMAGE_EPS, param_dtype=param_dtype)
+        self.linear_1 = linear(image_dim, image_dim, axes=(None, "mlp"))
+        self.linear_2 = linear(image_dim, config.dim, axes=("mlp", "embed"))
+        self.norm_2 = LayerNorm(config.dim, axis="embed", eps=IMAGE_EPS, param_dtype=param_dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return layer_norm(x, self.eps) * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
-
-
-def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """Zero mean and unit variance over the last axis, in float32."""
-    x = x.astype(jnp.float32)
-    x = x - x.mean(axis=-1, keepdims=True)
-    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+        """[B, T, image_dim] -> [B, T, dim], float32."""
+        if self.positions is not None:
+            x = x + self.positions[...].astype(x.dtype)
+        return self.norm_2(self.linear_2(gelu_erf(self.linear_1(self.norm_1(x)))))
 
 
 def gelu(x: jax.Array) -> jax.Array:

@@ -117,6 +117,30 @@ class RMSNorm(nnx.Module):
         return rounded(y, x.dtype).astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """Layer normalisation with a learned scale and bias, in float32."""
+
+    def __init__(self, features: int, *, axis: str | None, eps: float, param_dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype), axes=(axis,))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype), axes=(axis,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(x, self.eps) * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """Zero mean and unit variance over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def gelu_erf(x: jax.Array) -> jax.Array:
+    """GELU as it is defined, not its tanh form, computed in float32 and rounded once."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
 def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
     """Builds `num_layers` copies of a layer as one module whose parameters have a leading "layers" axis.
 
