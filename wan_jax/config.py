@@ -79,7 +79,7 @@ class ImageEncoderConfig:
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
-# Normalisation of the Wan2.1 VAE's 16 latent channels (wan/modules/vae2_1.py).
+# Normalisation of the latents' channels: 16 of the Wan2.1 VAE (wan/modules/vae2_1.py), 48 of Wan2.2's (vae2_2.py).
 WAN21_LATENTS_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
     *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
@@ -88,17 +88,36 @@ WAN21_LATENTS_STD = (
     *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
+WAN22_LATENTS_MEAN = (
+    *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557),
+    *(-0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825),
+    *(-0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
+    *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230),
+    *(-0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748),
+    *(0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+)
+WAN22_LATENTS_STD = (
+    *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013),
+    *(0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978),
+    *(0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
+    *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093),
+    *(0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887),
+    *(0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+)
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The causal 3-D video VAE of Wan2.1."""
+    """A causal 3-D video VAE: that of Wan2.1, or with `residual` that of Wan2.2."""
 
     z_dim: int = 16
     base_dim: int = 96
+    decoder_base_dim: int | None = None  # None: base_dim
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     temporal_downsample: tuple[bool, ...] = (False, True, True)  # per spatial halving: is time halved too
+    patch_size: int = 1  # side of the squares of pixels that become channels before anything else
+    residual: bool = False  # each stage has a shortcut beside it, and upsampling keeps the channels
     latents_mean: tuple[float, ...] = WAN21_LATENTS_MEAN
     latents_std: tuple[float, ...] = WAN21_LATENTS_STD
 
@@ -110,18 +129,61 @@ class VAEConfig:
             )
         if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
             raise InputError(f"VAE config needs {self.z_dim} latents_mean and latents_std values (its z_dim)")
+        if self.residual:
+            self._check_shortcuts()
+
+    def _check_shortcuts(self) -> None:
+        folded = {None: 1, False: 4, True: 8}  # pixels and frames that a stage makes one of
+        counts = [(before * folded[temporal], after) for before, after, temporal in self.encoder_stages]
+        counts += [(after * folded[temporal], before) for before, after, temporal in self.decoder_stages[:-1]]
+        if any(many % few for many, few in counts):
+            raise InputError(
+                f"VAE config with shortcuts has base_dim {self.base_dim} and dim_mult {self.dim_mult}: the channels of "
+                "a stage do not divide by those before it; check the config"
+            )
+
+    @property
+    def encoder_stages(self) -> tuple[tuple[int, int, bool | None], ...]:
+        """Of each stage: channels before, channels after, and whether it halves time beside space (None: neither)."""
+        widths = [self.base_dim * multiple for multiple in (1, *self.dim_mult)]
+        return tuple(zip(widths[:-1], widths[1:], (*self.temporal_downsample, None), strict=True))
+
+    @property
+    def decoder_stages(self) -> tuple[tuple[int, int, bool | None], ...]:
+        """Of each stage: channels before, channels inside, and whether it doubles time beside space (None: neither).
+
+        Upsampling halves the channels, unless the VAE is `residual`.
+        """
+        base_dim = self.base_dim if self.decoder_base_dim is None else self.decoder_base_dim
+        widths = [base_dim * multiple for multiple in reversed(self.dim_mult)]
+        upsampled = [width if self.residual else width // 2 for width in widths]
+        inputs = (widths[0], *upsampled[:-1])
+        return tuple(zip(inputs, widths, (*reversed(self.temporal_downsample), None), strict=True))
+
+    @property
+    def image_channels(self) -> int:
+        """Of a frame, once its pixels are folded."""
+        return 3 * self.patch_size**2
 
     @property
     def spatial_stride(self) -> int:
-        return 2 ** len(self.temporal_downsample)
+        return self.patch_size * 2 ** len(self.temporal_downsample)
 
     @property
     def temporal_stride(self) -> int:
         return 2 ** sum(self.temporal_downsample)
 
 
-# The VAE of TI2V-5B. Not yet whole: its structure and statistics are to be filled in.
-WAN22_VAE = VAEConfig(z_dim=48, latents_mean=(0.0,) * 48, latents_std=(1.0,) * 48)
+# The VAE of TI2V-5B (wan/modules/vae2_2.py).
+WAN22_VAE = VAEConfig(
+    z_dim=48,
+    base_dim=160,
+    decoder_base_dim=256,
+    patch_size=2,
+    residual=True,
+    latents_mean=WAN22_LATENTS_MEAN,
+    latents_std=WAN22_LATENTS_STD,
+)
 
 # wan/configs/shared_config.py: sample_neg_prompt.
 OFFICIAL_NEGATIVE_PROMPT = (

@@ -17,7 +17,7 @@ from wan_jax.checkpoint.layouts import (
     text_encoder_rows,
     vae_rows,
 )
-from wan_jax.config import PRESETS, DenoiserConfig, TextEncoderConfig, VAEConfig
+from wan_jax.config import PRESETS, WAN22_VAE, DenoiserConfig, TextEncoderConfig, VAEConfig
 
 DENOISERS = (
     DenoiserConfig(num_layers=2, dim=60, num_heads=3, ffn_dim=52, text_dim=28, freq_dim=64),
@@ -28,6 +28,8 @@ VAES = (
     VAEConfig(base_dim=6),
     VAEConfig(base_dim=4, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,)),
     VAEConfig(base_dim=4, dim_mult=(2, 1, 3, 1, 2), num_res_blocks=3, temporal_downsample=(True, False, True, False)),
+    VAEConfig(base_dim=4, decoder_base_dim=6, patch_size=2, residual=True),
+    VAEConfig(base_dim=2, dim_mult=(2, 4, 2), num_res_blocks=1, temporal_downsample=(True, False), residual=True),
 )
 MODELS = (*DENOISERS, TEXT_ENCODER, *VAES)
 
@@ -70,6 +72,11 @@ def diffusers_original(config):
             return originals.vae(
                 0,
                 base_dim=config.base_dim,
+                decoder_base_dim=config.decoder_base_dim,
+                is_residual=config.residual,
+                in_channels=config.image_channels,
+                out_channels=config.image_channels,
+                patch_size=config.patch_size,
                 dim_mult=list(config.dim_mult),
                 num_res_blocks=config.num_res_blocks,
                 temperal_downsample=list(config.temporal_downsample),
@@ -97,6 +104,7 @@ def test_names_are_unique(config, naming):
         (PRESETS["t2v-1.3b"].denoiser, 825, 1_418_996_800),
         (TextEncoderConfig(), 242, 5_680_910_336),
         (VAEConfig(), 194, 126_892_531),
+        (WAN22_VAE, 196, 704_688_668),
     ],
 )
 def test_counts_of_the_release(config, tensors, parameters):
@@ -127,6 +135,39 @@ def test_official_vae_indices_of_the_release():
     assert {name: official.get(name) for name in expected} == expected
     assert "decoder.upsamples.11.time_conv.weight" not in official
     assert "encoder.downsamples.2.time_conv.weight" not in official
+
+
+def test_official_names_of_the_vae_of_wan22():
+    names = {row.official: (row.ours, row.diffusers) for row in vae_rows(WAN22_VAE)}
+    expected = {
+        "encoder.downsamples.0.downsamples.2.resample.1.weight": (
+            "encoder.stages.0.downsample.conv.kernel",
+            "encoder.down_blocks.0.downsampler.resample.1.weight",
+        ),
+        "encoder.downsamples.1.downsamples.0.shortcut.bias": (
+            "encoder.stages.1.blocks.0.shortcut.bias",
+            "encoder.down_blocks.1.resnets.0.conv_shortcut.bias",
+        ),
+        "encoder.downsamples.2.downsamples.2.time_conv.weight": (
+            "encoder.stages.2.downsample.time_conv.kernel",
+            "encoder.down_blocks.2.downsampler.time_conv.weight",
+        ),
+        "encoder.downsamples.3.downsamples.1.residual.3.gamma": (
+            "encoder.stages.3.blocks.1.norm_2.scale",
+            "encoder.down_blocks.3.resnets.1.norm2.gamma",
+        ),
+        "decoder.upsamples.0.upsamples.3.time_conv.bias": (
+            "decoder.stages.0.upsample.time_conv.bias",
+            "decoder.up_blocks.0.upsampler.time_conv.bias",
+        ),
+        "decoder.upsamples.3.upsamples.0.shortcut.weight": (
+            "decoder.stages.3.blocks.0.shortcut.kernel",
+            "decoder.up_blocks.3.resnets.0.conv_shortcut.weight",
+        ),
+    }
+    assert {name: names.get(name) for name in expected} == expected
+    assert "decoder.upsamples.2.upsamples.3.resample.1.weight" in names
+    assert "decoder.upsamples.2.upsamples.3.time_conv.weight" not in names
 
 
 def test_official_denoiser_names_of_the_release():

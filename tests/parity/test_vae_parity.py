@@ -19,9 +19,9 @@ from wan_jax.models.vae import VAE
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def vae_config(**dimensions) -> VAEConfig:
-    z_dim = dimensions["z_dim"]
+def vae_config(z_dim: int, **dimensions) -> VAEConfig:
     return VAEConfig(
+        z_dim=z_dim,
         latents_mean=tuple(np.linspace(-0.5, 0.7, z_dim).tolist()),
         latents_std=tuple(np.linspace(0.8, 2.5, z_dim).tolist()),
         **dimensions,
@@ -37,6 +37,21 @@ CONFIGS = {
         z_dim=3, base_dim=6, dim_mult=(1, 1, 1, 1), num_res_blocks=1, temporal_downsample=(True, False, True)
     ),
     "one_halving": vae_config(z_dim=5, base_dim=6, dim_mult=(1, 2), num_res_blocks=1, temporal_downsample=(True,)),
+    # The ratios of its stages' channels, which say how shortcuts mix them, are the released ones.
+    "as_wan22": vae_config(
+        z_dim=6, base_dim=4, decoder_base_dim=6, dim_mult=(1, 2, 4, 4), num_res_blocks=1, patch_size=2, residual=True
+    ),
+    # Time is halved first; the last stage's shortcut averages channels; a repeat spans two channels.
+    "odd_shortcuts": vae_config(
+        z_dim=3,
+        base_dim=6,
+        decoder_base_dim=4,
+        dim_mult=(1, 4, 2),
+        num_res_blocks=1,
+        temporal_downsample=(True, False),
+        patch_size=3,
+        residual=True,
+    ),
 }
 BATCH, FRAMES, HEIGHT, WIDTH = 2, 9, 3, 5  # height and width in latents: neither even nor equal
 
@@ -44,6 +59,11 @@ BATCH, FRAMES, HEIGHT, WIDTH = 2, 9, 3, 5  # height and width in latents: neithe
 def diffusers_vae(config: VAEConfig) -> AutoencoderKLWan:
     vae = AutoencoderKLWan(
         base_dim=config.base_dim,
+        decoder_base_dim=config.decoder_base_dim,
+        is_residual=config.residual,
+        in_channels=config.image_channels,
+        out_channels=config.image_channels,
+        patch_size=None if config.patch_size == 1 else config.patch_size,
         z_dim=config.z_dim,
         dim_mult=list(config.dim_mult),
         num_res_blocks=config.num_res_blocks,

@@ -34,7 +34,7 @@ IGNORED_NAMES = ("scaled_fp8", "spiece_model")
 _EVIDENCE: dict[Role, tuple[str, ...]] = {
     "denoiser": ("patch_embedding.weight", "head.head.weight"),
     "text_encoder": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
-    "vae": ("conv2.weight", "decoder.conv1.weight", "encoder.downsamples.0.residual.2.weight"),
+    "vae": ("conv2.weight", "decoder.conv1.weight", "decoder.middle.1.to_qkv.weight"),
 }
 
 

@@ -5,6 +5,7 @@ Everything raises InputError where a checkpoint belongs to another family of mod
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from wan_jax.checkpoint.layouts import ALIASES, Naming, text_encoder_rows
 from wan_jax.checkpoint.tensors import TensorInfo
-from wan_jax.config import PRESETS, DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig
+from wan_jax.config import PRESETS, WAN22_VAE, DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig
 from wan_jax.errors import InputError
 
 RELEASED_HEAD_DIM = 128  # of every released denoiser; the tensors alone do not tell the number of heads
@@ -47,13 +48,15 @@ def _require(place: Path, content: Mapping[str, Any], required: Mapping[str, Any
 def _build(place: Path, config_class: type, content: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, Any]:
     """The fields of `config_class` that `content` holds under `keys` (our name -> theirs), as the right types."""
     defaults = config_class()
-    fields = {}
+    fields: dict[str, Any] = {}
     for ours, theirs in keys.items():
         if theirs not in content:
             continue
         default, value = getattr(defaults, ours), content[theirs]
         try:
-            if isinstance(default, tuple):
+            if default is None:  # every field that is None by default is a whole number otherwise
+                fields[ours] = int(value)
+            elif isinstance(default, tuple):
                 fields[ours] = tuple(type(default[0])(item) for item in value)
             else:
                 fields[ours] = type(default)(value)
@@ -117,30 +120,34 @@ def diffusers_text_encoder_config(path: Path) -> TextEncoderConfig:
 DIFFUSERS_VAE_KEYS = {
     "z_dim": "z_dim",
     "base_dim": "base_dim",
+    "decoder_base_dim": "decoder_base_dim",
     "dim_mult": "dim_mult",
     "num_res_blocks": "num_res_blocks",
     "temporal_downsample": "temperal_downsample",  # diffusers' spelling
+    "patch_size": "patch_size",
+    "residual": "is_residual",
     "latents_mean": "latents_mean",
     "latents_std": "latents_std",
 }
-DIFFUSERS_VAE_FIXED = {
-    "_class_name": "AutoencoderKLWan",
-    "is_residual": False,
-    "decoder_base_dim": None,
-    "in_channels": 3,
-    "out_channels": 3,
-    "patch_size": None,
-    "attn_scales": [],
-}
+DIFFUSERS_VAE_FIXED = {"_class_name": "AutoencoderKLWan", "attn_scales": []}
 
 
 def diffusers_vae_config(path: Path) -> VAEConfig:
     """From vae/config.json of a diffusers tree."""
     content = read_json(path)
-    if content.get("decoder_base_dim") == content.get("base_dim"):  # some files spell the default out
-        content.pop("decoder_base_dim", None)
     _require(path, content, DIFFUSERS_VAE_FIXED)
-    return VAEConfig(**_build(path, VAEConfig, content, DIFFUSERS_VAE_KEYS))
+    # null is how diffusers says our defaults of patch_size and decoder_base_dim.
+    given = {key: value for key, value in content.items() if value is not None}
+    config = VAEConfig(**_build(path, VAEConfig, given, DIFFUSERS_VAE_KEYS))
+    if config.decoder_base_dim == config.base_dim:  # some files spell the default out
+        config = dataclasses.replace(config, decoder_base_dim=None)
+    _require(path, {"in_channels": 3, "out_channels": 3} | given, diffusers_image_channels(config))
+    return config
+
+
+def diffusers_image_channels(config: VAEConfig) -> dict[str, int]:
+    """What vae/config.json says of frames."""
+    return {"in_channels": config.image_channels, "out_channels": config.image_channels}
 
 
 OFFICIAL_DENOISER_KEYS = {
@@ -243,30 +250,47 @@ def infer_text_encoder_config(place: str, tensors: Shapes, naming: Naming) -> Te
 def infer_vae_config(place: str, tensors: Shapes) -> VAEConfig:
     """From the shapes of an official-named VAE; its latents' mean and deviation are those of the released one."""
     z_dim = _dims(place, tensors, "conv2.weight", 5)[0]
-    if "encoder.downsamples.0.downsamples.0.residual.2.weight" in tensors:
-        raise another_family(place, "this is the Wan2.2 VAE of TI2V-5B")
-    if z_dim != VAEConfig.z_dim:
+    # Wan2.2 has a list of modules for each stage, Wan2.1 one for all.
+    residual = "encoder.downsamples.0.downsamples.0.residual.2.weight" in tensors
+    released = WAN22_VAE if residual else VAEConfig()
+    if z_dim != released.z_dim:
         raise another_family(
             place, f"its VAE has {z_dim} latent channels, and this layout does not say their mean and deviation"
         )
-    base_dim = _dims(place, tensors, "encoder.conv1.weight", 5)[0]
-    stages: list[list[int]] = [[]]  # output channels of every residual block, by stage
+    base_dim, image_channels, *_ = _dims(place, tensors, "encoder.conv1.weight", 5)
+    patch_size = math.isqrt(image_channels // 3)
+    if residual:
+        stage_count = _count(tensors, r"encoder\.downsamples\.(\d+)\.")
+        lists = [f"encoder.downsamples.{stage}.downsamples" for stage in range(stage_count)]
+    else:
+        lists = ["encoder.downsamples"]
+    stages: list[list[int]] = []  # output channels of every residual block, by stage
     temporal_downsample = []
-    for index in range(_count(tensors, r"encoder\.downsamples\.(\d+)\.")):
-        module = f"encoder.downsamples.{index}"
-        if f"{module}.resample.1.weight" in tensors:
-            temporal_downsample.append(f"{module}.time_conv.weight" in tensors)
-            stages.append([])
-        else:
-            stages[-1].append(_dims(place, tensors, f"{module}.residual.2.weight", 5)[0])
+    for modules in lists:
+        stages.append([])
+        for index in range(_count(tensors, rf"{re.escape(modules)}\.(\d+)\.")):
+            module = f"{modules}.{index}"
+            if f"{module}.resample.1.weight" in tensors:
+                temporal_downsample.append(f"{module}.time_conv.weight" in tensors)
+                if not residual:
+                    stages.append([])
+            else:
+                stages[-1].append(_dims(place, tensors, f"{module}.residual.2.weight", 5)[0])
     if not all(stages):
         raise another_family(place, "its VAE has a stage without residual blocks")
+    dim_mult = tuple(widths[-1] // base_dim for widths in stages)
+    decoder_base_dim = _dims(place, tensors, "decoder.head.2.weight", 5)[1] // dim_mult[0]
     return VAEConfig(
         z_dim=z_dim,
         base_dim=base_dim,
-        dim_mult=tuple(widths[-1] // base_dim for widths in stages),
+        decoder_base_dim=None if decoder_base_dim == base_dim else decoder_base_dim,
+        dim_mult=dim_mult,
         num_res_blocks=len(stages[0]),
         temporal_downsample=tuple(temporal_downsample),
+        patch_size=patch_size,
+        residual=residual,
+        latents_mean=released.latents_mean,
+        latents_std=released.latents_std,
     )
 
 

@@ -15,13 +15,14 @@ from wan_jax.checkpoint.configs import (
     OFFICIAL_DENOISER_KEYS,
     UMT5_FIXED,
     UMT5_KEYS,
+    diffusers_image_channels,
     infer_denoiser_config,
     infer_text_encoder_config,
     infer_vae_config,
 )
 from wan_jax.checkpoint.layouts import ModelConfig, component_config, expand_layers, model_rows, num_layers
 from wan_jax.checkpoint.safetensors import write_safetensors
-from wan_jax.checkpoint.sources import EXPERT_FOLDERS, OFFICIAL_TEXT_ENCODER, OFFICIAL_VAE
+from wan_jax.checkpoint.sources import EXPERT_FOLDERS, OFFICIAL_TEXT_ENCODER, official_vae
 from wan_jax.checkpoint.tensors import BFLOAT16, ReadMany, TensorInfo
 from wan_jax.checkpoint.torch_pickle import write_torch_pickle
 from wan_jax.config import DenoiserConfig, TextEncoderConfig, WanConfig
@@ -136,7 +137,7 @@ def write_official_component(
     if component == "text_encoder":
         write_torch_pickle(folder / OFFICIAL_TEXT_ENCODER, tensors, read_many)
     elif component == "vae":
-        write_torch_pickle(folder / OFFICIAL_VAE, tensors, read_many)
+        write_torch_pickle(folder / official_vae(config.vae), tensors, read_many)
     else:
         if component in EXPERT_FOLDERS:
             folder = folder / EXPERT_FOLDERS[component]
@@ -160,6 +161,8 @@ def _diffusers_vae_json(config: WanConfig) -> dict[str, Any]:
     return {
         **DIFFUSERS_VAE_FIXED,
         **_values(config.vae, DIFFUSERS_VAE_KEYS),
+        **diffusers_image_channels(config.vae),
+        "patch_size": None if config.vae.patch_size == 1 else config.vae.patch_size,
         "_diffusers_version": DIFFUSERS_VERSION,
         "dropout": 0.0,
         "scale_factor_temporal": config.vae.temporal_stride,

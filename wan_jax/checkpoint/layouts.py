@@ -237,7 +237,7 @@ def text_encoder_rows(config: TextEncoderConfig) -> list[Row]:
 
 
 def vae_rows(config: VAEConfig) -> list[Row]:
-    """The Wan2.1 VAE; the official names carry flat indices that depend on the config."""
+    """The VAE of Wan2.1 or Wan2.2; the official names carry indices that depend on the config."""
     patterns = {"conv3d": CONV3D, "conv2d": CONV2D, "conv2d_1x1": CONV2D_AS_LINEAR}
     rows = []
     for kind, names, shape in vae_entries(config):

@@ -29,16 +29,21 @@ from wan_jax.checkpoint.layouts import ModelConfig
 from wan_jax.checkpoint.orbax import MANIFEST, open_orbax
 from wan_jax.checkpoint.safetensors import open_safetensors_folder
 from wan_jax.checkpoint.torch_pickle import TorchPickleFile
-from wan_jax.config import DenoiserConfig, WanConfig
+from wan_jax.config import DenoiserConfig, VAEConfig, WanConfig
 from wan_jax.errors import InputError
 
 Layout = Literal["orbax", "diffusers", "official", "comfyui"]
 
 EXPERT_FOLDERS = {"high_noise": "high_noise_model", "low_noise": "low_noise_model"}  # of the official tree
 OFFICIAL_TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
-OFFICIAL_VAE = "Wan2.1_VAE.pth"
+OFFICIAL_VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
 OFFICIAL_TOKENIZER = "google/umt5-xxl"
 INCOMPLETE = "CONVERSION_INCOMPLETE"  # a file that marks what a conversion has not finished
+
+
+def official_vae(config: VAEConfig) -> str:
+    """The name of the file that the official tree keeps such a VAE in."""
+    return OFFICIAL_VAES[config.residual]
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,9 @@ def detect(path: Path) -> Layout:
         return "orbax"
     if (path / "model_index.json").is_file():
         return "diffusers"
-    if any((path / name).exists() for name in (*EXPERT_FOLDERS.values(), OFFICIAL_VAE)) or _is_official_denoiser(path):
+    if any((path / name).exists() for name in (*EXPERT_FOLDERS.values(), *OFFICIAL_VAES)) or _is_official_denoiser(
+        path
+    ):
         return "official"
     if find_files(path):
         return "comfyui"
@@ -171,8 +178,11 @@ def open_official(path: Path) -> Opened:
         encoder_file = TorchPickleFile(encoders[0])
         text_encoder = infer_text_encoder_config(encoder_file.place, encoder_file.tensors, "official")
         parts["text_encoder"] = bind_component("text_encoder", text_encoder, "official", encoder_file)
-    if (path / OFFICIAL_VAE).is_file():
-        vae_file = TorchPickleFile(path / OFFICIAL_VAE)
+    vaes = [path / name for name in OFFICIAL_VAES if (path / name).is_file()]
+    if len(vaes) > 1:
+        raise InputError(f"{path}: both {vaes[0].name} and {vaes[1].name} are a VAE; keep the one of this model")
+    if vaes:
+        vae_file = TorchPickleFile(vaes[0])
         vae = infer_vae_config(vae_file.place, vae_file.tensors)
         parts["vae"] = bind_component("vae", vae, "official", vae_file)
     config = assemble_config(str(path), denoiser, experts=len(folders), text_encoder=text_encoder, vae=vae)

@@ -1,7 +1,8 @@
 """Names and shapes of the VAE's convolutions and norms in all three layouts, generated from its config.
 
-The official release keeps the encoder's and the decoder's stages in flat lists (`encoder.downsamples.7`), diffusers
-keeps the encoder flat and groups the decoder by stage; ours groups both by stage.
+Of Wan2.1 the official release keeps the encoder's and the decoder's stages in flat lists (`encoder.downsamples.7`), and
+diffusers keeps the encoder flat and groups the decoder by stage. Of Wan2.2 (`residual`) both group everything by stage
+(`encoder.downsamples.1.downsamples.2`), as ours does for either.
 """
 
 from collections.abc import Iterator
@@ -12,8 +13,6 @@ from wan_jax.config import VAEConfig
 Kind = Literal["conv3d", "conv2d", "conv2d_1x1", "gamma"]
 Names = tuple[str, str, str]  # ours, official, diffusers
 Entry = tuple[Kind, Names, tuple[int, ...]]  # kind, names without ".weight", PyTorch shape of the weight
-
-IMAGE_CHANNELS = 3
 
 
 def vae_entries(config: VAEConfig) -> Iterator[Entry]:
@@ -26,64 +25,53 @@ def vae_entries(config: VAEConfig) -> Iterator[Entry]:
 
 
 def _encoder(config: VAEConfig) -> Iterator[Entry]:
-    widths = [config.base_dim * multiplier for multiplier in (1, *config.dim_mult)]
-    yield _conv3d(("encoder.conv_in", "encoder.conv1", "encoder.conv_in"), IMAGE_CHANNELS, widths[0])
-    flat = 0  # index in the official and diffusers lists
-    for stage in range(len(config.dim_mult)):
-        width = widths[stage]
+    width, last = config.encoder_stages[0][0], config.encoder_stages[-1][1]
+    yield _conv3d(("encoder.conv_in", "encoder.conv1", "encoder.conv_in"), config.image_channels, width)
+    index = 0  # in the list of the official and the diffusers layout
+    for stage, (width, out_width, temporal) in enumerate(config.encoder_stages):
+        ours, official, diffusers = f"encoder.stages.{stage}", "encoder.downsamples", f"encoder.down_blocks.{stage}"
+        if config.residual:
+            index, official = 0, f"encoder.downsamples.{stage}.downsamples"
         for block in range(config.num_res_blocks):
-            names = (
-                f"encoder.stages.{stage}.blocks.{block}",
-                f"encoder.downsamples.{flat}",
-                f"encoder.down_blocks.{flat}",
-            )
-            yield from _residual_block(names, width, widths[stage + 1])
-            width = widths[stage + 1]
-            flat += 1
-        if stage < len(config.temporal_downsample):
-            names = (
-                f"encoder.stages.{stage}.downsample",
-                f"encoder.downsamples.{flat}",
-                f"encoder.down_blocks.{flat}",
-            )
+            theirs = f"{diffusers}.resnets.{block}" if config.residual else f"encoder.down_blocks.{index}"
+            yield from _residual_block((f"{ours}.blocks.{block}", f"{official}.{index}", theirs), width, out_width)
+            width = out_width
+            index += 1
+        if temporal is not None:
+            theirs = f"{diffusers}.downsampler" if config.residual else f"encoder.down_blocks.{index}"
+            names = (f"{ours}.downsample", f"{official}.{index}", theirs)
             yield "conv2d", _resample_conv(names), (width, width, 3, 3)
-            if config.temporal_downsample[stage]:
+            if temporal:
                 yield "conv3d", _join(names, "time_conv"), (width, width, 3, 1, 1)
-            flat += 1
-    yield from _middle("encoder", widths[-1])
-    yield "gamma", ("encoder.norm_out", "encoder.head.0", "encoder.norm_out"), (widths[-1], 1, 1, 1)
-    yield _conv3d(("encoder.conv_out", "encoder.head.2", "encoder.conv_out"), widths[-1], 2 * config.z_dim)
+            index += 1
+    yield from _middle("encoder", last)
+    yield "gamma", ("encoder.norm_out", "encoder.head.0", "encoder.norm_out"), (last, 1, 1, 1)
+    yield _conv3d(("encoder.conv_out", "encoder.head.2", "encoder.conv_out"), last, 2 * config.z_dim)
 
 
 def _decoder(config: VAEConfig) -> Iterator[Entry]:
-    widths = [config.base_dim * multiplier for multiplier in (config.dim_mult[-1], *reversed(config.dim_mult))]
-    temporal_upsample = config.temporal_downsample[::-1]
-    yield _conv3d(("decoder.conv_in", "decoder.conv1", "decoder.conv_in"), config.z_dim, widths[0])
-    yield from _middle("decoder", widths[0])
-    flat = 0  # index in the official list
-    for stage in range(len(config.dim_mult)):
-        width = widths[stage] if stage == 0 else widths[stage] // 2  # the upsampling before it halves the channels
+    width, last = config.decoder_stages[0][0], config.decoder_stages[-1][1]
+    yield _conv3d(("decoder.conv_in", "decoder.conv1", "decoder.conv_in"), config.z_dim, width)
+    yield from _middle("decoder", width)
+    index = 0  # in the list of the official layout
+    for stage, (width, out_width, temporal) in enumerate(config.decoder_stages):
+        ours, official, diffusers = f"decoder.stages.{stage}", "decoder.upsamples", f"decoder.up_blocks.{stage}"
+        if config.residual:
+            index, official = 0, f"decoder.upsamples.{stage}.upsamples"
         for block in range(config.num_res_blocks + 1):
-            names = (
-                f"decoder.stages.{stage}.blocks.{block}",
-                f"decoder.upsamples.{flat}",
-                f"decoder.up_blocks.{stage}.resnets.{block}",
-            )
-            yield from _residual_block(names, width, widths[stage + 1])
-            width = widths[stage + 1]
-            flat += 1
-        if stage < len(temporal_upsample):
-            names = (
-                f"decoder.stages.{stage}.upsample",
-                f"decoder.upsamples.{flat}",
-                f"decoder.up_blocks.{stage}.upsamplers.0",
-            )
-            yield "conv2d", _resample_conv(names), (width // 2, width, 3, 3)
-            if temporal_upsample[stage]:
+            names = (f"{ours}.blocks.{block}", f"{official}.{index}", f"{diffusers}.resnets.{block}")
+            yield from _residual_block(names, width, out_width)
+            width = out_width
+            index += 1
+        if temporal is not None:
+            theirs = f"{diffusers}.upsampler" if config.residual else f"{diffusers}.upsamplers.0"
+            names = (f"{ours}.upsample", f"{official}.{index}", theirs)
+            yield "conv2d", _resample_conv(names), (width if config.residual else width // 2, width, 3, 3)
+            if temporal:
                 yield "conv3d", _join(names, "time_conv"), (2 * width, width, 3, 1, 1)
-            flat += 1
-    yield "gamma", ("decoder.norm_out", "decoder.head.0", "decoder.norm_out"), (widths[-1], 1, 1, 1)
-    yield _conv3d(("decoder.conv_out", "decoder.head.2", "decoder.conv_out"), widths[-1], IMAGE_CHANNELS)
+            index += 1
+    yield "gamma", ("decoder.norm_out", "decoder.head.0", "decoder.norm_out"), (last, 1, 1, 1)
+    yield _conv3d(("decoder.conv_out", "decoder.head.2", "decoder.conv_out"), last, config.image_channels)
 
 
 def _middle(half: str, width: int) -> Iterator[Entry]:

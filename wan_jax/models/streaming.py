@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
+from wan_jax.errors import InputError
+
 # Nested tuples of frames [B, 1, H, W, C]: what each temporal convolution left behind, in the order of the network.
 # One array a frame, so that a step can put the new ones into the old one's memory.
 Cache = tuple[Any, ...]
@@ -95,3 +97,38 @@ def overlap_add(taps: list[jax.Array], past: tuple[jax.Array, ...]) -> tuple[lis
 
 def sum_float32(parts: list[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, [part.astype(jnp.float32) for part in parts])
+
+
+def scan_over_time(
+    step: Callable[[Cache | None, jax.Array], tuple[jax.Array, Cache]],
+    x: jax.Array,
+    *,
+    in_stride: int,
+    out_stride: int,
+    chunk: int,
+) -> jax.Array:
+    """Runs `step` on the first frame of x [B, T, ...], then on `chunk * in_stride` frames at a time.
+
+    The result is a carry that each step writes its `chunk * out_stride` frames into, not the scan's stacked output:
+    so no second copy of the video is ever made.
+    """
+    if chunk < 1:
+        raise InputError(f"chunk is {chunk}; give at least 1")
+    first, cache = step(None, x[:, :1])
+    if (x.shape[1] - 1) % in_stride:
+        raise InputError(f"the VAE cannot take {x.shape[1]} frames; give 1 + a multiple of {in_stride}")
+    steps = (x.shape[1] - 1) // in_stride
+    output = jnp.pad(first, [(0, 0), (0, steps * out_stride), *[(0, 0)] * (first.ndim - 2)])
+
+    def body(carry: tuple[Cache, jax.Array], start: int | jax.Array, length: int = chunk):
+        cache, output = carry
+        y, cache = step(cache, lax.dynamic_slice_in_dim(x, 1 + start * in_stride, length * in_stride, axis=1))
+        return (cache, lax.dynamic_update_slice_in_dim(output, y, 1 + start * out_stride, axis=1)), None
+
+    carry = (cache, output)
+    whole = steps - steps % chunk
+    if whole:
+        carry, _ = lax.scan(body, carry, jnp.arange(0, whole, chunk))
+    if whole < steps:
+        carry, _ = body(carry, whole, steps - whole)
+    return carry[1]

@@ -1,4 +1,4 @@
-"""The causal 3-D video VAE of Wan2.1 (wan/modules/vae2_1.py), streaming over time.
+"""The causal 3-D video VAEs of Wan2.1 and Wan2.2 (wan/modules/vae2_1.py, vae2_2.py), streaming over time.
 
 Nothing in it looks ahead in time, so frames are processed in order with constant memory: every temporal convolution
 leaves behind what the frames to come need of the past, and those buffers (`Cache`) are the carry of a scan, or of a
@@ -6,12 +6,14 @@ host loop that fetches each chunk of frames as it is made. The first frame is sp
 frame for one frame of video, and the temporal resampling skips it; each later latent frame stands for
 `temporal_stride` frames. Where the resolution is high, the frames of a step go through the layers one after the other.
 
+Wan2.2's folds squares of pixels into channels before all else, and has a shortcut without parameters beside each stage
+that changes the resolution (`folding.py`).
+
 Inside, activations are channels-last: [batch, time, height, width, channels].
 """
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import TypedDict, Unpack
 
 import jax
@@ -25,8 +27,9 @@ from jax.typing import DTypeLike
 from wan_jax.config import VAEConfig
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
+from wan_jax.models.folding import average_down, patchify, repeat_up, unpatchify
 from wan_jax.models.layers import Linear
-from wan_jax.models.streaming import Cache, History, overlap_add, sum_float32
+from wan_jax.models.streaming import Cache, History, overlap_add, scan_over_time, sum_float32
 from wan_jax.precision import matmul_precision
 
 # How many frames pass the layers of full time resolution at once: memory there is proportional to it.
@@ -242,60 +245,91 @@ class Upsample(nnx.Module):
 
 
 class EncoderStage(nnx.Module):
-    """Residual blocks at one resolution, then the way to the next lower one."""
+    """Residual blocks at one resolution, then the way to the next lower one; with `residual`, a shortcut beside all."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, num_blocks: int, temporal: bool | None, **options: Unpack[Options]
+        self,
+        in_channels: int,
+        out_channels: int,
+        temporal: bool | None,
+        num_blocks: int,
+        residual: bool,
+        **options: Unpack[Options],
     ):
         """`temporal`: whether the downsampling covers time too; None on the last stage, which does not downsample."""
         widths = itertools.pairwise([in_channels, *[out_channels] * num_blocks])
         self.blocks = nnx.List(ResidualBlock(*pair, **options) for pair in widths)
         self.downsample = None if temporal is None else Downsample(out_channels, temporal, **options)
+        self.temporal, self.residual = temporal, residual
 
     def __call__(self, x: jax.Array, history: History) -> jax.Array:
+        y = x
         for block in self.blocks:
-            x = block(x, history)
-        return x if self.downsample is None else self.downsample(x, history)
+            y = block(y, history)
+        if self.downsample is not None:
+            y = self.downsample(y, history)
+        if self.residual:
+            space = 1 if self.temporal is None else 2
+            shortcut = average_down(x, y.shape[-1], time=2 if self.temporal else 1, space=space)
+            y = lax.optimization_barrier(y + shortcut)
+        return y
 
 
 class DecoderStage(nnx.Module):
-    """Residual blocks at one resolution, then the way to the next higher one."""
+    """Residual blocks at one resolution, then the way to the next higher one; with `residual`, a shortcut beside all.
+
+    The last stage stays at its resolution and has no shortcut.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, num_blocks: int, temporal: bool | None, **options: Unpack[Options]
+        self,
+        in_channels: int,
+        out_channels: int,
+        temporal: bool | None,
+        num_blocks: int,
+        residual: bool,
+        **options: Unpack[Options],
     ):
         """`temporal`: whether the upsampling covers time too; None on the last stage, which does not upsample."""
         widths = itertools.pairwise([in_channels, *[out_channels] * num_blocks])
         self.blocks = nnx.List(ResidualBlock(*pair, **options) for pair in widths)
-        # Upsampling halves the channels; the next stage's first block takes them up.
-        half = out_channels // 2
-        self.upsample = None if temporal is None else Upsample(out_channels, half, temporal, **options)
+        # Without shortcuts upsampling halves the channels; the next stage's first block takes them up.
+        upsampled = out_channels if residual else out_channels // 2
+        self.upsample = None if temporal is None else Upsample(out_channels, upsampled, temporal, **options)
+        self.temporal, self.residual = temporal, residual
 
     def __call__(self, x: jax.Array, history: History) -> jax.Array:
+        y = x
         for block in self.blocks:
-            x = block(x, history)
-        return x if self.upsample is None else self.upsample(x, history)
+            y = block(y, history)
+        if self.upsample is None:
+            return y
+        y = self.upsample(y, history)
+        if self.residual:
+            shortcut = repeat_up(x, y.shape[-1], time=2 if self.temporal else 1, space=2)
+            # The first frame stays one frame: its last copy.
+            y = lax.optimization_barrier(y + shortcut[:, -y.shape[1] :])
+        return y
 
 
 class Encoder(nnx.Module):
     """Frames to the moments (mean, log variance) of the latents, before `quant_conv`."""
 
     def __init__(self, config: VAEConfig, **options: Unpack[Options]):
-        widths = [config.base_dim * multiple for multiple in config.dim_mult]
-        inputs = [config.base_dim, *widths[:-1]]
-        self.conv_in = CausalConv(3, config.base_dim, **options)
+        stages = config.encoder_stages
+        first, last = stages[0][0], stages[-1][1]
+        self.conv_in = CausalConv(config.image_channels, first, **options)
         self.stages = nnx.List(
-            EncoderStage(width_in, width, config.num_res_blocks, temporal, **options)
-            for width_in, width, temporal in zip(inputs, widths, (*config.temporal_downsample, None), strict=True)
+            EncoderStage(*stage, config.num_res_blocks, config.residual, **options) for stage in stages
         )
-        self.middle = Middle(widths[-1], **options)
-        self.norm_out = ChannelNorm(widths[-1], **options)
-        self.conv_out = CausalConv(widths[-1], 2 * config.z_dim, **options)
+        self.middle = Middle(last, **options)
+        self.norm_out = ChannelNorm(last, **options)
+        self.conv_out = CausalConv(last, 2 * config.z_dim, **options)
         # Stages before the first that halves time.
         self.full_rate_stages = [*config.temporal_downsample, True].index(True)
 
     def __call__(self, x: jax.Array, history: History) -> jax.Array:
-        """[B, F, H, W, 3] -> [B, T, h, w, 2 z]."""
+        """[B, F, H, W, image_channels] -> [B, T, h, w, 2 z]."""
         x = history.in_slices(self.full_rate, x, FRAMES_AT_ONCE)
         for stage in self.stages[self.full_rate_stages :]:
             x = stage(x, history)
@@ -314,22 +348,20 @@ class Decoder(nnx.Module):
     """Latents, after `post_quant_conv`, to frames."""
 
     def __init__(self, config: VAEConfig, **options: Unpack[Options]):
-        widths = [config.base_dim * multiple for multiple in reversed(config.dim_mult)]
-        inputs = [widths[0], *(width // 2 for width in widths[:-1])]
-        temporal_upsample = (*reversed(config.temporal_downsample), None)
-        self.conv_in = CausalConv(config.z_dim, widths[0], **options)
-        self.middle = Middle(widths[0], **options)
+        stages = config.decoder_stages
+        first, last = stages[0][0], stages[-1][1]
+        self.conv_in = CausalConv(config.z_dim, first, **options)
+        self.middle = Middle(first, **options)
         self.stages = nnx.List(
-            DecoderStage(width_in, width, config.num_res_blocks + 1, temporal, **options)
-            for width_in, width, temporal in zip(inputs, widths, temporal_upsample, strict=True)
+            DecoderStage(*stage, config.num_res_blocks + 1, config.residual, **options) for stage in stages
         )
-        self.norm_out = ChannelNorm(widths[-1], **options)
-        self.conv_out = CausalConv(widths[-1], 3, **options)
+        self.norm_out = ChannelNorm(last, **options)
+        self.conv_out = CausalConv(last, config.image_channels, **options)
         # Stages after the last that doubles time.
         self.full_rate_stages = 1 + [*config.temporal_downsample, True].index(True)
 
     def __call__(self, x: jax.Array, history: History) -> jax.Array:
-        """[B, T, h, w, z] -> [B, F, H, W, 3]."""
+        """[B, T, h, w, z] -> [B, F, H, W, image_channels]."""
         x = self.conv_in(x, history)
         x = self.middle(x, history)
         for stage in self.stages[: -self.full_rate_stages]:
@@ -374,7 +406,7 @@ class VAE(nnx.Module):
         1 + a multiple of the temporal stride, or H or W no multiple of the spatial stride.
         """
         stride = self.config.temporal_stride
-        latents = _scan_over_time(self._encode, frames, in_stride=stride, out_stride=1, chunk=chunk)
+        latents = scan_over_time(self._encode, frames, in_stride=stride, out_stride=1, chunk=chunk)
         return rearrange(latents, "b t h w z -> b z t h w")
 
     def encode_first(self, frame: jax.Array) -> tuple[jax.Array, Cache]:
@@ -393,7 +425,7 @@ class VAE(nnx.Module):
         `chunk` latent frames are decoded per scan step: more memory, the same result.
         """
         stride = self.config.temporal_stride
-        return _scan_over_time(self._decode, self._channels_last(latents), in_stride=1, out_stride=stride, chunk=chunk)
+        return scan_over_time(self._decode, self._channels_last(latents), in_stride=1, out_stride=stride, chunk=chunk)
 
     def decode_first(self, latents: jax.Array) -> tuple[jax.Array, Cache]:
         """The first latent frame [B, z, 1, h, w] -> one frame [B, 1, H, W, 3], and the cache for what follows."""
@@ -413,7 +445,8 @@ class VAE(nnx.Module):
             )
         _check_step(cache, frames, self.config.temporal_stride)
         history = History(cache)
-        moments = self.quant_conv(self.encoder(frames, history), history)
+        moments = self.encoder(patchify(frames, self.config.patch_size), history)
+        moments = self.quant_conv(moments, history)
         latents_mean, reciprocal_std = self._normalisation
         return (moments[..., : self.config.z_dim].astype(jnp.float32) - latents_mean) * reciprocal_std, history.cache
 
@@ -423,7 +456,8 @@ class VAE(nnx.Module):
         history = History(cache)
         latents_mean, reciprocal_std = self._normalisation
         latents = latents.astype(jnp.float32) / reciprocal_std + latents_mean
-        return self.decoder(self.post_quant_conv(latents, history), history).astype(jnp.float32), history.cache
+        frames = self.decoder(self.post_quant_conv(latents, history), history).astype(jnp.float32)
+        return unpatchify(frames, self.config.patch_size), history.cache
 
     def _channels_last(self, latents: jax.Array) -> jax.Array:
         z_dim = self.config.z_dim
@@ -446,38 +480,3 @@ def _check_step(cache: Cache | None, x: jax.Array, stride: int) -> None:
         raise InputError(f"the first step of the VAE takes one frame; it got {length}")
     if cache is not None and (length == 0 or length % stride):
         raise InputError(f"a later step of the VAE takes a multiple of {stride} frames; it got {length}")
-
-
-def _scan_over_time(
-    step: Callable[[Cache | None, jax.Array], tuple[jax.Array, Cache]],
-    x: jax.Array,
-    *,
-    in_stride: int,
-    out_stride: int,
-    chunk: int,
-) -> jax.Array:
-    """Runs `step` on the first frame of x [B, T, ...], then on `chunk * in_stride` frames at a time.
-
-    The result is a carry that each step writes its `chunk * out_stride` frames into, not the scan's stacked output:
-    so no second copy of the video is ever made.
-    """
-    if chunk < 1:
-        raise InputError(f"chunk is {chunk}; give at least 1")
-    first, cache = step(None, x[:, :1])
-    if (x.shape[1] - 1) % in_stride:
-        raise InputError(f"the VAE cannot take {x.shape[1]} frames; give 1 + a multiple of {in_stride}")
-    steps = (x.shape[1] - 1) // in_stride
-    output = jnp.pad(first, [(0, 0), (0, steps * out_stride), *[(0, 0)] * (first.ndim - 2)])
-
-    def body(carry: tuple[Cache, jax.Array], start: int | jax.Array, length: int = chunk):
-        cache, output = carry
-        y, cache = step(cache, lax.dynamic_slice_in_dim(x, 1 + start * in_stride, length * in_stride, axis=1))
-        return (cache, lax.dynamic_update_slice_in_dim(output, y, 1 + start * out_stride, axis=1)), None
-
-    carry = (cache, output)
-    whole = steps - steps % chunk
-    if whole:
-        carry, _ = lax.scan(body, carry, jnp.arange(0, whole, chunk))
-    if whole < steps:
-        carry, _ = body(carry, whole, steps - whole)
-    return carry[1]
