@@ -10,6 +10,6 @@ def get_config() -> ConfigDict:
     config.prompt = "a red circle moves right"
     config.size = "96x64"
     config.frames = 17
-    config.steps = 4
+    config.steps = "4"
     config.dtype = "float32"
     return config

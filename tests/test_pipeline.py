@@ -44,6 +44,31 @@ def test_seed_prompt_and_guidance_matter(pipe):
         assert np.abs(changed.latents - video.latents).max() > 1e-3
 
 
+def test_without_guidance_the_negative_prompt_is_not_encoded(pipe, monkeypatch):
+    encoded = []
+    tokenizer = pipe._tokenizer
+    monkeypatch.setattr(
+        pipe, "_tokenizer", lambda prompts, length: encoded.extend(prompts) or tokenizer(prompts, length)
+    )
+    monkeypatch.setattr(pipe, "_encoded_prompts", {})
+    pipe("a red circle", **SMALL, guidance=1, negative_prompt="blurry")
+    assert encoded == ["a red circle"]
+    pipe("a red circle", **SMALL, guidance=(1, 2), negative_prompt="blurry")
+    assert encoded == ["a red circle", "blurry"]
+
+
+def test_choices_for_each_expert(pipe):
+    """Two steps with guidance, three without; every number belongs to one expert."""
+    recipe = {"size": (48, 32), "frames": 5, "shift": 5.0, "guidance": (1.0, 3.0)}
+    recipe |= {"solver": ("euler", "unipc"), "schedule": ("lightx2v", "official")}
+    video = pipe("a red circle", **recipe, steps=(3, 2))
+    assert video.metadata["steps"] == (3, 2)
+    assert video.metadata["solver"] == ("euler", "unipc")
+    for changed in ({"steps": (2, 3)}, {"guidance": (3.0, 1.0)}, {"solver": ("euler", "euler")}):
+        other = pipe("a red circle", **recipe | {"steps": (3, 2)} | changed)
+        assert np.abs(other.latents - video.latents).max() > 1e-3
+
+
 def test_list_of_prompts(pipe):
     videos = pipe(["a red circle", "a blue square"], **SMALL)
     assert [video.metadata["prompt"] for video in videos] == ["a red circle", "a blue square"]

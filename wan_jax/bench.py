@@ -32,7 +32,7 @@ from wan_jax.models.vae import VAE
 from wan_jax.pipeline import DECODE_CHUNK, peak_bytes
 from wan_jax.plan import denoiser_flops
 from wan_jax.program import Programs, scratch_bytes
-from wan_jax.settings import DTYPES, Settings, check_name, parse_size
+from wan_jax.settings import DTYPES, Settings, check_name, parse_size, parse_steps
 from wan_jax.tokenizer import Tokenizer
 from wan_jax.video import VideoWriter
 
@@ -319,7 +319,7 @@ def run(
     preset: str = "t2v-a14b",
     size: str | None = None,
     frames: int | None = None,
-    steps: int | None = None,
+    steps: str | None = None,
     dtype: str = "bfloat16",
     vae_dtype: str = "float32",
     repeats: int = 5,
@@ -345,7 +345,12 @@ def run(
         if not path.parent.is_dir():
             raise InputError(f"output folder {path.parent} does not exist; make it first")
     config = get_config(preset)
-    settings = Settings.resolve(config, size=parse_size(size) if size else None, frames=frames, steps=steps)
+    settings = Settings.resolve(
+        config,
+        size=parse_size(size) if size else None,
+        frames=frames,
+        steps=parse_steps(steps) if steps else None,
+    )
     report: dict[str, Any] = {
         "benchmark": part,
         **device_facts(),

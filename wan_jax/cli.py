@@ -67,7 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         "plan", help="predict memory and seconds before anything is loaded", allow_abbrev=False
     )
     command.add_argument("--preset", default="t2v-a14b", help="model (default t2v-a14b)", metavar="NAME")
-    _add_options(command, ["size", "frames", "steps", "guidance", "dtype", "vae_dtype", "profile"])
+    _add_options(command, ["size", "frames", "steps", "guidance", "shift", "solver", "schedule"])
+    _add_options(command, ["dtype", "vae_dtype", "profile"])
     command.add_argument("--device-memory", type=float, help="what fits, instead of this device's", metavar="GIB")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_plan)

@@ -106,7 +106,7 @@ def run_demo(folder: Path) -> Path:
             checkpoint=str(checkpoint),
             size=f"{width}x{height}",
             frames=DEMO.sampling.frames,
-            steps=DEMO.sampling.steps,
+            steps=str(DEMO.sampling.steps),
             output=str(video),
         )
     )

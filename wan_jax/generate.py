@@ -15,7 +15,16 @@ import numpy as np
 from wan_jax.config import WanConfig, get_preset
 from wan_jax.diffusion.schedule import GRIDS
 from wan_jax.errors import InputError
-from wan_jax.settings import DTYPES, NOISES, PROFILE_NAMES, Settings, parse_guidance, parse_size
+from wan_jax.settings import (
+    DTYPES,
+    NOISES,
+    PROFILE_NAMES,
+    Settings,
+    parse_guidance,
+    parse_names,
+    parse_size,
+    parse_steps,
+)
 from wan_jax.video import VideoWriter, check_folder, check_output, save_array
 
 if TYPE_CHECKING:
@@ -38,11 +47,11 @@ class Options:
     negative_prompt: str | None = _option(str, "what to steer away from", metavar="TEXT")
     size: str | None = _option(str, "WIDTHxHEIGHT in pixels, multiples of 16", metavar="WxH")
     frames: int | None = _option(int, "number of frames, 4n + 1", metavar="N")
-    steps: int | None = _option(int, "number of denoising steps", metavar="N")
+    steps: str | None = _option(str, "number of denoising steps, or LOW,HIGH for each expert's", metavar="N[,N]")
     guidance: str | None = _option(str, "one number, or LOW,HIGH for the two experts", metavar="LOW[,HIGH]")
     shift: float | None = _option(float, "shift of the sigma schedule", metavar="S")
-    solver: str | None = _option(str, " | ".join(GRIDS["official"]), metavar="NAME")
-    schedule: str | None = _option(str, " | ".join(GRIDS), metavar="NAME")
+    solver: str | None = _option(str, f"{' | '.join(GRIDS['official'])}, or LOW,HIGH", metavar="NAME[,NAME]")
+    schedule: str | None = _option(str, f"{' | '.join(GRIDS)}, or LOW,HIGH", metavar="NAME[,NAME]")
     seed: int = _option(int, "the initial noise depends on it alone (default 0)", default=0, metavar="N")
     noise: str = _option(str, f"{' | '.join(NOISES)}: whose random numbers (default jax)", default="jax")
     dtype: str = _option(str, f"{' | '.join(DTYPES)} (default bfloat16)", default="bfloat16")
@@ -172,11 +181,11 @@ def _settings(options: Options, config: WanConfig) -> Settings:
         negative_prompt=options.negative_prompt,
         size=parse_size(options.size) if options.size else None,
         frames=options.frames,
-        steps=options.steps,
+        steps=parse_steps(options.steps) if options.steps else None,
         guidance=parse_guidance(options.guidance) if options.guidance else None,
         shift=options.shift,
-        solver=options.solver,
-        schedule=options.schedule,
+        solver=parse_names("solver", options.solver) if options.solver else None,
+        schedule=parse_names("schedule", options.schedule) if options.schedule else None,
         seed=options.seed,
         noise=options.noise,
     )

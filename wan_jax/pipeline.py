@@ -22,9 +22,10 @@ from wan_jax.checkpoint import Checkpoint, open_checkpoint
 from wan_jax.checkpoint.hub import local_checkpoint
 from wan_jax.config import WanConfig
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, known_frames
+from wan_jax.diffusion.guidance import guidance_by_expert
 from wan_jax.diffusion.noise import initial_noise
 from wan_jax.diffusion.sampler import Expert, StepReport, denoise, plan_steps
-from wan_jax.diffusion.solvers import get_solver
+from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.errors import InputError
 from wan_jax.images import ImagePrompt, check_images
 from wan_jax.memory import PROFILES, Memory
@@ -177,11 +178,11 @@ class WanPipeline:
         negative_prompt: str | None = None,
         size: tuple[int, int] | None = None,
         frames: int | None = None,
-        steps: int | None = None,
+        steps: int | tuple[int, int] | None = None,
         guidance: float | tuple[float, float] | None = None,
         shift: float | None = None,
-        solver: str | None = None,
-        schedule: str | None = None,
+        solver: str | tuple[str, str] | None = None,
+        schedule: str | tuple[str, str] | None = None,
         seed: int = 0,
         noise: str = "jax",
         initial_latents: ArrayLike | None = None,
@@ -198,11 +199,11 @@ class WanPipeline:
             size: (width, height) in pixels, multiples of 16. By default an image's shape with the preset's area, as in
                 the official code; an image is resized to whatever size is given.
             frames: 4n + 1.
-            steps: number of denoising steps.
+            steps: number of denoising steps; or a pair (low-noise expert, high-noise expert), see `make_schedule`.
             guidance: (low-noise expert, high-noise expert), or one number for both; 1 means no guidance.
             shift: of the sigma schedule.
-            solver: "unipc", "dpm++" or "euler".
-            schedule: "official" or "diffusers": whose sigma grid.
+            solver: "unipc", "dpm++" or "euler"; or a pair (low-noise expert, high-noise expert).
+            schedule: "official", "diffusers" or "lightx2v": whose sigma grid; or, with a pair of steps, a pair.
             seed: the initial noise depends on nothing else, so every video of a batch starts from the same noise.
             noise: "jax", or "torch" for the noise that PyTorch's CPU generator draws from this seed.
             initial_latents: float32 [C, F', h, w] or [B, C, F', h, w], used instead of noise.
@@ -255,14 +256,16 @@ class WanPipeline:
         self._warn_of_length(settings.frames)
         self.seconds = {"load": self.seconds["load"]} if "load" in self.seconds else {}
         latents = self._initial_latents(len(prompts), settings, initial_latents)
-        encoded = self._encode_prompts([*prompts, *[settings.negative_prompt] * len(prompts)])
-        positive, negative = jnp.split(encoded, 2)
+        schedule = settings.make_schedule()
+        experts = list(dict.fromkeys(plan_steps(schedule, settings.boundary)))
+        scales = guidance_by_expert(settings.guidance, tuple(experts))
+        guided = any(scale != 1 for scale in scales.values())
+        encoded = self._encode_prompts([*prompts, *[settings.negative_prompt] * (len(prompts) if guided else 0)])
+        positive, negative = encoded[: len(prompts)], encoded[len(prompts) :]
         conditioning = self._encode_images(images, settings)
 
-        schedule = settings.make_schedule()
-        experts = list(dict.fromkeys(plan_steps(schedule, self.config.sampling.boundary)))
         with (
-            self._bars.task("denoise (compiling)", total=settings.steps) as bar,
+            self._bars.task("denoise (compiling)", total=schedule.num_steps) as bar,
             contextlib.ExitStack() as at_the_end,
             contextlib.ExitStack() as running,
         ):
@@ -271,7 +274,7 @@ class WanPipeline:
             def get_expert(name: str) -> Expert:
                 running.close()  # frees the expert before this one
                 denoiser = running.enter_context(self.memory.on_device(self.denoisers[name]))
-                return Expert.prepare(denoiser, positive, negative)
+                return Expert.prepare(denoiser, positive, negative if scales[name] != 1 else None)
 
             def on_step(step: StepReport) -> None:
                 bar.advance(1, f"denoise ({step.expert} expert)")
@@ -283,9 +286,9 @@ class WanPipeline:
             latents = denoise(
                 latents,
                 schedule,
-                get_solver(settings.solver),
+                get_solvers(settings.solver),
                 settings.guidance,
-                self.config.sampling.boundary,
+                settings.boundary,
                 get_expert,
                 on_step,
                 conditioning,

@@ -22,7 +22,7 @@ from jax.sharding import Sharding
 from wan_jax.config import DenoiserConfig, WanConfig
 from wan_jax.diffusion.guidance import guidance_by_expert
 from wan_jax.diffusion.sampler import Expert, compile_step, plan_steps
-from wan_jax.diffusion.solvers import get_solver
+from wan_jax.diffusion.solvers import Solver, get_solvers
 from wan_jax.errors import InputError
 from wan_jax.memory import PROFILES, Profile, abstract_array, single_device, streams
 from wan_jax.models.denoiser import Context, Denoiser
@@ -200,10 +200,11 @@ class Plan:
         text = self._programs.encode_text.scratch_bytes(text_encoder, tokens, tokens)
 
         context = self._context(here)
-        solver = get_solver(self.settings.solver)
-        state = jax.eval_shape(solver.init, self._latents())
         expert = Expert(denoiser, context, context if self._guided() else None)
-        denoise = scratch_bytes(compile_step(expert, self.settings.make_schedule(), solver, state))
+        denoise = max(
+            scratch_bytes(compile_step(expert, self.settings.make_schedule(), solver, state))
+            for solver, state in self._solver_states().items()
+        )
 
         frame = self._latent_frame(here)
         cache = jax.tree.map(
@@ -218,13 +219,13 @@ class Plan:
     def _input_bytes(self) -> dict[str, int]:
         """Bytes of what each stage works on: encoded text; contexts and solver state; latents and the VAE's cache."""
         latents = self._latents()
-        state = jax.eval_shape(get_solver(self.settings.solver).init, latents)
+        state = max(map(_nbytes, self._solver_states().values()))
         text = 2 * self.config.denoiser.text_length * self.config.denoiser.text_dim * self.dtype.itemsize
         contexts = self._context_bytes() * (2 if self._guided() else 1)
         cache = jax.eval_shape(_first_cache, self._models["vae"], self._latent_frame(None))
         return {
             "text": text,
-            "denoise": text + contexts + _nbytes(latents) + _nbytes(state),
+            "denoise": text + contexts + _nbytes(latents) + state,
             "decode": text + _nbytes(latents) + _nbytes(cache),
         }
 
@@ -236,7 +237,7 @@ class Plan:
         settings = self.settings
         encoder, pixels = self.config.text_encoder, math.prod(settings.size) * settings.frames
         bytes_of = {name: sum(sizes.values()) for name, sizes in self._weights.items()}
-        experts = plan_steps(settings.make_schedule(), self.config.sampling.boundary)
+        experts = plan_steps(settings.make_schedule(), settings.boundary)
         scales = guidance_by_expert(settings.guidance, tuple(dict.fromkeys(experts)))
         forward = denoiser_flops(self.config.denoiser, self._tokens()) / rates.denoiser
         if profile.layers_on_host:
@@ -255,8 +256,11 @@ class Plan:
         return seconds | {"step": forward * forwards / len(experts), "total": sum(seconds.values())}
 
     def _guided(self) -> bool:
-        experts = plan_steps(self.settings.make_schedule(), self.config.sampling.boundary)
+        experts = plan_steps(self.settings.make_schedule(), self.settings.boundary)
         return any(scale != 1 for scale in guidance_by_expert(self.settings.guidance, tuple(set(experts))).values())
+
+    def _solver_states(self) -> dict[Solver, Any]:
+        return {solver: jax.eval_shape(solver.init, self._latents()) for solver in get_solvers(self.settings.solver)}
 
     def _tokens(self) -> int:
         _, *sizes = self.settings.latents_shape(self.config)
@@ -320,8 +324,8 @@ class Report:
         plan, settings = self.plan, self.plan.settings
         memory = "" if self.device_memory is None else f", {_gib(self.device_memory)} for JAX"
         lines = [
-            f"{plan.config.name} {settings.size[0]}x{settings.size[1]}, {settings.frames} frames, {settings.steps} "
-            f"steps, {plan.dtype.name}; {plan.device.device_kind}{memory}",
+            f"{plan.config.name} {settings.size[0]}x{settings.size[1]}, {settings.frames} frames, "
+            f"{settings.make_schedule().num_steps} steps, {plan.dtype.name}; {plan.device.device_kind}{memory}",
             f"{'profile':<9} {'device peak':>11} {'text':>10} {'denoise':>10} {'decode':>10} {'pinned host':>12} "
             f"{'a step':>8} {'a video':>9}",
         ]

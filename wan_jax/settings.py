@@ -2,16 +2,21 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from numbers import Integral, Real
+from typing import Any, TypeVar
 
 from wan_jax.config import WanConfig
+from wan_jax.diffusion.experts import as_pair, by_expert
 from wan_jax.diffusion.schedule import Schedule, make_schedule
 from wan_jax.errors import InputError, unknown_name
 
 NOISES = ("jax", "torch")
 DTYPES = ("bfloat16", "float32")
 PROFILE_NAMES = ("auto", "resident", "swap", "stream")  # what the last three mean is in memory.py
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,11 +26,12 @@ class Settings:
     size: tuple[int, int]  # width, height in pixels
     frames: int
     fps: int
-    steps: int
-    guidance: tuple[float, float]  # low-noise expert, high-noise expert
+    steps: int | tuple[int, int]  # a pair, here and below: low-noise expert, high-noise expert
+    guidance: tuple[float, float]
     shift: float
-    solver: str
-    schedule: str
+    boundary: float | None
+    solver: str | tuple[str, str]
+    schedule: str | tuple[str, str]
     seed: int
     noise: str
     negative_prompt: str
@@ -38,26 +44,27 @@ class Settings:
         negative_prompt: str | None = None,
         size: tuple[int, int] | None = None,
         frames: int | None = None,
-        steps: int | None = None,
+        steps: int | tuple[int, int] | None = None,
         guidance: float | tuple[float, float] | None = None,
         shift: float | None = None,
-        solver: str | None = None,
-        schedule: str | None = None,
+        solver: str | tuple[str, str] | None = None,
+        schedule: str | tuple[str, str] | None = None,
         seed: int = 0,
         noise: str = "jax",
     ) -> "Settings":
         """Takes the preset's value for every None; raises InputError naming the first choice that cannot be used."""
         preset = config.sampling
-        low, high = _pair(preset.guidance if guidance is None else guidance)
+        low, high = as_pair(_choice("guidance", preset.guidance if guidance is None else guidance, _number))
         settings = cls(
             size=_integers("size", preset.size if size is None else size),
             frames=_integer("frames", preset.frames if frames is None else frames),
             fps=preset.fps,
-            steps=_integer("steps", preset.steps if steps is None else steps),
+            steps=_choice("steps", preset.steps if steps is None else steps, _integer),
             guidance=(low, high),
-            shift=float(preset.shift if shift is None else shift),
-            solver=preset.solver if solver is None else solver,
-            schedule=preset.schedule if schedule is None else schedule,
+            shift=_number("shift", preset.shift if shift is None else shift),
+            boundary=preset.boundary,
+            solver=_same(_choice("solver", preset.solver if solver is None else solver, _name)),
+            schedule=_same(_choice("schedule", preset.schedule if schedule is None else schedule, _name)),
             seed=_integer("seed", seed),
             noise=noise,
             negative_prompt=preset.negative_prompt if negative_prompt is None else negative_prompt,
@@ -76,16 +83,19 @@ class Settings:
         if self.frames < 1 or (self.frames - 1) % stride:
             below = max(1, (self.frames - 1) // stride * stride + 1)
             raise InputError(f"frames {self.frames}: must be {stride}n + 1; use {below} or {below + stride}")
-        if not all(map(math.isfinite, self.guidance)):
-            raise InputError(f"guidance {self.guidance}: must be finite numbers")
         if self.seed < 0:
             raise InputError(f"seed {self.seed}: must not be negative")
         check_name("noise", self.noise, NOISES)
+        if not all(map(math.isfinite, self.guidance)):
+            raise InputError(f"guidance {self.guidance}: must be finite numbers")
+        by_expert("guidance", self.guidance, config.experts)
+        by_expert("solver", self.solver, config.experts)
+        by_expert("schedule", self.schedule, config.experts)
         self.make_schedule()
 
     def make_schedule(self) -> Schedule:
         """The run's sigmas and timesteps; raises InputError for unknown names, steps or shift out of range."""
-        return make_schedule(self.schedule, self.solver, self.steps, self.shift)
+        return make_schedule(self.schedule, self.solver, self.steps, self.shift, self.boundary)
 
     def latents_shape(self, config: WanConfig) -> tuple[int, int, int, int]:
         """(C, F', h, w) of one video's latents."""
@@ -127,28 +137,60 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def parse_guidance(text: str) -> float | tuple[float, float]:
     """ "3.5" -> 3.5; "3,4" -> (3.0, 4.0), the low-noise expert's first."""
+    return _parse("guidance", text, float, "number")
+
+
+def parse_steps(text: str) -> int | tuple[int, int]:
+    """ "40" -> 40; "4,2" -> (4, 2), the low-noise expert's first."""
+    return _parse("steps", text, int, "whole number")
+
+
+def parse_names(what: str, text: str) -> str | tuple[str, str]:
+    """ "unipc" -> "unipc"; "euler,unipc" -> ("euler", "unipc"), the low-noise expert's first."""
+    return _parse(what, text, str.strip, "name")
+
+
+def _parse(what: str, text: str, convert: Callable[[str], T], kind: str) -> T | tuple[T, T]:
     try:
-        numbers = [float(part) for part in text.split(",")]
+        values = [convert(part) for part in text.split(",")]
     except ValueError:
-        numbers = []
-    if len(numbers) == 1:
-        return numbers[0]
-    if len(numbers) == 2:
-        return numbers[0], numbers[1]
-    raise InputError(f"guidance {text!r}: write one number, or LOW,HIGH for the low-noise and the high-noise expert")
+        values = []
+    if len(values) == 1:
+        return values[0]
+    if len(values) == 2:
+        return values[0], values[1]
+    raise InputError(f"{what} {text!r}: write one {kind}, or LOW,HIGH for the low-noise and the high-noise expert")
 
 
-def _pair(guidance: float | tuple[float, float]) -> tuple[float, float]:
-    if isinstance(guidance, (int, float)):
-        return float(guidance), float(guidance)
-    if len(guidance) != 2:
-        raise InputError(f"guidance {guidance}: give one number, or a pair (low-noise expert, high-noise expert)")
-    low, high = guidance
-    return float(low), float(high)
+def _choice(what: str, value: Any, convert: Callable[[str, Any], T]) -> T | tuple[T, T]:
+    """One value, or a pair of them, converted."""
+    if not isinstance(value, (tuple, list)):
+        return convert(what, value)
+    if len(value) != 2:
+        raise InputError(f"{what} {value}: give one value, or a pair (low-noise expert, high-noise expert)")
+    low, high = value
+    return convert(what, low), convert(what, high)
+
+
+def _same(choice: Any) -> Any:
+    """A pair of equal names is that name."""
+    return choice[0] if isinstance(choice, tuple) and choice[0] == choice[1] else choice
+
+
+def _name(what: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{what} {value!r}: must be a name")
+    return value
+
+
+def _number(what: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InputError(f"{what} {value!r}: must be a number")
+    return float(value)
 
 
 def _integer(what: str, value: Any) -> int:
-    if isinstance(value, bool) or int(value) != value:
+    if isinstance(value, bool) or not isinstance(value, (Integral, float)) or not float(value).is_integer():
         raise InputError(f"{what} {value!r}: must be a whole number")
     return int(value)
 

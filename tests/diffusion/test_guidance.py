@@ -31,7 +31,7 @@ def test_the_low_noise_scale_comes_first():
     [
         (float("nan"), ("denoiser",), "not finite"),
         ((3.0, float("inf")), ("high_noise", "low_noise"), "not finite"),
-        ((3.0, 4.0), ("denoiser",), "one expert"),
+        ((3.0, 4.0), ("denoiser",), "the model has one"),
     ],
 )
 def test_bad_input(guidance, experts, message):

@@ -23,6 +23,7 @@ from wan_jax.models.parameters import named_parameters, with_parameters
 SHAPE = (2, 3, 2, 4, 5)  # B C F h w
 TOKENS, TEXT_DIM = 7, 6
 
+evaluations: list[int] = []  # grows by one each time that a Counted runs
 compilations: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, duration, **kwargs: (
@@ -64,11 +65,19 @@ class StandIn(nnx.Module):
         return x
 
 
-def make_expert(seed: int) -> Expert:
+class Counted(StandIn):
+    """Also counts how often it runs, compiled or not."""
+
+    def __call__(self, latents: jax.Array, timesteps: jax.Array, context: Context) -> jax.Array:
+        jax.debug.callback(lambda: evaluations.append(1))
+        return super().__call__(latents, timesteps, context)
+
+
+def make_expert(seed: int, model: type[StandIn] = StandIn) -> Expert:
     """Random weights and random text."""
     rngs = nnx.Rngs(seed)
     positive, negative = 0.3 * jax.random.normal(rngs.text(), (2, SHAPE[0], TOKENS, TEXT_DIM))
-    return Expert.prepare(StandIn(rngs), positive, negative)
+    return Expert.prepare(model(rngs), positive, negative)
 
 
 @pytest.fixture
@@ -80,12 +89,14 @@ def noise(seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), SHAPE)
 
 
-def plain_loop(latents, schedule, solver, guidance, boundary, experts) -> jax.Array:
-    """What `denoise` should compute, written out."""
+def plain_loop(latents, schedule, solver, guidance, boundary, experts, steps: int | None = None) -> jax.Array:
+    """What `denoise` should compute, written out; with one solver, and of the first `steps` steps alone."""
     call = jax.jit(lambda denoiser, *inputs: denoiser(*inputs))
     coefficients, state = solver.coefficients(schedule), solver.init(latents)
-    for index, timestep in enumerate(schedule.timesteps):
+    for index, timestep in enumerate(schedule.timesteps[:steps]):
         high = boundary is not None and bool(timestep >= 1000 * boundary)
+        if schedule.high_noise_steps is not None:
+            high = index < schedule.high_noise_steps
         expert = experts["denoiser" if boundary is None else "high_noise" if high else "low_noise"]
         timesteps = jnp.full(latents.shape[:1], timestep)
         conditional = call(expert.denoiser, state.latents, timesteps, expert.positive)
@@ -132,6 +143,54 @@ def test_denoise_equals_the_plain_loop(solver, boundary, experts):
     assert result.dtype == jnp.float32
     # The same operations fused differently: a few float32 roundings a step of values around 1.
     np.testing.assert_allclose(result, plain_loop(*arguments, experts), atol=5e-6)
+
+
+@pytest.mark.parametrize("low", SOLVERS)
+@pytest.mark.parametrize("high", SOLVERS)
+def test_solver_of_each_expert(low, high, experts):
+    """Two solvers are two runs, the second from the latents of the first; one solver is one run."""
+    schedule = make_schedule("official", (low, high), (3, 2), 5.0, 0.875)
+    solvers = get_solver(low), get_solver(high)
+    reports: list[StepReport] = []
+    result = denoise(noise(), schedule, solvers, (1.0, 2.0), 0.875, experts.__getitem__, reports.append)
+    assert [(report.index, report.total, report.expert) for report in reports] == [
+        *((index, 5, "high_noise") for index in range(2)),
+        *((index, 5, "low_noise") for index in range(2, 5)),
+    ]
+    if low == high:
+        expected = plain_loop(noise(), schedule, solvers[0], (1.0, 2.0), 0.875, experts)
+    else:
+        first = plain_loop(noise(), schedule, solvers[1], (1.0, 2.0), 0.875, experts, steps=2)
+        expected = plain_loop(first, schedule.after(2), solvers[0], (1.0, 2.0), 0.875, experts)
+    # The same operations fused differently: a few float32 roundings a step of values around 1.
+    np.testing.assert_allclose(result, expected, atol=5e-6)
+
+
+@pytest.mark.parametrize("guidance", [1.0, (1.0, 3.0), 3.0])
+def test_evaluations(guidance):
+    """How often the denoiser runs: once a step without guidance, twice with."""
+    experts = {name: make_expert(0, Counted) for name in ("high_noise", "low_noise")}
+    evaluations.clear()
+    schedule = make_schedule("official", ("euler", "unipc"), (4, 2), 5.0, 0.875)
+    solvers = get_solver("euler"), get_solver("unipc")
+    denoise(noise(), schedule, solvers, guidance, 0.875, experts.__getitem__)
+    jax.effects_barrier()
+    low, high = guidance if isinstance(guidance, tuple) else (guidance, guidance)
+    assert len(evaluations) == 2 * (1 if high == 1 else 2) + 4 * (1 if low == 1 else 2)
+
+
+def test_one_executable_for_each_solver_with_and_without_guidance(experts):
+    jax.clear_caches()
+    StandIn.traces = 0
+    solvers = get_solver("euler"), get_solver("unipc")
+    for steps in ((4, 2), (1, 3)):
+        schedule = make_schedule("official", ("euler", "unipc"), steps, 5.0, 0.875)
+        denoise(noise(), schedule, solvers, (1.0, 3.0), 0.875, experts.__getitem__)
+    assert StandIn.traces == 2
+    denoise(noise(), schedule, solvers, (4.0, 1.0), 0.875, experts.__getitem__)
+    assert StandIn.traces == 4
+    denoise(noise(), schedule, solvers[::-1], (1.0, 3.0), 0.875, experts.__getitem__)
+    assert StandIn.traces == 4
 
 
 def test_each_expert_has_its_guidance(experts):

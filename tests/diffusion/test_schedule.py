@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
 
+from wan_jax.diffusion.experts import as_pair
+from wan_jax.diffusion.sampler import plan_steps
 from wan_jax.diffusion.schedule import GRIDS, make_schedule
 from wan_jax.errors import InputError
 
@@ -92,10 +95,79 @@ def test_official_euler_has_the_default_grid():
     np.testing.assert_array_equal(euler.timesteps, unipc.timesteps)
 
 
+def lightx2v(steps: list[int], shift: float) -> tuple[np.ndarray, np.ndarray]:
+    """What LightX2V computes: (sigmas without the last 0, timesteps), picked from 1000 float32 sigmas."""
+    sigmas = torch.linspace(1.0, 0.0, 1001)[:-1]
+    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+    picks = [1000 - step for step in steps]
+    return sigmas[picks].numpy(), (sigmas * 1000)[picks].numpy()
+
+
 def test_lightx2v_four_steps():
     schedule = make_schedule("lightx2v", "euler", 4, 5.0)
+    sigmas, timesteps = lightx2v([1000, 750, 500, 250], 5.0)
+    np.testing.assert_array_equal(schedule.sigmas[:-1], sigmas)
+    np.testing.assert_array_equal(schedule.timesteps, timesteps)
     np.testing.assert_array_equal(schedule.sigmas, np.float32([1, 0.9375, 5 / 6, 0.625, 0]))
     np.testing.assert_array_equal(schedule.timesteps, np.float32([1000, 937.5, 5000 / 6, 625]))
+
+
+@pytest.mark.parametrize("shift", [5.0, 12.0])
+def test_pair_of_steps_on_lightx2v_is_its_boundary_step_index(shift):
+    schedule = make_schedule("lightx2v", "euler", (2, 2), shift)
+    whole = make_schedule("lightx2v", "euler", 4, shift)
+    np.testing.assert_array_equal(schedule.sigmas, whole.sigmas)
+    np.testing.assert_array_equal(schedule.timesteps, whole.timesteps)
+    assert (schedule.high_noise_steps, whole.high_noise_steps) == (2, None)
+    # At shift 12 three of the four timesteps lie above the boundary of T2V; LightX2V still changes after two.
+    assert plan_steps(schedule, 0.875) == ["high_noise"] * 2 + ["low_noise"] * 2
+    assert plan_steps(whole, 0.875).count("high_noise") == (2 if shift == 5.0 else 3)
+
+
+PAIRS = [
+    ("official", "unipc"),
+    ("official", ("euler", "dpm++")),
+    ("diffusers", ("dpm++", "unipc")),
+    (("lightx2v", "official"), ("euler", "unipc")),
+    (("lightx2v", "diffusers"), "euler"),
+]
+
+
+@pytest.mark.parametrize(("kind", "solver"), PAIRS, ids=str)
+@pytest.mark.parametrize(("boundary", "shift"), [(0.875, 5.0), (0.875, 12.0), (0.9, 5.0)])
+def test_each_expert_has_its_part_of_the_grid(kind, solver, boundary, shift):
+    schedule = make_schedule(kind, solver, (4, 2), shift, boundary)
+    sigmas = schedule.sigmas.astype(np.float64)
+    assert schedule.num_steps == 6
+    assert sigmas[2] == np.float32(boundary)
+    assert plan_steps(schedule, boundary) == ["high_noise"] * 2 + ["low_noise"] * 4
+    kinds, solvers = as_pair(kind), as_pair(solver)
+    assert schedule.sigmas[0] == make_schedule(kinds[1], solvers[1], 1, shift).sigmas[0]
+    # Before the shift, either part is even. Near sigma 1 float32 has 6e-8, and undoing the shift multiplies by it.
+    even = sigmas / (shift - (shift - 1) * sigmas)
+    assert abs(even[1] - (even[0] + even[2]) / 2) < 1e-6
+    np.testing.assert_allclose(even[2:], np.linspace(even[2], 0, 5), atol=1e-6)
+    fractional = [*[kinds[1] == "diffusers" and solvers[1] == "euler"] * 2, *[kinds[0] == "lightx2v"] * 4]
+    for timestep, sigma, kept in zip(schedule.timesteps, sigmas[:-1], fractional, strict=True):
+        if kept:
+            assert timestep == pytest.approx(1000 * sigma, abs=1e-4)
+        else:
+            assert timestep == int(timestep)
+            assert -1e-4 < 1000 * sigma - timestep < 1
+
+
+def test_the_part_of_the_low_noise_expert_is_what_it_always_was():
+    """Golden: 1000 * 0.875 is kept whole, and the rest is cut."""
+    schedule = make_schedule("official", ("euler", "unipc"), (4, 2), 5.0, 0.875)
+    assert schedule.timesteps.tolist() == [999, 949, 875, 795, 673, 460]
+
+
+def test_after():
+    schedule = make_schedule("official", "unipc", (3, 2), 5.0, 0.875)
+    rest = schedule.after(1)
+    np.testing.assert_array_equal(rest.sigmas, schedule.sigmas[1:])
+    np.testing.assert_array_equal(rest.timesteps, schedule.timesteps[1:])
+    assert [schedule.after(step).high_noise_steps for step in (0, 1, 2, 3)] == [2, 1, 0, 0]
 
 
 def test_timesteps_are_cut_not_rounded():
@@ -139,6 +211,12 @@ def test_every_grid_falls_to_zero(kind, solver, steps, shift):
         (("official", "unipc", 40, float("nan")), "shift is nan"),
         (("official", "unipc", 40, float("inf")), "shift is inf"),
         (("official", "unipc", 1000, 1e6), "repeat a sigma"),
+        (("official", "unipc", (4, 0), 5.0, 0.875), "steps is 0"),
+        (("official", "unipc", (4, 2), 5.0), "steps 4,2 are for two experts but the model has one"),
+        (("official", "unipc", (4, 2), 5.0, 1.0), "boundary 1.0 leaves one expert no steps"),
+        (("official", "unipc", (4, 2), 5.0, 0.0), "boundary 0.0 leaves one expert no steps"),
+        ((("lightx2v", "official"), "euler", 4, 5.0), "schedules lightx2v,official need the steps of each expert"),
+        (("official", ("euler", "dpm"), 4, 5.0), "unknown solver for schedule 'official': 'dpm'"),
     ],
 )
 def test_bad_input(arguments, message):

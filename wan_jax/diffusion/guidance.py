@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from wan_jax.diffusion.experts import as_pair, by_expert
 from wan_jax.errors import InputError
 
 
@@ -24,9 +25,6 @@ def guidance_by_expert(guidance: float | tuple[float, float], experts: tuple[str
     Raises:
         InputError: a scale that is not finite, or two different scales where there is one expert.
     """
-    low, high = guidance if isinstance(guidance, tuple) else (guidance, guidance)
-    if not (math.isfinite(low) and math.isfinite(high)):
+    if not all(map(math.isfinite, as_pair(guidance))):
         raise InputError(f"guidance {guidance} is not finite; give a number, 1 for no guidance")
-    if "denoiser" in experts and low != high:
-        raise InputError(f"guidance ({low}, {high}) has two scales but the model has one expert; give one number")
-    return {name: high if name == "high_noise" else low for name in experts}
+    return by_expert("guidance", guidance, experts)

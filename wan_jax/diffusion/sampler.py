@@ -7,7 +7,7 @@ the second expert runs the executable of the first. jax.jit's own cache keeps th
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import NamedSharding
 
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning
+from wan_jax.diffusion.experts import by_expert
 from wan_jax.diffusion.guidance import guidance_by_expert, guide
 from wan_jax.diffusion.schedule import TRAIN_TIMESTEPS, Schedule
 from wan_jax.diffusion.solvers import Solver
@@ -66,19 +67,22 @@ class StepReport:
 def plan_steps(schedule: Schedule, boundary: float | None) -> list[str]:
     """Names the expert of each step: "high_noise" where timestep >= 1000 * boundary, else "low_noise".
 
-    With boundary None there is one expert, "denoiser". Raises InputError for a boundary outside [0, 1].
+    A schedule that was made of each expert's number of steps says itself where they change. With boundary None there is
+    one expert, "denoiser". Raises InputError for a boundary outside [0, 1].
     """
     if boundary is None:
         return ["denoiser"] * schedule.num_steps
     if not 0 <= boundary <= 1:
         raise InputError(f"boundary {boundary} is not between 0 and 1; presets have 0.875 or 0.9")
+    if (high := schedule.high_noise_steps) is not None:
+        return ["high_noise"] * high + ["low_noise"] * (schedule.num_steps - high)
     return ["high_noise" if t >= boundary * TRAIN_TIMESTEPS else "low_noise" for t in schedule.timesteps.tolist()]
 
 
 def denoise(
     latents: jax.Array,
     schedule: Schedule,
-    solver: Solver,
+    solver: Solver | tuple[Solver, Solver],
     guidance: float | tuple[float, float],
     boundary: float | None,
     get_expert: Callable[[str], Expert],
@@ -90,7 +94,9 @@ def denoise(
     Args:
         latents: float32 [B, C, F, h, w] at the schedule's first noise level; left intact.
         schedule: the noise levels; see `make_schedule`.
-        solver: see `get_solver`. Its history goes on over the change of experts.
+        solver: see `get_solver`; one, whose history goes on over the change of experts, or a pair (low-noise expert,
+            high-noise expert). Where they differ, the second one starts afresh from the latents at the change, as on a
+            schedule that begins there: another solver's history means nothing to it.
         guidance: (low-noise expert, high-noise expert) or one number. An expert whose scale is 1 is evaluated once per
             step instead of twice.
         boundary: see `plan_steps`.
@@ -103,23 +109,43 @@ def denoise(
         float32 [B, C, F, h, w], without noise.
 
     Raises:
-        InputError: a boundary or guidance that cannot be used, or guidance without a negative context.
+        InputError: a boundary, solver or guidance that cannot be used, or guidance without a negative context.
     """
     names = plan_steps(schedule, boundary)
-    scales = guidance_by_expert(guidance, tuple(dict.fromkeys(names)))
-    state = solver.init(conditioning.restore(latents))
-    for name, steps in itertools.groupby(range(schedule.num_steps), key=names.__getitem__):
+    experts = tuple(dict.fromkeys(names))
+    scales, solvers = guidance_by_expert(guidance, experts), by_expert("solver", solver, experts)
+    run = _Run.starting_at(0, schedule, solvers[names[0]])
+    state = run.solver.init(conditioning.restore(latents))
+    for name, group in itertools.groupby(range(schedule.num_steps), key=names.__getitem__):
+        steps = list(group)
+        if solvers[name] != run.solver:
+            run = _Run.starting_at(steps[0], schedule, solvers[name])
+            state = run.solver.init(state.latents)
         # The call holds the only reference to the expert, so that it is gone before the next one is asked for.
-        state = _run_expert(get_expert(name), name, steps, schedule, solver, scales[name], state, conditioning, on_step)
+        state = _run_expert(get_expert(name), name, steps, run, scales[name], state, conditioning, on_step)
     return state.latents
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Steps that share a solver's history, from `first` on."""
+
+    first: int
+    schedule: Schedule  # of these steps alone
+    solver: Solver
+    coefficients: Any
+
+    @classmethod
+    def starting_at(cls, first: int, schedule: Schedule, solver: Solver) -> "_Run":
+        rest = schedule.after(first)
+        return cls(first, rest, solver, solver.coefficients(rest))
 
 
 def _run_expert(
     expert: Expert,
     name: str,
-    steps: Iterator[int],
-    schedule: Schedule,
-    solver: Solver,
+    steps: Sequence[int],
+    run: _Run,
     scale: float,
     state: Any,
     conditioning: Conditioning,
@@ -131,17 +157,18 @@ def _run_expert(
     elif expert.negative is None:
         raise InputError(f"guidance {scale:g} of expert {name!r} needs a negative prompt; give one, or use guidance 1")
     start = time.perf_counter()
-    step = compile_step(expert, schedule, solver, state, conditioning)
+    step = compile_step(expert, run.schedule, run.solver, state, conditioning)
     compile_seconds = time.perf_counter() - start
     arrays = nnx.state(expert.denoiser), expert.positive, expert.negative
-    coefficients = solver.coefficients(schedule)
+    total = run.first + run.schedule.num_steps
     for index in steps:
         start = time.perf_counter()
-        state = step(*arrays, state, conditioning, *_step_numbers(schedule, coefficients, index), np.float32(scale))
+        numbers = _step_numbers(run.schedule, run.coefficients, index - run.first)
+        state = step(*arrays, state, conditioning, *numbers, np.float32(scale))
         # Waiting here makes the reported seconds true and lets Ctrl-C in; it costs far less than a step.
         jax.block_until_ready(state)
         if on_step is not None:
-            on_step(StepReport(index, schedule.num_steps, name, time.perf_counter() - start, compile_seconds))
+            on_step(StepReport(index, total, name, time.perf_counter() - start, compile_seconds))
         compile_seconds = 0.0
     return state
 

@@ -12,6 +12,7 @@ from numbers import Integral
 
 import numpy as np
 
+from wan_jax.diffusion.experts import as_pair
 from wan_jax.errors import InputError, unknown_name
 
 TRAIN_TIMESTEPS = 1000
@@ -23,40 +24,100 @@ class Schedule:
 
     sigmas: np.ndarray  # [n + 1] float32, strictly falling, the last is 0
     timesteps: np.ndarray  # [n] float32, what the model sees: about 1000 * sigma
+    high_noise_steps: int | None = None  # the first steps, which the high-noise expert takes; None: timesteps decide
 
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
 
+    def after(self, step: int) -> "Schedule":
+        """The grid without its first steps."""
+        high = None if self.high_noise_steps is None else max(0, self.high_noise_steps - step)
+        return Schedule(self.sigmas[step:], self.timesteps[step:], high)
 
-def make_schedule(kind: str, solver: str, steps: int, shift: float) -> Schedule:
+
+def make_schedule(
+    kind: str | tuple[str, str],
+    solver: str | tuple[str, str],
+    steps: int | tuple[int, int],
+    shift: float,
+    boundary: float | None = None,
+) -> Schedule:
     """Makes the grid that program `kind` uses with `solver`.
 
+    With one number of steps this is the program's own grid (its one for the high-noise expert's solver, where there are
+    two), and `plan_steps` reads the experts from the timesteps.
+
+    With a pair of numbers (low, high) each expert has a grid of its own. The high-noise expert's `high` steps go from
+    its program's first sigma to `boundary`, the low-noise expert's `low` steps from `boundary` to 0; either are evenly
+    spaced before the shift. So the change of experts falls exactly on the boundary, which is the last sigma of one part
+    and the first of the other. The exception is a pair on "lightx2v", which means what it means there: the one grid of
+    low + high steps, of which the first `high` (boundary_step_index) are the high-noise expert's.
+
     Args:
-        kind: "official" (Wan-Video/Wan2.2), "diffusers", or "lightx2v" (the 4-step distilled models; Euler only).
-        solver: "unipc", "dpm++" or "euler".
-        steps: number of steps n, at least 1.
+        kind: "official" (Wan-Video/Wan2.2), "diffusers", or "lightx2v" (the 4-step distilled models; Euler only); or
+            a pair (low, high) of them.
+        solver: "unipc", "dpm++" or "euler"; or a pair (low, high).
+        steps: number of steps n, at least 1; or a pair (low, high).
         shift: s > 0 in sigma' = s * sigma / (1 + (s - 1) * sigma); larger means more steps at high noise.
+        boundary: sigma at which the experts change; needed for a pair of steps only.
 
     Raises:
-        InputError: an unknown name, steps or shift out of range, or steps too fine for float32.
+        InputError: an unknown name, steps or shift out of range, steps too fine for float32, a pair of kinds without a
+            pair of steps, or a pair of steps without a boundary.
     """
+    kinds, solvers = as_pair(kind), as_pair(solver)
+    grids = tuple(map(_get_grid, kinds, solvers))
+    for number in as_pair(steps):
+        if not isinstance(number, Integral) or number < 1:
+            raise InputError(f"steps is {number!r}; give a whole number of at least 1")
+    if not (math.isfinite(shift) and shift > 0):
+        raise InputError(f"shift is {shift}; give a number above 0 (presets have 5 to 12)")
+    high_noise_steps = steps[1] if isinstance(steps, tuple) else None
+    if not isinstance(steps, tuple):
+        if kinds[0] != kinds[1]:
+            raise InputError(f"schedules {kinds[0]},{kinds[1]} need the steps of each expert; write steps LOW,HIGH")
+        sigmas, timesteps = grids[1](int(steps), float(shift))
+    elif kinds == ("lightx2v", "lightx2v"):
+        sigmas, timesteps = _lightx2v(sum(steps), float(shift))
+    else:
+        sigmas, timesteps = _parts(grids, steps, float(shift), boundary)
+    sigmas = np.append(sigmas, 0.0).astype(np.float32)
+    if np.any(np.diff(sigmas) >= 0):
+        raise InputError(f"{steps} steps with shift {shift:g} repeat a sigma in float32; use fewer steps or less shift")
+    return Schedule(sigmas, timesteps.astype(np.float32), high_noise_steps)
+
+
+def _get_grid(kind: str, solver: str) -> "Grid":
     if kind not in GRIDS:
         raise unknown_name("schedule", kind, GRIDS)
     if solver not in GRIDS[kind]:
         raise unknown_name(f"solver for schedule {kind!r}:", solver, GRIDS[kind])
-    if not isinstance(steps, Integral) or steps < 1:
-        raise InputError(f"steps is {steps!r}; give a whole number of at least 1")
-    if not (math.isfinite(shift) and shift > 0):
-        raise InputError(f"shift is {shift}; give a number above 0 (presets have 5 to 12)")
-    sigmas, timesteps = GRIDS[kind][solver](int(steps), float(shift))
-    sigmas = np.append(sigmas, 0.0).astype(np.float32)
-    if np.any(np.diff(sigmas) >= 0):
-        raise InputError(f"{steps} steps with shift {shift:g} repeat a sigma in float32; use fewer steps or less shift")
-    return Schedule(sigmas, timesteps.astype(np.float32))
+    return GRIDS[kind][solver]
+
+
+def _parts(
+    grids: tuple["Grid", ...], steps: tuple[int, int], shift: float, boundary: float | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The high-noise expert's part down to the boundary, and the low-noise expert's from there."""
+    if boundary is None:
+        raise InputError(f"steps {steps[0]},{steps[1]} are for two experts but the model has one; give one number")
+    low_grid, high_grid = grids
+    first = float(high_grid(1, shift)[0][0])
+    if not 0 < boundary < first:
+        raise InputError(f"boundary {boundary} leaves one expert no steps; presets have 0.875 or 0.9")
+    sigmas, timesteps = [], []
+    for grid, start, end, number in ((high_grid, first, boundary, steps[1]), (low_grid, boundary, 0.0, steps[0])):
+        even = np.linspace(shift_sigmas(start, 1 / shift), shift_sigmas(end, 1 / shift), number + 1)[:-1]
+        part = shift_sigmas(even, shift)
+        part[0] = start  # there and back again rounds
+        sigmas.append(part)
+        timesteps.append(part * TRAIN_TIMESTEPS if grid in FRACTIONAL_TIMESTEPS else _truncate_timesteps(part))
+    return np.concatenate(sigmas), np.concatenate(timesteps)
 
 
 def shift_sigmas(sigmas, shift: float):
+    """sigma -> sigma'; a shift of 1 / s undoes one of s."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
@@ -100,7 +161,10 @@ def _diffusers_euler(steps: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _lightx2v(steps: int, shift: float) -> tuple[np.ndarray, np.ndarray]:
-    """LightX2V's step-distilled models (steps 4, shift 5, no guidance): timesteps stay fractional."""
+    """LightX2V's step-distilled models (steps 4, shift 5, no guidance): timesteps stay fractional.
+
+    lightx2v/models/schedulers/wan/step_distill/scheduler.py takes every 250th of 1000 sigmas.
+    """
     sigmas = shift_sigmas(np.linspace(1.0, 0.0, steps + 1)[:-1], shift)
     return sigmas, sigmas * TRAIN_TIMESTEPS
 
@@ -113,3 +177,6 @@ GRIDS: dict[str, dict[str, Grid]] = {
     "diffusers": {"unipc": _diffusers_unipc, "dpm++": _diffusers_dpm, "euler": _diffusers_euler},
     "lightx2v": {"euler": _lightx2v},
 }
+
+# Grids whose model sees 1000 * sigma as it is; the others cut it to a whole number.
+FRACTIONAL_TIMESTEPS = (_diffusers_euler, _lightx2v)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wan_jax.diffusion.experts import as_pair
 from wan_jax.diffusion.schedule import Schedule
 from wan_jax.errors import unknown_name
 
@@ -202,3 +203,9 @@ def get_solver(name: str) -> Solver:
     if name not in SOLVERS:
         raise unknown_name("solver", name, SOLVERS)
     return SOLVERS[name]
+
+
+def get_solvers(names: str | tuple[str, str]) -> tuple[Solver, Solver]:
+    """The solvers of the low-noise and of the high-noise expert, from one name or two."""
+    low, high = as_pair(names)
+    return get_solver(low), get_solver(high)
