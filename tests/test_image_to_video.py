@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_jax.demo import DEMO, random_pipeline
+from wan_jax import read_video
+from wan_jax.cli import main
+from wan_jax.demo import DEMO, random_pipeline, write_demo
 from wan_jax.errors import InputError
 from wan_jax.images import ImagePrompt
 from wan_jax.settings import Settings
 from wan_jax.tokenizer import Tokenizer
+from wan_jax.video import Video
 
 I2V = replace(
     DEMO, name="demo-i2v", denoiser=replace(DEMO.denoiser, in_channels=16 + 4 + 16), conditioning="image_latents"
@@ -138,3 +141,94 @@ def test_more_frames_than_trained_warn_once(t2v, monkeypatch):
         warnings.simplefilter("error")
         t2v.denoise(["a"], long)
         t2v.denoise(["a"], trained)
+
+
+def test_extend_joins_at_one_frame(ti2v):
+    clip = ti2v("a", image=picture(0), **SMALL)
+    longer = ti2v.extend(clip, "b", frames=9, steps=2, seed=4)
+    following = ti2v("b", image=clip.frames[-1], **SMALL, seed=4)
+    np.testing.assert_array_equal(longer.frames[:9], clip.frames)
+    np.testing.assert_array_equal(longer.frames[9:], following.frames[1:])
+    assert longer.metadata["prompt"] == "b"
+    assert longer.metadata["image"] == "the last frame before"
+    assert longer.metadata["extends"] == {"frames": 9, **clip.metadata}
+
+
+@pytest.fixture(scope="module")
+def i2v_checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("i2v") / "checkpoint"
+    write_demo(folder, "orbax", I2V)
+    return str(folder)
+
+
+COMMON = ["--frames", "9", "--steps", "2", "--dtype", "float32", "--quiet"]
+
+
+def test_commands(i2v_checkpoint, tmp_path, monkeypatch, capsys):
+    """generate from an image; extend what came out."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(picture(0)).save("first.png")
+    Image.fromarray(picture(1)).save("last.png")
+    images = ["--image", "first.png", "--last-image", "last.png", "--size", "48x32"]
+    assert main(["generate", "a", "--checkpoint", i2v_checkpoint, *images, *COMMON]) == 0
+    clip = read_video("out.mp4")
+    assert clip.frames.shape == (9, 32, 48, 3)
+    assert (clip.metadata["image"], clip.metadata["last_image"]) == ("first.png", "last.png")
+
+    grey = np.repeat(picture(0)[..., :1], 3, axis=-1)  # H.264 halves the resolution of colours
+    still = Video(np.stack([grey] * 6), fps=24, metadata={"prompt": "c"})
+    still.save("still.mp4")
+    assert main(["extend", "still.mp4", "b", "--checkpoint", i2v_checkpoint, *COMMON, "--output", "longer.mp4"]) == 0
+    longer = read_video("longer.mp4")
+    assert (longer.frames.shape, longer.fps, longer.metadata["fps"]) == ((6 + 8, 32, 48, 3), 24, 24)
+    # H.264 at constant rate factor 10, twice; another frame would be 20 levels away or more.
+    assert np.abs(longer.frames[:6].astype(int) - still.frames).mean(axis=(1, 2, 3)).max() < 4
+    assert np.abs(longer.frames[6].astype(int) - still.frames[-1]).mean() > 20
+    assert longer.metadata["extends"] == {"frames": 6, "prompt": "c", "file": "still.mp4"}
+    assert capsys.readouterr().out.split() == ["out.mp4", "longer.mp4"]
+
+
+def test_an_interrupted_extension_keeps_its_latents(i2v_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Video(np.stack([picture(0)] * 3)).save("clip.mp4")
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("wan_jax.pipeline.WanPipeline.decode", interrupt)
+    assert main(["extend", "clip.mp4", "b", "--checkpoint", i2v_checkpoint, *COMMON]) == 130
+    assert "kept in out.latents.npy" in capsys.readouterr().err
+    assert np.load("out.latents.npy").shape == (16, 3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "a", "--image", "none.png"], "image none.png does not exist"),
+        (["generate", "a", "--image", "text.mp4"], "image text.mp4 cannot be read"),
+        (["generate", "a"], "demo-i2v makes videos from an image and a text; give an image"),
+        (["generate", "a", "--last-image", "a.png"], "a last image needs a first one"),
+        (["extend", "none.mp4", "a"], "video none.mp4 does not exist"),
+        (["extend", "text.mp4", "a"], "text.mp4 cannot be read as a video"),
+        (["extend", "clip.mp4"], "give a prompt"),
+        (["extend", "clip.mp4", "a", "--output", "x.avi"], "unknown ending"),
+        (["extend", "odd.mp4", "a"], "size 40x32: the width must be a multiple of 16"),
+    ],
+)
+def test_one_line_errors(arguments, message, i2v_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.mp4").write_text("a red circle")
+    Image.fromarray(picture(0)).save("a.png")
+    Video(np.stack([picture(0)] * 3)).save("clip.mp4")
+    Video(np.stack([picture(0, 40, 32)] * 3)).save("odd.mp4")
+    assert main([*arguments, "--checkpoint", i2v_checkpoint, "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_model_without_images_cannot_extend(diffusers_tree, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Video(np.stack([picture(0)] * 3)).save("clip.mp4")
+    assert main(["extend", "clip.mp4", "b", "--checkpoint", str(diffusers_tree), *COMMON]) == 2
+    assert "makes videos from text alone" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="wan-jax", description="Wan text-to-video models in JAX.")
+    parser = argparse.ArgumentParser(prog="wan-jax", description="Wan video models in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("generate", help="make videos from prompts", allow_abbrev=False)
@@ -45,6 +45,12 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("sample", help="run a recipe: --config FILE [--config.steps=30 ...]", add_help=False)
     command.set_defaults(run=_sample)
+
+    command = commands.add_parser("extend", help="continue a video from its last frame", allow_abbrev=False)
+    command.add_argument("video", help="the video file to continue; models for image to video can", metavar="VIDEO")
+    skipped = ("prompts", "image", "last_image", "size", "initial_latents", "save_latents", "save_frames", "json")
+    _add_options(command, [option.name for option in dataclasses.fields(Options) if option.name not in skipped])
+    command.set_defaults(run=_extend)
 
     command = commands.add_parser("decode", help="finish a video from saved latents", allow_abbrev=False)
     command.add_argument("latents", help="float32 [C, F', h, w]", metavar="LATENTS.npy")
@@ -126,6 +132,12 @@ def _run(options: Options) -> None:
         print(json.dumps(report, ensure_ascii=False))
     else:
         print("\n".join(report["outputs"]))
+
+
+def _extend(values: argparse.Namespace) -> None:
+    from wan_jax.generate import extend
+
+    print("\n".join(map(str, extend(values.video, _options(values)))))
 
 
 def _decode(values: argparse.Namespace) -> None:

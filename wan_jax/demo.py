@@ -68,14 +68,17 @@ def random_pipeline(
     )
 
 
-def write_demo(destination: Path, layout: Literal["orbax", "diffusers"]) -> None:
-    """Writes the demo model as a checkpoint; raises InputError where `destination` exists."""
+def write_demo(destination: Path, layout: Literal["orbax", "diffusers"], config: WanConfig = DEMO) -> None:
+    """Writes the demo model, or another with random weights, as a checkpoint.
+
+    Raises InputError where `destination` exists.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        train_small_tokenizer([PROMPT], DEMO.text_encoder.vocab_size, Path(folder))
-        pipeline = random_pipeline(DEMO, Tokenizer.from_pretrained(folder))
+        train_small_tokenizer([PROMPT], config.text_encoder.vocab_size, Path(folder))
+        pipeline = random_pipeline(config, Tokenizer.from_pretrained(folder))
         models = {"text_encoder": pipeline.text_encoder, "vae": pipeline.vae, **pipeline.denoisers}
         components = {name: named_parameters(model) for name, model in models.items()}
-        convert(memory_checkpoint(DEMO, components, Path(folder)), destination, to=layout)
+        convert(memory_checkpoint(config, components, Path(folder)), destination, to=layout)
 
 
 def demo_checkpoint(bars: Bars) -> Path:

@@ -1,4 +1,4 @@
-"""One run from options to files: what `wan-jax generate`, `wan-jax sample` and `wan-jax decode` do.
+"""One run from options to files: what `wan-jax generate`, `sample`, `extend` and `decode` do.
 
 The options are declared once, in `Options`; the command line's flags and the recipes' config keys both derive from it.
 """
@@ -15,6 +15,7 @@ import numpy as np
 from wan_jax.config import WanConfig, get_preset
 from wan_jax.diffusion.schedule import GRIDS
 from wan_jax.errors import InputError
+from wan_jax.images import ImagePrompt, read_image
 from wan_jax.settings import (
     DTYPES,
     NOISES,
@@ -25,7 +26,7 @@ from wan_jax.settings import (
     parse_size,
     parse_steps,
 )
-from wan_jax.video import VideoWriter, check_folder, check_output, save_array
+from wan_jax.video import VideoWriter, check_folder, check_output, read_video, save_array
 
 if TYPE_CHECKING:
     from wan_jax.checkpoint import Checkpoint
@@ -43,9 +44,13 @@ class Options:
 
     prompt: str | None = _option(str, "what the video shows")
     prompts: str | None = _option(str, "file with one prompt a line; writes one video each", metavar="FILE")
+    image: str | None = _option(str, "picture that the video starts from, for models that take one", metavar="FILE")
+    last_image: str | None = _option(str, "picture that it ends with, for models that take two", metavar="FILE")
     checkpoint: str | None = _option(str, "folder or hub id; without it a small demo model", metavar="PATH_OR_ID")
     negative_prompt: str | None = _option(str, "what to steer away from", metavar="TEXT")
-    size: str | None = _option(str, "WIDTHxHEIGHT in pixels, multiples of 16", metavar="WxH")
+    size: str | None = _option(
+        str, "WIDTHxHEIGHT in pixels, multiples of 16 (default: the preset's, in the image's shape)", metavar="WxH"
+    )
     frames: int | None = _option(int, "number of frames, 4n + 1", metavar="N")
     steps: str | None = _option(str, "number of denoising steps, or LOW,HIGH for each expert's", metavar="N[,N]")
     guidance: str | None = _option(str, "one number, or LOW,HIGH for the two experts", metavar="LOW[,HIGH]")
@@ -67,7 +72,7 @@ class Options:
     quiet: bool = _option(bool, "no progress bars", default=False)
 
 
-STAGES = ("load", "compile", "text", "denoise", "decode", "save")
+STAGES = ("load", "compile", "text", "image", "encode", "denoise", "decode", "save")
 
 
 def generate(options: Options) -> dict[str, Any]:
@@ -86,6 +91,9 @@ def generate(options: Options) -> dict[str, Any]:
         for name, path in (("save_latents", options.save_latents), ("save_frames", options.save_frames))
     }
     initial_latents = _read_latents(options.initial_latents) if options.initial_latents else None
+    for image in (options.image, options.last_image):
+        if image is not None:
+            read_image(image)
 
     from wan_jax.pipeline import WanPipeline, peak_bytes
     from wan_jax.progress import Bars
@@ -93,7 +101,8 @@ def generate(options: Options) -> dict[str, Any]:
     bars = Bars(not options.quiet)
     start = time.perf_counter()
     checkpoint = _open(options, bars)
-    settings = _settings(options, checkpoint.config)
+    images = ImagePrompt.read(checkpoint.config, options.image, options.last_image)
+    settings = _settings(options, checkpoint.config, images)
     if initial_latents is not None:
         settings.check_latents(initial_latents.shape, checkpoint.config, 1)
     pipeline = WanPipeline.from_checkpoint(
@@ -109,11 +118,11 @@ def generate(options: Options) -> dict[str, Any]:
 
     written: list[pathlib.Path] = []
     for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
-        latents = pipeline.denoise([prompt], settings, initial_latents)[0]
+        latents = pipeline.denoise([prompt], settings, initial_latents, images)[0]
         kept = side_files["save_latents"][index] if side_files["save_latents"] else _rescue_name(output)
         save_array(kept, latents)
         try:
-            with VideoWriter(output, settings.fps, pipeline.metadata(prompt, settings)) as writer:
+            with VideoWriter(output, settings.fps, pipeline.metadata(prompt, settings, images)) as writer:
                 frames = pipeline.decode(latents, on_frames=writer.write)
                 start = time.perf_counter()
             if side_files["save_frames"]:
@@ -128,11 +137,13 @@ def generate(options: Options) -> dict[str, Any]:
             kept.unlink()
         written += writer.files
         seconds["save"] += time.perf_counter() - start
-        for stage in ("text", "compile", "denoise", "decode"):
-            seconds[stage] += pipeline.seconds.get(stage, 0.0)
+        for stage in pipeline.seconds.keys() - {"load"}:
+            seconds[stage] += pipeline.seconds[stage]
     return {
         "settings": {
             "prompts": prompts,
+            "image": options.image,
+            "last_image": options.last_image,
             "checkpoint": options.checkpoint,
             "dtype": options.dtype,
             "vae_dtype": options.vae_dtype,
@@ -149,7 +160,7 @@ def generate(options: Options) -> dict[str, Any]:
 def plan(preset: str, options: Options, device_memory: float | None = None) -> "Report":
     """Predicts what the options need of a device (of its memory, or of one with `device_memory` GiB)."""
     config = get_preset(preset)
-    settings = _settings(options, config)
+    settings = Settings.resolve(config, **_choices(options))
 
     from wan_jax.plan import report
 
@@ -175,20 +186,63 @@ def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
     return writer.files
 
 
-def _settings(options: Options, config: WanConfig) -> Settings:
-    return Settings.resolve(
-        config,
-        negative_prompt=options.negative_prompt,
-        size=parse_size(options.size) if options.size else None,
-        frames=options.frames,
-        steps=parse_steps(options.steps) if options.steps else None,
-        guidance=parse_guidance(options.guidance) if options.guidance else None,
-        shift=options.shift,
-        solver=parse_names("solver", options.solver) if options.solver else None,
-        schedule=parse_names("schedule", options.schedule) if options.schedule else None,
-        seed=options.seed,
-        noise=options.noise,
+def extend(video: str, options: Options) -> list[pathlib.Path]:
+    """Continues a video file from its last frame and writes both parts as one; returns the files.
+
+    The first part is encoded anew, at the same quality: two encodings do not fit into one H.264 stream. If decoding or
+    writing fails, the latents of the second part are kept beside the output.
+    """
+    output = check_output(options.output)
+    if options.prompt is None:
+        raise InputError("give a prompt: what happens next in the video")
+    clip = read_video(video)
+
+    from wan_jax.pipeline import WanPipeline
+    from wan_jax.progress import Bars
+
+    checkpoint = _open(options, Bars(not options.quiet))
+    ImagePrompt.read(checkpoint.config, clip.frames[-1])  # raises for a model that takes no image
+    choices = _choices(options) | {"size": clip.size}
+    pipeline = WanPipeline.from_checkpoint(
+        checkpoint,
+        options.dtype,
+        vae_dtype=options.vae_dtype,
+        profile=options.profile,
+        settings=Settings.resolve(checkpoint.config, **choices),
+        progress=not options.quiet,
     )
+    try:
+        longer = pipeline.extend(clip, options.prompt, **_choices(options))
+        longer.metadata["extends"]["file"] = video
+        return longer.save(output)
+    except BaseException:
+        if pipeline.latents is not None:
+            kept = save_array(_rescue_name(output), pipeline.latents[0])
+            print(f"the latents of what was to follow are kept in {kept}", file=sys.stderr)
+        raise
+
+
+def _settings(options: Options, config: WanConfig, images: ImagePrompt | None) -> Settings:
+    choices = _choices(options)
+    if images is not None and choices["size"] is None:
+        choices["size"] = images.video_size(config)
+    return Settings.resolve(config, **choices)
+
+
+def _choices(options: Options) -> dict[str, Any]:
+    """What the options say of a run's settings; None where they say nothing."""
+    return {
+        "negative_prompt": options.negative_prompt,
+        "size": parse_size(options.size) if options.size else None,
+        "frames": options.frames,
+        "steps": parse_steps(options.steps) if options.steps else None,
+        "guidance": parse_guidance(options.guidance) if options.guidance else None,
+        "shift": options.shift,
+        "solver": parse_names("solver", options.solver) if options.solver else None,
+        "schedule": parse_names("schedule", options.schedule) if options.schedule else None,
+        "seed": options.seed,
+        "noise": options.noise,
+    }
 
 
 def _open(options: Options, bars: "Bars") -> "Checkpoint":

@@ -242,6 +242,26 @@ class WanPipeline:
             video.seconds = dict(self.seconds)
         return videos[0] if isinstance(prompt, str) else videos
 
+    def extend(self, video: Video, prompt: str, **choices: Any) -> Video:
+        """Continues a video from its last frame, at its size and rate; returns both parts as one.
+
+        `choices` are those of a call. "frames" counts what is generated; the first of them is the frame that both parts
+        share, which is there once.
+
+        Raises:
+            InputError: a size that the model cannot do, or a model that takes no image.
+        """
+        following = self(prompt, **choices | {"image": video.frames[-1], "size": video.size})
+        assert isinstance(following, Video)  # as for any single prompt
+        changes = {"image": "the last frame before", "fps": video.fps}
+        return Video(
+            frames=np.concatenate([video.frames, following.frames[1:]]),
+            latents=following.latents,
+            fps=video.fps,
+            metadata=following.metadata | changes | {"extends": {"frames": len(video.frames), **video.metadata}},
+            seconds=following.seconds,
+        )
+
     def denoise(
         self,
         prompts: Sequence[str],

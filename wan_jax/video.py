@@ -40,6 +40,12 @@ class Video:
     metadata: dict = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        _, height, width, _ = self.frames.shape
+        return width, height
+
     def save(self, path: str | os.PathLike) -> list[pathlib.Path]:
         """Writes the video in the format that the file ending names: .mp4 (H.264), .gif, or .png (numbered frames).
 
@@ -162,19 +168,28 @@ def save_array(path: str | os.PathLike, array: np.ndarray) -> pathlib.Path:
 
 
 def read_video(path: str | os.PathLike) -> Video:
-    """Reads a video file back; the inverse of `Video.save` for .mp4 and .gif up to compression."""
+    """Reads a video file back; the inverse of `Video.save` for .mp4 and .gif up to compression. Sound is left out.
+
+    Raises InputError where there is no such file, or no video in it.
+    """
     import av
 
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
-        description = container.metadata.get("comment", "")
-        fps = round(float(stream.average_rate)) if stream.average_rate else 16
+    if not os.path.isfile(path):
+        raise InputError(f"video {path} does not exist")
+    try:
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            rate = container.streams.video[0].average_rate
+            description = container.metadata.get("comment", "")
+    except (av.FFmpegError, IndexError):
+        frames = []
+    if not frames:
+        raise InputError(f"{path} cannot be read as a video; give, for example, an MP4 file")
     try:
         metadata = json.loads(description)
     except json.JSONDecodeError:
         metadata = {}
-    return Video(frames=frames, fps=fps, metadata=metadata)
+    return Video(frames=np.stack(frames), fps=round(float(rate)) if rate else 16, metadata=metadata)
 
 
 def _write_mp4(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int, description: str) -> list[pathlib.Path]:
