@@ -72,7 +72,7 @@ class Options:
     quiet: bool = _option(bool, "no progress bars", default=False)
 
 
-STAGES = ("load", "compile", "text", "image", "encode", "denoise", "decode", "save")
+STAGES = ("load", "compile", "text", "denoise", "decode", "save")  # of every run; images add theirs
 
 
 def generate(options: Options) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def generate(options: Options) -> dict[str, Any]:
         written += writer.files
         seconds["save"] += time.perf_counter() - start
         for stage in pipeline.seconds.keys() - {"load"}:
-            seconds[stage] += pipeline.seconds[stage]
+            seconds[stage] = seconds.get(stage, 0.0) + pipeline.seconds[stage]
     return {
         "settings": {
             "prompts": prompts,
