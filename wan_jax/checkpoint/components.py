@@ -8,14 +8,15 @@ import jax
 import numpy as np
 
 from wan_jax.checkpoint.layouts import (
-    ALIASES,
     ModelConfig,
     Naming,
     Row,
     abstract_model,
     expand_layers,
+    is_ignored,
     model_rows,
     num_layers,
+    other_names,
 )
 from wan_jax.checkpoint.tensors import WEIGHT_DTYPES, TensorInfo, TensorStore
 from wan_jax.errors import InputError
@@ -25,7 +26,7 @@ from wan_jax.errors import InputError
 class Component:
     """A model's table next to the store that holds its tensors."""
 
-    name: str  # "text_encoder", "vae", "denoiser", "high_noise" or "low_noise"
+    name: str  # "text_encoder", "vae", "image_encoder", "denoiser", "high_noise" or "low_noise"
     config: ModelConfig
     naming: Naming
     store: TensorStore
@@ -79,11 +80,12 @@ def bind_component(name: str, config: ModelConfig, naming: Naming, store: Tensor
     rows = expand_layers(model_rows(config), num_layers(config))
     stored_names = {}
     for row in rows:
-        candidates = (row.name(naming), *ALIASES.get(row.ours, {}).get(naming, ()))
+        candidates = (row.name(naming), *other_names(row, naming))
         stored_names[row.ours] = tuple(candidate for candidate in candidates if candidate in store.tensors)
     _raise_for(store.place, "missing", [row.name(naming) for row in rows if not stored_names[row.ours]])
     known = {candidate for candidates in stored_names.values() for candidate in candidates}
-    _raise_for(store.place, "unexpected", [candidate for candidate in store.tensors if candidate not in known])
+    unexpected = [name for name in store.tensors if name not in known and not is_ignored(config, name)]
+    _raise_for(store.place, "unexpected", unexpected)
     wrong_shapes, wrong_dtypes = [], []
     for row in rows:
         for candidate in stored_names[row.ours]:

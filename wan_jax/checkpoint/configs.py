@@ -11,19 +11,30 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from wan_jax.checkpoint.layouts import ALIASES, Naming, text_encoder_rows
+from wan_jax.checkpoint.layouts import Naming, Row, image_encoder_rows, other_names, text_encoder_rows
 from wan_jax.checkpoint.tensors import TensorInfo
-from wan_jax.config import PRESETS, WAN22_VAE, DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig
+from wan_jax.config import (
+    PRESETS,
+    WAN22_VAE,
+    DenoiserConfig,
+    ImageEncoderConfig,
+    TextEncoderConfig,
+    VAEConfig,
+    WanConfig,
+)
 from wan_jax.errors import InputError
 
-RELEASED_HEAD_DIM = 128  # of every released denoiser; the tensors alone do not tell the number of heads
+# Of every released model; the tensors alone do not tell the number of heads.
+RELEASED_HEAD_DIM = 128
+RELEASED_IMAGE_HEAD_DIM = 80
 
 Shapes = Mapping[str, TensorInfo]
 
 
 def another_family(place: object, why: str) -> InputError:
     return InputError(
-        f"{place}: checkpoint of another family: {why}; wan_jax runs Wan2.1 and Wan2.2 text-to-video models"
+        f"{place}: checkpoint of another family: {why}; wan_jax runs the text-to-video and image-to-video models of "
+        "Wan2.1 and Wan2.2"
     )
 
 
@@ -75,25 +86,49 @@ DIFFUSERS_DENOISER_KEYS = {
     "text_dim": "text_dim",
     "freq_dim": "freq_dim",
     "eps": "eps",
+    "image_dim": "image_dim",
+    "image_position_length": "pos_embed_seq_len",
 }
 DIFFUSERS_DENOISER_FIXED = {
     "_class_name": "WanTransformer3DModel",
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
-    "image_dim": None,
-    "added_kv_proj_dim": None,
-    "pos_embed_seq_len": None,
 }
 
 
 def diffusers_denoiser_config(path: Path) -> DenoiserConfig:
     """From transformer/config.json of a diffusers tree."""
-    content = read_json(path)
+    content = {key: value for key, value in read_json(path).items() if value is not None}
     _require(path, content, DIFFUSERS_DENOISER_FIXED)
     fields = _build(path, DenoiserConfig, content, DIFFUSERS_DENOISER_KEYS)
     heads = fields.get("num_heads", DenoiserConfig.num_heads)
     config = DenoiserConfig(dim=heads * int(content.get("attention_head_dim", RELEASED_HEAD_DIM)), **fields)
-    return _text_to_video(path, config)
+    _require(path, {"added_kv_proj_dim": None} | content, diffusers_image_attention(config))
+    return config
+
+
+def diffusers_image_attention(config: DenoiserConfig) -> dict[str, int | None]:
+    """What transformer/config.json says of attention to images beside image_dim: the width that features come with."""
+    return {"added_kv_proj_dim": None if config.image_dim is None else config.dim}
+
+
+CLIP_KEYS = {
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "ffn_dim": "intermediate_size",
+    "eps": "layer_norm_eps",
+}
+CLIP_FIXED = {"model_type": "clip_vision_model", "hidden_act": "gelu"}
+
+
+def diffusers_image_encoder_config(path: Path) -> ImageEncoderConfig:
+    """From image_encoder/config.json of a diffusers tree (transformers' CLIPVisionConfig)."""
+    content = read_json(path)
+    _require(path, content, CLIP_FIXED)
+    return ImageEncoderConfig(**_build(path, ImageEncoderConfig, content, CLIP_KEYS))
 
 
 UMT5_KEYS = {
@@ -161,25 +196,56 @@ OFFICIAL_DENOISER_KEYS = {
     "freq_dim": "freq_dim",
     "eps": "eps",
 }
-OFFICIAL_DENOISER_FIXED = {"_class_name": "WanModel", "model_type": "t2v"}
+OFFICIAL_DENOISER_FIXED = {"_class_name": "WanModel"}
+# model_type of config.json -> how the model is conditioned.
+OFFICIAL_MODEL_TYPES = {"t2v": "text", "i2v": "image_latents", "flf2v": "image_latents", "ti2v": "first_frame"}
 
 
-def official_denoiser_config(path: Path, inferred: DenoiserConfig) -> DenoiserConfig:
-    """From config.json of an expert's official folder; it lacks patch_size and text_dim, which the tensors tell."""
+def official_denoiser_config(path: Path, inferred: DenoiserConfig) -> tuple[DenoiserConfig, str | None]:
+    """From config.json of an expert's official folder: its config, and how it is conditioned if the file says so.
+
+    The file lacks patch_size, text_dim and what concerns images, which the tensors tell.
+    """
     content = read_json(path)
     _require(path, content, OFFICIAL_DENOISER_FIXED)
+    model_type = content.get("model_type")
+    if model_type is not None and model_type not in OFFICIAL_MODEL_TYPES:
+        raise another_family(path, f"model_type is {model_type!r}, not one of {', '.join(OFFICIAL_MODEL_TYPES)}")
     fields = _build(path, DenoiserConfig, content, OFFICIAL_DENOISER_KEYS)
-    return _text_to_video(path, dataclasses.replace(inferred, **fields))
+    config = dataclasses.replace(inferred, **fields)
+    if model_type is None:
+        return config, None
+    conditioning = infer_conditioning(path, config, OFFICIAL_MODEL_TYPES[model_type])
+    return config, conditioning
 
 
-def _text_to_video(place: object, config: DenoiserConfig) -> DenoiserConfig:
-    if config.in_channels == 48:
-        raise another_family(place, "the denoiser takes 48 channels (TI2V-5B)")
-    if config.in_channels != config.out_channels:
-        raise another_family(
-            place, f"the denoiser takes {config.in_channels} channels and gives {config.out_channels} (image to video)"
-        )
-    return config
+def official_model_type(config: WanConfig) -> str:
+    """The inverse: what config.json calls such a model."""
+    if config.denoiser.image_position_length is not None:
+        return "flf2v"
+    return {"text": "t2v", "image_latents": "i2v", "first_frame": "ti2v"}[config.conditioning]
+
+
+def infer_conditioning(place: object, config: DenoiserConfig, said: str | None = None) -> str:
+    """How a denoiser is conditioned, one of CONDITIONINGS, by its channels and by what the checkpoint says.
+
+    Without a word, a denoiser with TI2V-5B's 48 channels takes a first frame. Raises InputError where channels and the
+    checkpoint's word differ, or for channels of no model of ours.
+    """
+    channels = f"the denoiser takes {config.in_channels} channels and gives {config.out_channels}"
+    if config.in_channels == config.out_channels:
+        by_channels = ["text", "first_frame"]
+        if config.out_channels == PRESETS["ti2v-5b"].denoiser.out_channels:
+            by_channels.reverse()
+    elif config.in_channels == 2 * config.out_channels + VAEConfig().temporal_stride:
+        by_channels = ["image_latents"]
+    else:
+        raise another_family(place, channels)
+    if said is not None and said not in by_channels:
+        raise another_family(place, f"it says that it is conditioned on {said.replace('_', ' ')}, and {channels}")
+    if config.image_dim is not None and "image_latents" not in by_channels:
+        raise another_family(place, f"it attends to images, and {channels}")
+    return said or by_channels[0]
 
 
 def _dims(place: str, tensors: Shapes, name: str, rank: int) -> tuple[int, ...]:
@@ -198,9 +264,7 @@ def _count(tensors: Shapes, pattern: str) -> int:
 
 def infer_denoiser_config(place: str, tensors: Shapes) -> DenoiserConfig:
     """From the shapes of an official-named denoiser."""
-    foreign = [
-        name for name in tensors if re.search(r"(^|\.)(img_emb|k_img|v_img|vace|ref_conv|control_adapter)", name)
-    ]
+    foreign = [name for name in tensors if re.search(r"(^|\.)(vace|ref_conv|control_adapter)", name)]
     if foreign:
         raise another_family(place, f"it has {foreign[0]}")
     dim, in_channels, *patch_size = _dims(place, tensors, "patch_embedding.weight", 5)
@@ -209,7 +273,12 @@ def infer_denoiser_config(place: str, tensors: Shapes) -> DenoiserConfig:
     ffn_dim, _ = _dims(place, tensors, "blocks.0.ffn.0.weight", 2)
     out_features, _ = _dims(place, tensors, "head.head.weight", 2)
     patch_frames, patch_height, patch_width = patch_size
-    config = DenoiserConfig(
+    image_dim = position_length = None
+    if "img_emb.proj.0.weight" in tensors:
+        (image_dim,) = _dims(place, tensors, "img_emb.proj.0.weight", 1)
+    if "img_emb.emb_pos" in tensors:
+        _, position_length, _ = _dims(place, tensors, "img_emb.emb_pos", 3)
+    return DenoiserConfig(
         num_layers=_count(tensors, r"blocks\.(\d+)\."),
         dim=dim,
         num_heads=max(dim // RELEASED_HEAD_DIM, 1),
@@ -219,8 +288,38 @@ def infer_denoiser_config(place: str, tensors: Shapes) -> DenoiserConfig:
         patch_size=(patch_frames, patch_height, patch_width),
         text_dim=text_dim,
         freq_dim=freq_dim,
+        image_dim=image_dim,
+        image_position_length=position_length,
     )
-    return _text_to_video(place, config)
+
+
+def _stored_name(tensors: Shapes, row: Row, naming: Naming) -> str:
+    """The name under which a file holds a row's tensor; the usual one if it holds none."""
+    names = (row.name(naming), *other_names(row, naming))
+    return next((name for name in names if name in tensors), names[0])
+
+
+def infer_image_encoder_config(place: str, tensors: Shapes, naming: Naming) -> ImageEncoderConfig:
+    """From the shapes of CLIP's vision tower in the official (see clip_vision.py) or the HuggingFace naming."""
+    rows = {row.at(0).ours: row.at(0) for row in image_encoder_rows(ImageEncoderConfig())}
+
+    def dims(ours: str, rank: int) -> tuple[int, ...]:
+        return _dims(place, tensors, _stored_name(tensors, rows[ours], naming), rank)
+
+    dim, _, patch_size, _ = dims("patch_embedding.kernel", 4)
+    tokens, _ = dims("position_embedding", 2)
+    ffn_dim, _ = dims("blocks.0.feed_forward.up.kernel", 2)
+    pattern = (
+        r"visual\.transformer\.(\d+)\." if naming == "official" else r"(?:vision_model\.)?encoder\.layers\.(\d+)\."
+    )
+    return ImageEncoderConfig(
+        image_size=patch_size * math.isqrt(max(tokens - 1, 0)),
+        patch_size=patch_size,
+        dim=dim,
+        num_layers=_count(tensors, pattern),
+        num_heads=max(dim // RELEASED_IMAGE_HEAD_DIM, 1),
+        ffn_dim=ffn_dim,
+    )
 
 
 def infer_text_encoder_config(place: str, tensors: Shapes, naming: Naming) -> TextEncoderConfig:
@@ -230,9 +329,7 @@ def infer_text_encoder_config(place: str, tensors: Shapes, naming: Naming) -> Te
     def dims(ours: str) -> tuple[int, ...]:
         return _dims(place, tensors, names[ours].name(naming), 2)
 
-    embeddings = (names["embedding.table"].name(naming), *ALIASES["embedding.table"].get(naming, ()))
-    embedding = next((name for name in embeddings if name in tensors), embeddings[0])
-    vocab_size, dim = _dims(place, tensors, embedding, 2)
+    vocab_size, dim = _dims(place, tensors, _stored_name(tensors, names["embedding.table"], naming), 2)
     num_buckets, num_heads = dims("blocks.0.attention.relative_bias")
     inner, _ = dims("blocks.0.attention.query.kernel")
     ffn_dim, _ = dims("blocks.0.feed_forward.up.kernel")
@@ -301,33 +398,61 @@ def assemble_config(
     experts: int,
     text_encoder: TextEncoderConfig | None,
     vae: VAEConfig | None,
+    image_encoder: ImageEncoderConfig | None = None,
     boundary: float | None = None,
+    conditioning: str | None = None,
 ) -> WanConfig:
     """One config of all components, with the sampling defaults of the release that has this structure.
 
-    Absent components keep the release's config. Raises InputError where the components do not fit together.
+    `conditioning` is what the checkpoint says of it, None if nothing. Absent components keep the release's config.
+    Raises InputError where the components do not fit together.
     """
+    conditioning = infer_conditioning(place, denoiser, conditioning)
     if text_encoder is not None and text_encoder.dim != denoiser.text_dim:
         raise another_family(
             place, f"the text encoder gives {text_encoder.dim} features, the denoiser takes {denoiser.text_dim}"
         )
-    if vae is not None and vae.z_dim != denoiser.in_channels:
+    if vae is not None and vae.z_dim != denoiser.out_channels:
         raise another_family(
-            place, f"the VAE has {vae.z_dim} latent channels, the denoiser takes {denoiser.in_channels}"
+            place, f"the VAE has {vae.z_dim} latent channels, the denoiser makes {denoiser.out_channels}"
         )
-    if experts == 2:
-        preset = PRESETS["t2v-a14b"]
-    elif denoiser.dim == PRESETS["t2v-14b"].denoiser.dim:
-        preset = PRESETS["t2v-14b"]
-    else:
-        preset = PRESETS["t2v-1.3b"]
-    sampling = preset.sampling
-    if experts == 2 and boundary is not None:
+    if image_encoder is not None and image_encoder.dim != denoiser.image_dim:
+        raise another_family(
+            place, f"the image encoder gives {image_encoder.dim} features, the denoiser takes {denoiser.image_dim}"
+        )
+    release = _nearest_release(place, denoiser, experts, conditioning)
+    sampling = release.sampling
+    if experts == 1:
+        sampling = dataclasses.replace(sampling, boundary=None)
+    elif boundary is not None:
         sampling = dataclasses.replace(sampling, boundary=boundary)
+    whole = denoiser == release.denoiser and experts == len(release.experts) and conditioning == release.conditioning
     return WanConfig(
-        name=preset.name if denoiser == preset.denoiser else "custom",
+        name=release.name if whole else "custom",
         denoiser=denoiser,
-        text_encoder=text_encoder or preset.text_encoder,
-        vae=vae or preset.vae,
+        text_encoder=text_encoder or release.text_encoder,
+        vae=vae or release.vae,
         sampling=sampling,
+        image_encoder=image_encoder or (None if denoiser.image_dim is None else release.image_encoder),
+        conditioning=conditioning,
     )
+
+
+def _nearest_release(place: str, denoiser: DenoiserConfig, experts: int, conditioning: str) -> WanConfig:
+    """The preset of the same structure and, among several, of the nearest width.
+
+    Wan2.1 I2V for 480p and for 720p differ in nothing but their weights' values and the sizes that they were trained
+    for; they are told apart by "480p" in the path.
+    """
+
+    def difference(preset: WanConfig) -> tuple:
+        return (
+            preset.conditioning != conditioning,
+            (preset.denoiser.image_position_length is None) != (denoiser.image_position_length is None),
+            (preset.denoiser.image_dim is None) != (denoiser.image_dim is None),
+            len(preset.experts) != experts,
+            abs(preset.denoiser.dim - denoiser.dim),
+            preset.name.endswith("480p") != ("480p" in place.lower()),
+        )
+
+    return min(PRESETS.values(), key=difference)

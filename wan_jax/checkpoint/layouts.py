@@ -6,6 +6,7 @@ PyTorch layouts keep the same shapes, so one pattern serves both.
 """
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,11 +17,11 @@ import numpy as np
 from flax import nnx
 
 from wan_jax.checkpoint.vae_names import vae_entries
-from wan_jax.config import DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig
+from wan_jax.config import DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig, WanConfig
 from wan_jax.models.parameters import ParameterInfo, abstract_parameters
 
 Naming = Literal["ours", "official", "diffusers"]
-ModelConfig = DenoiserConfig | TextEncoderConfig | VAEConfig
+ModelConfig = DenoiserConfig | TextEncoderConfig | VAEConfig | ImageEncoderConfig
 
 # How a PyTorch tensor becomes ours. Sizes come from `Row.shape`.
 VECTOR = "n -> n"
@@ -30,6 +31,7 @@ CONV3D = "o i t h w -> t h w i o"
 CONV2D = "o i h w -> h w i o"
 CONV2D_AS_LINEAR = "o i 1 1 -> i o"
 PATCH_EMBEDDING = "o c t h w -> (c t h w) o"
+IMAGE_PATCH_EMBEDDING = "o c h w -> (c h w) o"
 MODULATION = "1 m n -> m n"
 GAMMA_3D = "n 1 1 1 -> n"
 GAMMA_2D = "n 1 1 -> n"
@@ -251,10 +253,72 @@ def vae_rows(config: VAEConfig) -> list[Row]:
     return rows
 
 
-# Other names under which a published file may hold (a copy of) the same tensor, per naming.
-ALIASES: dict[str, dict[Naming, tuple[str, ...]]] = {
-    "embedding.table": {"diffusers": ("encoder.embed_tokens.weight",)},
+def image_encoder_rows(config: ImageEncoderConfig) -> list[Row]:
+    """CLIP's vision tower; how the official file's fused projections become three is in clip_vision.py."""
+    dim, patch = config.dim, config.patch_size
+    embeddings = "vision_model.embeddings"
+    ours, official, diffusers = (
+        f"{name}.{LAYER}" for name in ("blocks", "visual.transformer", "vision_model.encoder.layers")
+    )
+    rows = [
+        Row(
+            "patch_embedding.kernel",
+            "visual.patch_embedding.weight",
+            f"{embeddings}.patch_embedding.weight",
+            IMAGE_PATCH_EMBEDDING,
+            (dim, 3, patch, patch),
+        ),
+        Row("class_embedding", "visual.cls_embedding", f"{embeddings}.class_embedding", VECTOR, (dim,)),
+        Row(
+            "position_embedding",
+            "visual.pos_embedding",
+            f"{embeddings}.position_embedding.weight",
+            TABLE,
+            (config.num_tokens, dim),
+        ),
+        *_layer_norm("input_norm", "visual.pre_norm", "vision_model.pre_layrnorm", dim),  # transformers' spelling
+        *_layer_norm(f"{ours}.attention_norm", f"{official}.norm1", f"{diffusers}.layer_norm1", dim),
+    ]
+    for part, letter in (("query", "q"), ("key", "k"), ("value", "v")):
+        names = (f"{ours}.attention.{part}", f"{official}.attn.to_qkv", f"{diffusers}.self_attn.{letter}_proj")
+        kernel, bias = _linear(*names, dim, dim)
+        rows += [replace(row, official=f"{row.official}[{part}]") for row in (kernel, bias)]
+    return [
+        *rows,
+        *_linear(f"{ours}.attention.output", f"{official}.attn.proj", f"{diffusers}.self_attn.out_proj", dim, dim),
+        *_layer_norm(f"{ours}.feed_forward_norm", f"{official}.norm2", f"{diffusers}.layer_norm2", dim),
+        *_linear(f"{ours}.feed_forward.up", f"{official}.mlp.0", f"{diffusers}.mlp.fc1", dim, config.ffn_dim),
+        *_linear(f"{ours}.feed_forward.down", f"{official}.mlp.2", f"{diffusers}.mlp.fc2", config.ffn_dim, dim),
+        *_layer_norm("output_norm", "visual.post_norm", "vision_model.post_layernorm", dim),
+    ]
+
+
+def other_names(row: Row, naming: Naming) -> tuple[str, ...]:
+    """Further names under which a published file may hold (a copy of) the same tensor."""
+    if naming == "diffusers" and row.ours == "embedding.table":
+        return ("encoder.embed_tokens.weight",)
+    if naming == "diffusers" and row.diffusers.startswith("vision_model."):  # transformers 5 saves without
+        return (row.diffusers.removeprefix("vision_model."),)
+    return ()
+
+
+# Regular expressions of tensors that published files hold and the models do not have, left out on purpose.
+IGNORED: dict[type, tuple[str, ...]] = {
+    DenoiserConfig: (r"blocks\.\d+\.attn2\.norm_added_q\.weight",),  # diffusers ignores it, too
+    TextEncoderConfig: (),
+    VAEConfig: (),
+    # CLIP's text tower, what makes its two towers comparable, and a buffer.
+    ImageEncoderConfig: (
+        r"textual\..+",
+        r"log_scale|visual\.head|visual_projection\.weight",
+        r"(vision_model\.)?embeddings\.position_ids",
+    ),
 }
+
+
+def is_ignored(config: ModelConfig, stored_name: str) -> bool:
+    """Whether a file may hold this tensor beside the model's own."""
+    return any(re.fullmatch(pattern, stored_name) for pattern in IGNORED[type(config)])
 
 
 def model_rows(config: ModelConfig) -> list[Row]:
@@ -266,6 +330,8 @@ def model_rows(config: ModelConfig) -> list[Row]:
             return text_encoder_rows(config)
         case VAEConfig():
             return vae_rows(config)
+        case ImageEncoderConfig():
+            return image_encoder_rows(config)
 
 
 def num_layers(config: ModelConfig) -> int:
@@ -281,12 +347,19 @@ def expand_layers(rows: Iterable[Row], layers: int) -> list[Row]:
 
 
 def component_config(config: WanConfig, component: str) -> ModelConfig:
-    """The config of "text_encoder", "vae" or one of the denoisers ("high_noise", "low_noise", "denoiser")."""
+    """The config of "text_encoder", "vae", "image_encoder" or a denoiser ("high_noise", "low_noise", "denoiser").
+
+    Raises ValueError for the image encoder of a model that has none.
+    """
     match component:
         case "text_encoder":
             return config.text_encoder
         case "vae":
             return config.vae
+        case "image_encoder":
+            if config.image_encoder is None:
+                raise ValueError(f"{config.name} has no image encoder")
+            return config.image_encoder
         case _:
             return config.denoiser
 
@@ -306,3 +379,7 @@ def abstract_model(config: ModelConfig) -> dict[str, ParameterInfo]:
             from wan_jax.models.vae import VAE
 
             return abstract_parameters(lambda: VAE(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+        case ImageEncoderConfig():
+            from wan_jax.models.image_encoder import ImageEncoder
+
+            return abstract_parameters(lambda: ImageEncoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
