@@ -242,8 +242,9 @@ def test_the_official_layout_refuses_what_it_would_lose(changes):
     field = {"vae": "latents_mean", "text_encoder": "max_distance"}[component]
     with pytest.raises(InputError, match=f"no place for {component}'s {field}"):
         check_official_can_hold(dataclasses.replace(CONFIG, **changes), [component])
-    for preset in (preset for preset in PRESETS.values() if preset.conditioning == "text"):
-        check_official_can_hold(preset, ["text_encoder", "vae", *preset.experts])
+    for preset in PRESETS.values():
+        image_encoder = [] if preset.image_encoder is None else ["image_encoder"]
+        check_official_can_hold(preset, ["text_encoder", "vae", *image_encoder, *preset.experts])
 
 
 @pytest.mark.parametrize("to", TARGETS)

@@ -16,14 +16,14 @@ from tests.checkpoint.trees import CONFIG, bits, state_dict
 from wan_jax.checkpoint import open_checkpoint
 from wan_jax.checkpoint.components import load_component
 from wan_jax.checkpoint.configs import (
-    assemble_config,
     infer_denoiser_config,
     infer_text_encoder_config,
     infer_vae_config,
 )
+from wan_jax.checkpoint.family import assemble_config
 from wan_jax.checkpoint.layouts import abstract_model, component_config, expand_layers, model_rows, num_layers
 from wan_jax.checkpoint.tensors import BFLOAT16, TensorInfo
-from wan_jax.config import PRESETS, WanConfig
+from wan_jax.config import PRESETS, ImageEncoderConfig, WanConfig
 from wan_jax.errors import InputError
 
 
@@ -131,20 +131,13 @@ def test_released_dimensions_are_inferred_from_shapes_alone():
         rows = expand_layers(model_rows(config), num_layers(config))
         return {row.name(naming): TensorInfo(row.shape, BFLOAT16, "") for row in rows}
 
-    for preset in (preset for preset in PRESETS.values() if preset.conditioning == "text"):
+    for preset in PRESETS.values():
         assert infer_denoiser_config("", infos(preset.denoiser, "official")) == preset.denoiser
     for preset in PRESETS.values():
         assert infer_vae_config("", infos(preset.vae, "official")) == preset.vae
     config = WanConfig()
     for naming in ("official", "diffusers"):
         assert infer_text_encoder_config("", infos(config.text_encoder, naming), naming) == config.text_encoder
-
-
-@pytest.mark.parametrize("structure", ["t2v-a14b", "t2v-14b", "t2v-1.3b"])
-def test_sampling_follows_the_structure(structure):
-    preset = PRESETS[structure]
-    config = assemble_config("", preset.denoiser, experts=len(preset.experts), text_encoder=None, vae=None)
-    assert config == preset
 
 
 @pytest.mark.parametrize(
@@ -360,14 +353,19 @@ def test_a_pickle_with_code_in_an_official_tree(official):
     ("file", "changes", "message"),
     [
         ("transformer/config.json", {"in_channels": 36}, "takes 36 channels and gives 16"),
-        ("transformer/config.json", {"image_dim": 1280}, "image_dim is 1280"),
+        ("transformer/config.json", {"image_dim": 1280}, "added_kv_proj_dim is None, not 256"),
+        ("transformer/config.json", {"image_dim": 22, "added_kv_proj_dim": 256}, "it attends to images, and the"),
         ("transformer/config.json", {"_class_name": "WanVACETransformer3DModel"}, "_class_name is 'WanVACE"),
         ("transformer/config.json", {"qk_norm": "layer_norm"}, "qk_norm is 'layer_norm'"),
         ("vae/config.json", {"patch_size": 2}, "in_channels is 3, not 12"),
         ("vae/config.json", {"_class_name": "AutoencoderKL"}, "_class_name is 'AutoencoderKL'"),
         ("text_encoder/config.json", {"model_type": "t5"}, "model_type is 't5'"),
-        ("model_index.json", {"_class_name": "WanImageToVideoPipeline"}, "its pipeline is WanImageToVideoPipeline"),
-        ("model_index.json", {"expand_timesteps": True}, "TI2V-5B"),
+        ("model_index.json", {"_class_name": "WanVACEPipeline"}, "its pipeline is WanVACEPipeline"),
+        (
+            "model_index.json",
+            {"_class_name": "WanImageToVideoPipeline"},
+            "its conditioning is 'image_latents'",
+        ),
         ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "vae is AutoencoderTiny"),
     ],
 )
@@ -383,35 +381,50 @@ def test_another_family_in_the_diffusers_layout(diffusers, file, changes, messag
 
 def test_parts_that_do_not_fit_together():
     text_encoder = dataclasses.replace(CONFIG.text_encoder, dim=30)
+    rest = {"conditioning": "text", "experts": 2, "text_encoder": CONFIG.text_encoder, "vae": CONFIG.vae}
     with pytest.raises(InputError, match="the text encoder gives 30 features, the denoiser takes 28"):
-        assemble_config("here", CONFIG.denoiser, experts=2, text_encoder=text_encoder, vae=CONFIG.vae)
+        assemble_config("here", CONFIG.denoiser, **rest | {"text_encoder": text_encoder})
     denoiser = dataclasses.replace(CONFIG.denoiser, in_channels=8, out_channels=8)
-    with pytest.raises(InputError, match="the VAE has 16 latent channels, the denoiser takes 8"):
-        assemble_config("here", denoiser, experts=2, text_encoder=CONFIG.text_encoder, vae=CONFIG.vae)
+    with pytest.raises(InputError, match="the VAE has 16 latent channels, the denoiser makes 8"):
+        assemble_config("here", denoiser, **rest)
+    with pytest.raises(InputError, match="the image encoder gives 1280 features, the denoiser takes None"):
+        assemble_config("here", CONFIG.denoiser, **rest, image_encoder=ImageEncoderConfig())
 
 
 def test_damaged_configs(diffusers):
     change_json(diffusers / "transformer" / "config.json", num_layers="many")
     assert "num_layers is 'many', which is not a int" in refusal(diffusers)
     change_json(diffusers / "transformer" / "config.json", num_layers=1)
-    assert "the two experts have different dimensions" in refusal(diffusers)
+    assert "the two experts differ: num_layers is 1 and 2; are they from one release?" in refusal(diffusers)
     (diffusers / "transformer" / "config.json").write_text("{")
     assert "not valid JSON" in refusal(diffusers)
     change_json(diffusers / "model_index.json", transformer=[None, None])
     assert "names no transformer" in refusal(diffusers)
 
 
-def image_to_video(tensors):
-    weight = tensors["patch_embedding.weight"]
-    tensors["patch_embedding.weight"] = torch.zeros(weight.shape[0], 36, *weight.shape[2:])
+def with_channels(count: int):
+    def change(tensors):
+        weight = tensors["patch_embedding.weight"]
+        tensors["patch_embedding.weight"] = torch.zeros(weight.shape[0], count, *weight.shape[2:])
+
+    return change
 
 
 def image_embedder(tensors):
     tensors["img_emb.proj.0.weight"] = torch.zeros(1280)
 
 
+def vace(tensors):
+    tensors["vace_blocks.0.after_proj.weight"] = torch.zeros(2)
+
+
 @pytest.mark.parametrize(
-    ("change", "message"), [(image_to_video, "takes 36 channels"), (image_embedder, "it has img_emb.proj.0.weight")]
+    ("change", "message"),
+    [
+        (with_channels(48), "takes 48 channels and gives 16"),  # Wan2.1 Fun Control
+        (image_embedder, "it attends to images, and the denoiser takes 16 channels"),
+        (vace, "it has vace_blocks.0.after_proj.weight"),
+    ],
 )
 def test_another_family_by_its_tensors(tmp_path, change, message):
     tensors = state_dict("denoiser", "official")
@@ -422,9 +435,25 @@ def test_another_family_by_its_tensors(tmp_path, change, message):
     assert message in refused
 
 
-def test_another_familys_official_config(official):
-    change_json(official / "high_noise_model" / "config.json", model_type="i2v")
-    assert "model_type is 'i2v'" in refusal(official)
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        (
+            "i2v",
+            "high_noise_model: checkpoint of another family: it says that its conditioning is 'image_latents', and",
+        ),
+        ("s2v", "model_type is 's2v', not one of t2v, i2v, flf2v, ti2v"),
+    ],
+)
+def test_another_familys_official_config(official, model_type, message):
+    change_json(official / "high_noise_model" / "config.json", model_type=model_type)
+    assert message in refusal(official)
+
+
+def test_experts_of_different_kinds(official):
+    rewrite_expert(official / "high_noise_model", with_channels(36))
+    (official / "high_noise_model" / "config.json").unlink()
+    assert "the two experts differ: in_channels is 36 and 16" in refusal(official)
 
 
 def vae_of_48_channels(tensors):

@@ -94,7 +94,7 @@ class Checkpoint:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Names of the models that the checkpoint holds: text_encoder, vae and the denoisers of `config.experts`."""
+        """Names of the models that it holds: text_encoder, vae, image_encoder and the denoisers of `config.experts`."""
         return tuple(self.parts)
 
     def part(self, component: str) -> Component:
@@ -115,15 +115,17 @@ class Checkpoint:
         """Reads one model onto its devices, keyed and stacked as in its abstract tree (models/parameters.py).
 
         Host memory beside the result stays at one stacked parameter. The VAE ignores `dtype` and takes `vae_dtype`:
-        the official pipeline runs it in float32 whatever the rest. `sharding` is one for every parameter or one per
-        name. `progress(component, bytes done, bytes in all)` is called after every tensor. Raises InputError for a
-        component that is absent or a file that changed since it was opened.
+        the official pipeline runs it in float32 whatever the rest. The image encoder is always float32: it runs once,
+        on a few hundred tokens. `sharding` is one for every parameter or one per name. `progress(component, bytes
+        done, bytes in all)` is called after every tensor. Raises InputError for a component that is absent or a file
+        that changed since it was opened.
         """
         part = self.part(component)
         total = part.nbytes
+        dtypes = {"vae": vae_dtype, "image_encoder": jnp.float32}
         return load_component(
             part,
-            np.dtype(vae_dtype if component == "vae" else dtype),
+            np.dtype(dtypes.get(component, dtype)),
             sharding,
             lambda done: progress(component, done, total) if progress else None,
         )

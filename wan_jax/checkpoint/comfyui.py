@@ -1,7 +1,8 @@
 """ComfyUI's single files: which model a file holds, and fp8 weights with their scales.
 
-The denoiser and the VAE keep the official names, the text encoder HuggingFace's. In an "fp8_scaled" file a layer's
-weight is float8 and a scale stands beside it: W = float8 * scale, one scale per tensor or one per output row.
+The denoiser and the VAE keep the official names, the text encoder HuggingFace's, the image encoder (CLIP) either. In
+an "fp8_scaled" file a layer's weight is float8 and a scale stands beside it: W = float8 * scale, one scale per tensor
+or one per output row.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,11 +11,12 @@ from typing import Literal
 
 import numpy as np
 
+from wan_jax.checkpoint.layouts import Naming
 from wan_jax.checkpoint.safetensors import SafetensorsFile
 from wan_jax.checkpoint.tensors import BFLOAT16, FLOAT8_DTYPES, WEIGHT_DTYPES, TensorInfo, TensorStore, cast
 from wan_jax.errors import InputError
 
-Role = Literal["denoiser", "text_encoder", "vae"]
+Role = Literal["denoiser", "text_encoder", "vae", "image_encoder"]
 
 # Where ComfyUI and its repackaged downloads keep the files.
 FOLDERS = (
@@ -22,7 +24,7 @@ FOLDERS = (
     *(
         f"{parent}{name}"
         for parent in ("", "models/", "split_files/")
-        for name in ("diffusion_models", "unet", "text_encoders", "clip", "vae")
+        for name in ("diffusion_models", "unet", "text_encoders", "clip", "clip_vision", "vae")
     ),
 )
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -31,11 +33,15 @@ SCALES = (".scale_weight", ".weight_scale")  # the two spellings of a layer's sc
 IGNORED_ENDINGS = (".scale_input", ".input_scale", ".comfy_quant")
 IGNORED_NAMES = ("scaled_fp8", "spiece_model")
 
-_EVIDENCE: dict[Role, tuple[str, ...]] = {
-    "denoiser": ("patch_embedding.weight", "head.head.weight"),
-    "text_encoder": ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",),
-    "vae": ("conv2.weight", "decoder.conv1.weight", "decoder.middle.1.to_qkv.weight"),
-}
+# What a file is: a role and a naming by names that all must be there.
+_EVIDENCE: tuple[tuple[Role, Naming, tuple[str, ...]], ...] = (
+    ("denoiser", "official", ("patch_embedding.weight", "head.head.weight")),
+    ("text_encoder", "diffusers", ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",)),
+    ("vae", "official", ("conv2.weight", "decoder.conv1.weight", "decoder.middle.1.to_qkv.weight")),
+    ("image_encoder", "official", ("visual.cls_embedding", "visual.pre_norm.weight")),
+    ("image_encoder", "diffusers", ("vision_model.embeddings.class_embedding", "vision_model.pre_layrnorm.weight")),
+    ("image_encoder", "diffusers", ("embeddings.class_embedding", "pre_layrnorm.weight")),
+)
 
 
 def find_files(path: Path) -> list[Path]:
@@ -80,9 +86,20 @@ class ComfyFile(TensorStore):
     @property
     def role(self) -> Role | None:
         """Which model this is, by the names inside; None for anything else."""
-        for role, evidence in _EVIDENCE.items():
+        return self._kind[0] if self._kind else None
+
+    @property
+    def naming(self) -> Naming:
+        """Whose names it has; of a file with a role."""
+        if self._kind is None:
+            raise ValueError(f"{self.place} is no model of Wan")
+        return self._kind[1]
+
+    @property
+    def _kind(self) -> tuple[Role, Naming] | None:
+        for role, naming, evidence in _EVIDENCE:
             if all(name in self.tensors for name in evidence):
-                return role
+                return role, naming
         return None
 
     def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:

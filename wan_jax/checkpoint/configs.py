@@ -14,13 +14,11 @@ from typing import Any
 from wan_jax.checkpoint.layouts import Naming, Row, image_encoder_rows, other_names, text_encoder_rows
 from wan_jax.checkpoint.tensors import TensorInfo
 from wan_jax.config import (
-    PRESETS,
     WAN22_VAE,
     DenoiserConfig,
     ImageEncoderConfig,
     TextEncoderConfig,
     VAEConfig,
-    WanConfig,
 )
 from wan_jax.errors import InputError
 
@@ -202,7 +200,7 @@ OFFICIAL_MODEL_TYPES = {"t2v": "text", "i2v": "image_latents", "flf2v": "image_l
 
 
 def official_denoiser_config(path: Path, inferred: DenoiserConfig) -> tuple[DenoiserConfig, str | None]:
-    """From config.json of an expert's official folder: its config, and how it is conditioned if the file says so.
+    """From config.json of an expert's official folder: its config, and its conditioning where the file tells.
 
     The file lacks patch_size, text_dim and what concerns images, which the tensors tell.
     """
@@ -212,40 +210,7 @@ def official_denoiser_config(path: Path, inferred: DenoiserConfig) -> tuple[Deno
     if model_type is not None and model_type not in OFFICIAL_MODEL_TYPES:
         raise another_family(path, f"model_type is {model_type!r}, not one of {', '.join(OFFICIAL_MODEL_TYPES)}")
     fields = _build(path, DenoiserConfig, content, OFFICIAL_DENOISER_KEYS)
-    config = dataclasses.replace(inferred, **fields)
-    if model_type is None:
-        return config, None
-    conditioning = infer_conditioning(path, config, OFFICIAL_MODEL_TYPES[model_type])
-    return config, conditioning
-
-
-def official_model_type(config: WanConfig) -> str:
-    """The inverse: what config.json calls such a model."""
-    if config.denoiser.image_position_length is not None:
-        return "flf2v"
-    return {"text": "t2v", "image_latents": "i2v", "first_frame": "ti2v"}[config.conditioning]
-
-
-def infer_conditioning(place: object, config: DenoiserConfig, said: str | None = None) -> str:
-    """How a denoiser is conditioned, one of CONDITIONINGS, by its channels and by what the checkpoint says.
-
-    Without a word, a denoiser with TI2V-5B's 48 channels takes a first frame. Raises InputError where channels and the
-    checkpoint's word differ, or for channels of no model of ours.
-    """
-    channels = f"the denoiser takes {config.in_channels} channels and gives {config.out_channels}"
-    if config.in_channels == config.out_channels:
-        by_channels = ["text", "first_frame"]
-        if config.out_channels == PRESETS["ti2v-5b"].denoiser.out_channels:
-            by_channels.reverse()
-    elif config.in_channels == 2 * config.out_channels + VAEConfig().temporal_stride:
-        by_channels = ["image_latents"]
-    else:
-        raise another_family(place, channels)
-    if said is not None and said not in by_channels:
-        raise another_family(place, f"it says that it is conditioned on {said.replace('_', ' ')}, and {channels}")
-    if config.image_dim is not None and "image_latents" not in by_channels:
-        raise another_family(place, f"it attends to images, and {channels}")
-    return said or by_channels[0]
+    return dataclasses.replace(inferred, **fields), None if model_type is None else OFFICIAL_MODEL_TYPES[model_type]
 
 
 def _dims(place: str, tensors: Shapes, name: str, rank: int) -> tuple[int, ...]:
@@ -309,14 +274,12 @@ def infer_image_encoder_config(place: str, tensors: Shapes, naming: Naming) -> I
     dim, _, patch_size, _ = dims("patch_embedding.kernel", 4)
     tokens, _ = dims("position_embedding", 2)
     ffn_dim, _ = dims("blocks.0.feed_forward.up.kernel", 2)
-    pattern = (
-        r"visual\.transformer\.(\d+)\." if naming == "official" else r"(?:vision_model\.)?encoder\.layers\.(\d+)\."
-    )
+    layers = {"official": r"visual\.transformer", "diffusers": r"(?:vision_model\.)?encoder\.layers"}[naming]
     return ImageEncoderConfig(
         image_size=patch_size * math.isqrt(max(tokens - 1, 0)),
         patch_size=patch_size,
         dim=dim,
-        num_layers=_count(tensors, pattern),
+        num_layers=_count(tensors, rf"{layers}\.(\d+)\."),
         num_heads=max(dim // RELEASED_IMAGE_HEAD_DIM, 1),
         ffn_dim=ffn_dim,
     )
@@ -389,70 +352,3 @@ def infer_vae_config(place: str, tensors: Shapes) -> VAEConfig:
         latents_mean=released.latents_mean,
         latents_std=released.latents_std,
     )
-
-
-def assemble_config(
-    place: str,
-    denoiser: DenoiserConfig,
-    *,
-    experts: int,
-    text_encoder: TextEncoderConfig | None,
-    vae: VAEConfig | None,
-    image_encoder: ImageEncoderConfig | None = None,
-    boundary: float | None = None,
-    conditioning: str | None = None,
-) -> WanConfig:
-    """One config of all components, with the sampling defaults of the release that has this structure.
-
-    `conditioning` is what the checkpoint says of it, None if nothing. Absent components keep the release's config.
-    Raises InputError where the components do not fit together.
-    """
-    conditioning = infer_conditioning(place, denoiser, conditioning)
-    if text_encoder is not None and text_encoder.dim != denoiser.text_dim:
-        raise another_family(
-            place, f"the text encoder gives {text_encoder.dim} features, the denoiser takes {denoiser.text_dim}"
-        )
-    if vae is not None and vae.z_dim != denoiser.out_channels:
-        raise another_family(
-            place, f"the VAE has {vae.z_dim} latent channels, the denoiser makes {denoiser.out_channels}"
-        )
-    if image_encoder is not None and image_encoder.dim != denoiser.image_dim:
-        raise another_family(
-            place, f"the image encoder gives {image_encoder.dim} features, the denoiser takes {denoiser.image_dim}"
-        )
-    release = _nearest_release(place, denoiser, experts, conditioning)
-    sampling = release.sampling
-    if experts == 1:
-        sampling = dataclasses.replace(sampling, boundary=None)
-    elif boundary is not None:
-        sampling = dataclasses.replace(sampling, boundary=boundary)
-    whole = denoiser == release.denoiser and experts == len(release.experts) and conditioning == release.conditioning
-    return WanConfig(
-        name=release.name if whole else "custom",
-        denoiser=denoiser,
-        text_encoder=text_encoder or release.text_encoder,
-        vae=vae or release.vae,
-        sampling=sampling,
-        image_encoder=image_encoder or (None if denoiser.image_dim is None else release.image_encoder),
-        conditioning=conditioning,
-    )
-
-
-def _nearest_release(place: str, denoiser: DenoiserConfig, experts: int, conditioning: str) -> WanConfig:
-    """The preset of the same structure and, among several, of the nearest width.
-
-    Wan2.1 I2V for 480p and for 720p differ in nothing but their weights' values and the sizes that they were trained
-    for; they are told apart by "480p" in the path.
-    """
-
-    def difference(preset: WanConfig) -> tuple:
-        return (
-            preset.conditioning != conditioning,
-            (preset.denoiser.image_position_length is None) != (denoiser.image_position_length is None),
-            (preset.denoiser.image_dim is None) != (denoiser.image_dim is None),
-            len(preset.experts) != experts,
-            abs(preset.denoiser.dim - denoiser.dim),
-            preset.name.endswith("480p") != ("480p" in place.lower()),
-        )
-
-    return min(PRESETS.values(), key=difference)

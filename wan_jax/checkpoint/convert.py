@@ -25,7 +25,7 @@ from wan_jax.checkpoint.export import (
 )
 from wan_jax.checkpoint.layouts import Naming, Row
 from wan_jax.checkpoint.orbax import TOKENIZER, write_manifest, write_orbax
-from wan_jax.checkpoint.sources import INCOMPLETE, OFFICIAL_TOKENIZER
+from wan_jax.checkpoint.sources import INCOMPLETE, OFFICIAL_IMAGE_ENCODER, OFFICIAL_TOKENIZER
 from wan_jax.checkpoint.tensors import BFLOAT16, Progress, TensorInfo, readable
 from wan_jax.errors import InputError
 
@@ -76,10 +76,10 @@ def convert(
     """Converts the checkpoint at `source` (any layout, or one that is open) into a new folder `destination`.
 
     `dtype` is that of the text encoder and the denoisers, rounded once; None keeps every tensor's stored dtype, and a
-    round trip then gives back the same bits. The VAE always keeps its own. Tensors are read, rearranged and written in
-    groups of about a gigabyte, so that memory does not grow with the model. The folder appears complete or not at all;
-    what a killed conversion left behind is removed by the next one to the same place. `progress(component, bytes
-    done, bytes in all)` is called after every tensor.
+    round trip then gives back the same bits. The VAE and the image encoder always keep their own. Tensors are read,
+    rearranged and written in groups of about a gigabyte, so that memory does not grow with the model. The folder
+    appears complete or not at all; what a killed conversion left behind is removed by the next one to the same place.
+    `progress(component, bytes done, bytes in all)` is called after every tensor.
 
     Raises InputError for a source that cannot be opened (see open_checkpoint), a destination that exists, too little
     disk, or a target layout that cannot hold this model.
@@ -92,7 +92,8 @@ def convert(
         raise InputError(f"dtype {wanted} is no dtype for weights; choose bfloat16 or float32")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     destination = Path(destination)
-    plans = [_Plan(part, NAMINGS[to], None if name == "vae" else wanted) for name, part in checkpoint.parts.items()]
+    keep = ("vae", "image_encoder")
+    plans = [_Plan(part, NAMINGS[to], None if name in keep else wanted) for name, part in checkpoint.parts.items()]
     for plan in plans:
         check_against_model(plan.component.config)
     if to == "diffusers":
@@ -214,6 +215,11 @@ def _write_rest(folder: Path, checkpoint: Checkpoint, to: Target, plans: Sequenc
                 shutil.copyfile(file, target / file.name)
     if to == "diffusers":
         write_diffusers_index(folder, checkpoint.config, checkpoint.components, tokenizer is not None)
+    if to == "official" and "image_encoder" in checkpoint.components:
+        notes.append(
+            f"{OFFICIAL_IMAGE_ENCODER}: written without CLIP's text tower, which the official code asks for (and does "
+            "not use); for that code, put the release's file in its place"
+        )
     if to == "orbax":
         contents = {plan.component.name: describe(plan.component, plan.tensors).as_json() for plan in plans}
         write_manifest(folder, checkpoint.config, contents)

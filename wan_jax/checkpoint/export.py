@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from wan_jax.checkpoint.clip_vision import as_official
 from wan_jax.checkpoint.configs import (
+    CLIP_FIXED,
+    CLIP_KEYS,
     DIFFUSERS_DENOISER_FIXED,
     DIFFUSERS_DENOISER_KEYS,
     DIFFUSERS_VAE_FIXED,
@@ -15,17 +18,20 @@ from wan_jax.checkpoint.configs import (
     OFFICIAL_DENOISER_KEYS,
     UMT5_FIXED,
     UMT5_KEYS,
+    diffusers_image_attention,
     diffusers_image_channels,
     infer_denoiser_config,
+    infer_image_encoder_config,
     infer_text_encoder_config,
     infer_vae_config,
 )
+from wan_jax.checkpoint.family import official_model_type
 from wan_jax.checkpoint.layouts import ModelConfig, component_config, expand_layers, model_rows, num_layers
 from wan_jax.checkpoint.safetensors import write_safetensors
-from wan_jax.checkpoint.sources import EXPERT_FOLDERS, OFFICIAL_TEXT_ENCODER, official_vae
+from wan_jax.checkpoint.sources import EXPERT_FOLDERS, OFFICIAL_IMAGE_ENCODER, OFFICIAL_TEXT_ENCODER, official_vae
 from wan_jax.checkpoint.tensors import BFLOAT16, ReadMany, TensorInfo
 from wan_jax.checkpoint.torch_pickle import write_torch_pickle
-from wan_jax.config import DenoiserConfig, TextEncoderConfig, WanConfig
+from wan_jax.config import DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, WanConfig
 from wan_jax.errors import InputError
 
 DIFFUSERS_VERSION = "0.36.0"  # the oldest we test with; loaders only compare it
@@ -35,12 +41,27 @@ DIFFUSERS_FOLDERS = {
     "low_noise": "transformer_2",
     "text_encoder": "text_encoder",
     "vae": "vae",
+    "image_encoder": "image_encoder",
 }
 _DIFFUSERS_CLASSES = {
     "transformer": ["diffusers", "WanTransformer3DModel"],
     "transformer_2": ["diffusers", "WanTransformer3DModel"],
     "text_encoder": ["transformers", "UMT5EncoderModel"],
     "vae": ["diffusers", "AutoencoderKLWan"],
+    "image_encoder": ["transformers", "CLIPVisionModel"],
+}
+# What CLIP was trained on, as transformers' image processors say it.
+_CLIP_PREPROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "resample": 3,  # bicubic
+    "do_center_crop": True,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 
 
@@ -67,6 +88,8 @@ def check_official_can_hold(config: WanConfig, components: Sequence[str]) -> Non
             inferred = dataclasses.replace(inferred, **{name: getattr(model, name) for name in OFFICIAL_DENOISER_KEYS})
         elif isinstance(model, TextEncoderConfig):
             inferred = infer_text_encoder_config(place, tensors, "official")
+        elif isinstance(model, ImageEncoderConfig):
+            inferred = infer_image_encoder_config(place, tensors, "official")
         else:
             inferred = infer_vae_config(place, tensors)
         if inferred != model:
@@ -93,6 +116,10 @@ def write_diffusers_component(
         _write_json(folder / "config.json", _umt5_json(config.text_encoder, tensors))
     elif component == "vae":
         _write_json(folder / "config.json", _diffusers_vae_json(config))
+    elif component == "image_encoder" and config.image_encoder is not None:
+        stem = "model"
+        _write_json(folder / "config.json", _clip_json(config.image_encoder, tensors))
+        _write_clip_preprocessor(folder.parent / "image_processor", config.image_encoder.image_size)
     else:
         _write_json(folder / "config.json", _diffusers_denoiser_json(config.denoiser))
     write_safetensors(folder, stem, tensors, read_many)
@@ -104,6 +131,11 @@ def write_diffusers_index(folder: Path, config: WanConfig, components: Sequence[
     entries |= {name: _DIFFUSERS_CLASSES[name] for name in (DIFFUSERS_FOLDERS[component] for component in components)}
     if tokenizer:
         entries["tokenizer"] = ["transformers", "T5TokenizerFast"]
+    if "image_encoder" in components:
+        entries["image_processor"] = ["transformers", "CLIPImageProcessor"]
+    takes_images = config.conditioning == "image_latents"
+    if takes_images:
+        entries = {"image_encoder": [None, None], "image_processor": [None, None]} | entries
     scheduler = {
         "_class_name": "UniPCMultistepScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
@@ -120,10 +152,10 @@ def write_diffusers_index(folder: Path, config: WanConfig, components: Sequence[
     (folder / "scheduler").mkdir()
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index = {
-        "_class_name": "WanPipeline",
+        "_class_name": "WanImageToVideoPipeline" if takes_images else "WanPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
         "boundary_ratio": config.sampling.boundary,
-        "expand_timesteps": False,
+        "expand_timesteps": config.conditioning == "first_frame",
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         **entries,
     }
@@ -138,11 +170,14 @@ def write_official_component(
         write_torch_pickle(folder / OFFICIAL_TEXT_ENCODER, tensors, read_many)
     elif component == "vae":
         write_torch_pickle(folder / official_vae(config.vae), tensors, read_many)
+    elif component == "image_encoder":
+        write_torch_pickle(folder / OFFICIAL_IMAGE_ENCODER, *as_official(tensors, read_many))
     else:
         if component in EXPERT_FOLDERS:
             folder = folder / EXPERT_FOLDERS[component]
             folder.mkdir()
         content = _values(config.denoiser, OFFICIAL_DENOISER_KEYS) | OFFICIAL_DENOISER_FIXED
+        content["model_type"] = official_model_type(config)
         _write_json(folder / "config.json", {**content, "_diffusers_version": DIFFUSERS_VERSION})
         write_safetensors(folder, "diffusion_pytorch_model", tensors, read_many)
 
@@ -151,6 +186,7 @@ def _diffusers_denoiser_json(config: DenoiserConfig) -> dict[str, Any]:
     return {
         **DIFFUSERS_DENOISER_FIXED,
         **_values(config, DIFFUSERS_DENOISER_KEYS),
+        **diffusers_image_attention(config),
         "_diffusers_version": DIFFUSERS_VERSION,
         "attention_head_dim": config.head_dim,
         "rope_max_seq_len": 1024,
@@ -189,6 +225,24 @@ def _umt5_json(config: TextEncoderConfig, tensors: Mapping[str, TensorInfo]) -> 
         "tie_word_embeddings": True,
         "use_cache": True,
     }
+
+
+def _clip_json(config: ImageEncoderConfig, tensors: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    return {
+        **CLIP_FIXED,
+        **_values(config, CLIP_KEYS),
+        "architectures": ["CLIPVisionModel"],
+        "torch_dtype": next(iter(tensors.values())).dtype.name,
+        "num_channels": 3,
+        "projection_dim": 1024,
+        "attention_dropout": 0.0,
+    }
+
+
+def _write_clip_preprocessor(folder: Path, image_size: int) -> None:
+    folder.mkdir()
+    sizes = {"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}}
+    _write_json(folder / "preprocessor_config.json", _CLIP_PREPROCESSOR | sizes)
 
 
 def _values(config: ModelConfig, keys: Mapping[str, str]) -> dict[str, Any]:

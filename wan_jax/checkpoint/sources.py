@@ -2,29 +2,32 @@
 
 - diffusers: a tree with model_index.json.
 - official: the release's tree, Wan2.2 with one folder per expert or Wan2.1 with the denoiser at the top.
-- comfyui: single files, in one folder or in ComfyUI's diffusion_models/, text_encoders/, vae/.
+- comfyui: single files, in one folder or in ComfyUI's diffusion_models/, text_encoders/, clip_vision/, vae/.
 - orbax: ours (see orbax.py), with wan_jax.json.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from wan_jax.checkpoint.clip_vision import VisionTowerStore
 from wan_jax.checkpoint.comfyui import ComfyFile, choose_files, find_files
 from wan_jax.checkpoint.components import Component, bind_component
 from wan_jax.checkpoint.configs import (
     another_family,
-    assemble_config,
     diffusers_denoiser_config,
+    diffusers_image_encoder_config,
     diffusers_text_encoder_config,
     diffusers_vae_config,
     infer_denoiser_config,
+    infer_image_encoder_config,
     infer_text_encoder_config,
     infer_vae_config,
     official_denoiser_config,
     read_json,
 )
+from wan_jax.checkpoint.family import assemble_config, infer_conditioning, recognition_notes
 from wan_jax.checkpoint.layouts import ModelConfig
 from wan_jax.checkpoint.orbax import MANIFEST, open_orbax
 from wan_jax.checkpoint.safetensors import open_safetensors_folder
@@ -37,7 +40,10 @@ Layout = Literal["orbax", "diffusers", "official", "comfyui"]
 EXPERT_FOLDERS = {"high_noise": "high_noise_model", "low_noise": "low_noise_model"}  # of the official tree
 OFFICIAL_TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 OFFICIAL_VAES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth")
+OFFICIAL_IMAGE_ENCODER = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 OFFICIAL_TOKENIZER = "google/umt5-xxl"
+# Of model_index.json -> how the model is conditioned, unless expand_timesteps says that it takes a first frame.
+DIFFUSERS_PIPELINES = {"WanPipeline": "text", "WanImageToVideoPipeline": "image_latents"}
 INCOMPLETE = "CONVERSION_INCOMPLETE"  # a file that marks what a conversion has not finished
 
 
@@ -109,15 +115,15 @@ def open_diffusers(path: Path) -> Opened:
     """
     index_path = path / "model_index.json"
     index = read_json(index_path)
-    if index.get("_class_name") != "WanPipeline":
-        raise another_family(index_path, f"its pipeline is {index.get('_class_name')}")
-    if index.get("expand_timesteps"):
-        raise another_family(index_path, "expand_timesteps is set (TI2V-5B)")
+    pipeline = index.get("_class_name")
+    if pipeline not in DIFFUSERS_PIPELINES:
+        raise another_family(index_path, f"its pipeline is {pipeline}")
+    conditioning = "first_frame" if index.get("expand_timesteps") else DIFFUSERS_PIPELINES[pipeline]
 
-    def present(name: str, class_name: str) -> bool:
+    def present(name: str, *class_names: str) -> bool:
         library_and_class = index.get(name) or [None, None]
-        if library_and_class[1] not in (None, class_name):
-            raise another_family(index_path, f"{name} is {library_and_class[1]}, not {class_name}")
+        if library_and_class[1] not in (None, *class_names):
+            raise another_family(index_path, f"{name} is {library_and_class[1]}, not {class_names[0]}")
         return library_and_class[1] is not None
 
     if not present("transformer", "WanTransformer3DModel"):
@@ -128,14 +134,20 @@ def open_diffusers(path: Path) -> Opened:
 
     denoisers = {name: diffusers_denoiser_config(folder / "config.json") for name, folder in folders.items()}
     denoiser = _same_config(path, denoisers)
+    conditioning = infer_conditioning(path, denoiser, conditioning)
     configs: dict[str, ModelConfig] = dict(denoisers)
-    text_encoder = vae = None
+    text_encoder = vae = image_encoder = None
     if present("text_encoder", "UMT5EncoderModel"):
         folders["text_encoder"] = path / "text_encoder"
         configs["text_encoder"] = text_encoder = diffusers_text_encoder_config(path / "text_encoder" / "config.json")
     if present("vae", "AutoencoderKLWan"):
         folders["vae"] = path / "vae"
         configs["vae"] = vae = diffusers_vae_config(path / "vae" / "config.json")
+    has_image_encoder = present("image_encoder", "CLIPVisionModel", "CLIPVisionModelWithProjection")
+    if has_image_encoder and denoiser.image_dim is not None:
+        folders["image_encoder"] = path / "image_encoder"
+        image_encoder = diffusers_image_encoder_config(path / "image_encoder" / "config.json")
+        configs["image_encoder"] = image_encoder
     parts = {
         name: bind_component(name, configs[name], "diffusers", open_safetensors_folder(folder))
         for name, folder in folders.items()
@@ -145,13 +157,17 @@ def open_diffusers(path: Path) -> Opened:
     config = assemble_config(
         str(path),
         denoiser,
+        conditioning=conditioning,
         experts=len(denoisers),
         text_encoder=text_encoder,
         vae=vae,
+        image_encoder=image_encoder,
         boundary=None if boundary is None else float(boundary),
     )
-    notes = (*_scheduler_notes(path, config), *_absent(path, parts))
-    return Opened(config, parts, _tokenizer(path, "tokenizer"), notes)
+    notes = [*recognition_notes(str(path), config), *_scheduler_notes(path, config), *_absent(path, config, parts)]
+    if has_image_encoder and image_encoder is None:
+        notes.append(_unused(path / "image_encoder"))
+    return Opened(config, parts, _tokenizer(path, "tokenizer"), tuple(notes))
 
 
 def open_official(path: Path) -> Opened:
@@ -163,14 +179,16 @@ def open_official(path: Path) -> Opened:
     folders = present or {"denoiser": path}
     stores = {name: open_safetensors_folder(folder) for name, folder in folders.items()}
     denoisers = {}
+    said = {}
     for name, folder in folders.items():
         denoisers[name] = infer_denoiser_config(stores[name].place, stores[name].tensors)
         if (folder / "config.json").is_file():
-            denoisers[name] = official_denoiser_config(folder / "config.json", denoisers[name])
+            denoisers[name], said[name] = official_denoiser_config(folder / "config.json", denoisers[name])
     denoiser = _same_config(path, denoisers)
+    conditionings = [infer_conditioning(folders[name], denoiser, said.get(name)) for name in folders]
     parts = {name: bind_component(name, denoiser, "official", stores[name]) for name in folders}
 
-    text_encoder = vae = None
+    text_encoder = vae = image_encoder = None
     encoders = sorted(path.glob("models_t5_umt5-xxl-enc-*.pth"))
     if len(encoders) > 1:
         raise InputError(f"{path}: both {encoders[0].name} and {encoders[1].name} are a text encoder; keep one")
@@ -185,8 +203,24 @@ def open_official(path: Path) -> Opened:
         vae_file = TorchPickleFile(vaes[0])
         vae = infer_vae_config(vae_file.place, vae_file.tensors)
         parts["vae"] = bind_component("vae", vae, "official", vae_file)
-    config = assemble_config(str(path), denoiser, experts=len(folders), text_encoder=text_encoder, vae=vae)
-    return Opened(config, parts, _tokenizer(path, OFFICIAL_TOKENIZER), tuple(_absent(path, parts)))
+    has_image_encoder = (path / OFFICIAL_IMAGE_ENCODER).is_file()
+    if has_image_encoder and denoiser.image_dim is not None:
+        tower = VisionTowerStore(TorchPickleFile(path / OFFICIAL_IMAGE_ENCODER))
+        image_encoder = infer_image_encoder_config(tower.place, tower.tensors, "official")
+        parts["image_encoder"] = bind_component("image_encoder", image_encoder, "official", tower)
+    config = assemble_config(
+        str(path),
+        denoiser,
+        conditioning=conditionings[0],
+        experts=len(folders),
+        text_encoder=text_encoder,
+        vae=vae,
+        image_encoder=image_encoder,
+    )
+    notes = [*recognition_notes(str(path), config), *_absent(path, config, parts)]
+    if has_image_encoder and image_encoder is None:
+        notes.append(_unused(path / OFFICIAL_IMAGE_ENCODER))
+    return Opened(config, parts, _tokenizer(path, OFFICIAL_TOKENIZER), tuple(notes))
 
 
 def open_comfyui(paths: Sequence[Path]) -> Opened:
@@ -202,25 +236,49 @@ def open_comfyui(paths: Sequence[Path]) -> Opened:
     if not denoisers:
         raise InputError(f"{place}: holds no denoiser of Wan; give the folder or file with the diffusion model")
     denoiser = _same_config(place, denoisers)
+    conditioning = infer_conditioning(place, denoiser)
     parts = {name: bind_component(name, denoiser, "official", chosen[name]) for name in denoisers}
-    text_encoder = vae = None
+    text_encoder = vae = image_encoder = None
     if file := chosen.get("text_encoder"):
-        text_encoder = infer_text_encoder_config(file.place, file.tensors, "diffusers")
-        parts["text_encoder"] = bind_component("text_encoder", text_encoder, "diffusers", file)
+        text_encoder = infer_text_encoder_config(file.place, file.tensors, file.naming)
+        parts["text_encoder"] = bind_component("text_encoder", text_encoder, file.naming, file)
     if file := chosen.get("vae"):
         vae = infer_vae_config(file.place, file.tensors)
-        parts["vae"] = bind_component("vae", vae, "official", file)
-    config = assemble_config(place, denoiser, experts=len(denoisers), text_encoder=text_encoder, vae=vae)
-    notes = [f"{file.place}: stored in float8, dequantised when read" for file in chosen.values() if file.quantized]
-    notes += [f"{file.place}: ignored, it is no model of Wan text-to-video" for file in others]
+        parts["vae"] = bind_component("vae", vae, file.naming, file)
+    if (file := chosen.get("image_encoder")) and denoiser.image_dim is None:
+        others.append(file)
+    elif file:
+        tower = VisionTowerStore(file) if file.naming == "official" else file
+        image_encoder = infer_image_encoder_config(tower.place, tower.tensors, file.naming)
+        parts["image_encoder"] = bind_component("image_encoder", image_encoder, file.naming, tower)
+    config = assemble_config(
+        place,
+        denoiser,
+        conditioning=conditioning,
+        experts=len(denoisers),
+        text_encoder=text_encoder,
+        vae=vae,
+        image_encoder=image_encoder,
+    )
+    notes = recognition_notes(place, config)
+    notes += [f"{file.place}: stored in float8, dequantised when read" for file in chosen.values() if file.quantized]
+    notes += [_unused(file.path) for file in others]
     folder = paths[0] if paths[0].is_dir() else paths[0].parent
-    return Opened(config, parts, _tokenizer(folder, "tokenizer", OFFICIAL_TOKENIZER), (*notes, *_absent(place, parts)))
+    tokenizer = _tokenizer(folder, "tokenizer", OFFICIAL_TOKENIZER)
+    return Opened(config, parts, tokenizer, (*notes, *_absent(place, config, parts)))
 
 
 def _same_config(place: object, denoisers: Mapping[str, DenoiserConfig]) -> DenoiserConfig:
     first, *rest = denoisers.values()
-    if any(config != first for config in rest):
-        raise InputError(f"{place}: the two experts have different dimensions; are they from one release?")
+    for config in rest:
+        if config != first:
+            name = next(
+                field.name for field in fields(first) if getattr(first, field.name) != getattr(config, field.name)
+            )
+            raise InputError(
+                f"{place}: the two experts differ: {name} is {getattr(first, name)} and {getattr(config, name)}; are "
+                "they from one release?"
+            )
     return first
 
 
@@ -228,8 +286,13 @@ def _tokenizer(path: Path, *candidates: str) -> Path | None:
     return next((path / candidate for candidate in candidates if (path / candidate).is_dir()), None)
 
 
-def _absent(place: object, parts: Mapping[str, Component]) -> list[str]:
-    names = [name for name in ("text_encoder", "vae") if name not in parts]
+def _unused(place: Path) -> str:
+    return f"{place}: ignored, it is no part of this model"
+
+
+def _absent(place: object, config: WanConfig, parts: Mapping[str, Component]) -> list[str]:
+    needed = ["text_encoder", "vae"] + (["image_encoder"] if config.image_encoder is not None else [])
+    names = [name for name in needed if name not in parts]
     return [f"{place}: holds no {' and no '.join(names)}"] if names else []
 
 

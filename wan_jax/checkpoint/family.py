@@ -1,0 +1,122 @@
+"""Which member of the family a checkpoint is: from its models' configs to one WanConfig with the release's defaults."""
+
+import dataclasses
+
+from wan_jax.checkpoint.configs import another_family
+from wan_jax.config import (
+    PRESETS,
+    DenoiserConfig,
+    ImageEncoderConfig,
+    TextEncoderConfig,
+    VAEConfig,
+    WanConfig,
+)
+
+
+def assemble_config(
+    place: str,
+    denoiser: DenoiserConfig,
+    *,
+    conditioning: str,
+    experts: int,
+    text_encoder: TextEncoderConfig | None,
+    vae: VAEConfig | None,
+    image_encoder: ImageEncoderConfig | None = None,
+    boundary: float | None = None,
+) -> WanConfig:
+    """One config of all components, with the sampling defaults of the release that has this structure.
+
+    `conditioning` is from `infer_conditioning`. Absent components keep the release's config. Raises InputError where
+    the components do not fit together.
+    """
+    if text_encoder is not None and text_encoder.dim != denoiser.text_dim:
+        raise another_family(
+            place, f"the text encoder gives {text_encoder.dim} features, the denoiser takes {denoiser.text_dim}"
+        )
+    if vae is not None and vae.z_dim != denoiser.out_channels:
+        raise another_family(
+            place, f"the VAE has {vae.z_dim} latent channels, the denoiser makes {denoiser.out_channels}"
+        )
+    if image_encoder is not None and image_encoder.dim != denoiser.image_dim:
+        raise another_family(
+            place, f"the image encoder gives {image_encoder.dim} features, the denoiser takes {denoiser.image_dim}"
+        )
+    release = _nearest_release(place, denoiser, experts, conditioning)
+    sampling = release.sampling
+    if experts == 1:
+        sampling = dataclasses.replace(sampling, boundary=None)
+    elif boundary is not None:
+        sampling = dataclasses.replace(sampling, boundary=boundary)
+    whole = denoiser == release.denoiser and experts == len(release.experts) and conditioning == release.conditioning
+    return WanConfig(
+        name=release.name if whole else "custom",
+        denoiser=denoiser,
+        text_encoder=text_encoder or release.text_encoder,
+        vae=vae or release.vae,
+        sampling=sampling,
+        image_encoder=image_encoder or (None if denoiser.image_dim is None else release.image_encoder),
+        conditioning=conditioning,
+    )
+
+
+def _nearest_release(place: str, denoiser: DenoiserConfig, experts: int, conditioning: str) -> WanConfig:
+    """The preset of the same structure and, among several, of the nearest width.
+
+    Wan2.1 I2V for 480p and for 720p differ in nothing but their weights' values and the sizes that they were trained
+    for; they are told apart by "480p" in the path.
+    """
+
+    def difference(preset: WanConfig) -> tuple:
+        return (
+            preset.conditioning != conditioning,
+            (preset.denoiser.image_position_length is None) != (denoiser.image_position_length is None),
+            (preset.denoiser.image_dim is None) != (denoiser.image_dim is None),
+            len(preset.experts) != experts,
+            abs(preset.denoiser.dim - denoiser.dim),
+            preset.name.endswith("480p") != ("480p" in place.lower()),
+        )
+
+    return min(PRESETS.values(), key=difference)
+
+
+def infer_conditioning(place: object, config: DenoiserConfig, said: str | None = None) -> str:
+    """How a denoiser is conditioned, by its channels and by what the checkpoint says.
+
+    Without a word, a denoiser with TI2V-5B's 48 channels takes a first frame. Raises InputError where channels and the
+    checkpoint's word differ, or for channels of no model of ours.
+    """
+    channels = f"the denoiser takes {config.in_channels} channels and gives {config.out_channels}"
+    if config.in_channels == config.out_channels:
+        by_channels = ["text", "first_frame"]
+        if config.out_channels == PRESETS["ti2v-5b"].denoiser.out_channels:
+            by_channels.reverse()
+    elif config.in_channels == 2 * config.out_channels + VAEConfig().temporal_stride:
+        by_channels = ["image_latents"]
+    else:
+        raise another_family(place, channels)
+    if said is not None and said not in by_channels:
+        raise another_family(place, f"it says that its conditioning is {said!r}, and {channels}")
+    if config.image_dim is not None and "image_latents" not in by_channels:
+        raise another_family(place, f"it attends to images, and {channels}")
+    return said or by_channels[0]
+
+
+def recognition_notes(place: str, config: WanConfig) -> list[str]:
+    """What a user should know of how a checkpoint was recognised."""
+    notes = []
+    if config.name.startswith("i2v-14b-") and not any(size in place.lower() for size in ("480p", "720p")):
+        notes.append(
+            f"{place}: taken for {config.name}; the releases for 480p and 720p have one structure, and only a path "
+            "with 480p in it tells (override size and shift)"
+        )
+    whole = [preset.name for preset in PRESETS.values() if preset.denoiser == config.denoiser]
+    if config.name == "custom" and len(config.experts) == 1 and whole:
+        notes.append(f"{place}: one expert of {whole[0]}, which needs both")
+    return notes
+
+
+def official_model_type(config: WanConfig) -> str:
+    """The inverse: what config.json calls such a model."""
+    if config.denoiser.image_position_length is not None:
+        return "flf2v"
+    return {"text": "t2v", "image_latents": "i2v", "first_frame": "ti2v"}[config.conditioning]
