@@ -141,7 +141,12 @@ NOT_FINITE = np.full(SHAPE, np.inf, np.float32)
         (["a", "--save-latents", "x.txt"], "must end in .npy"),
         (["--prompts", "empty.txt"], "prompts file empty.txt is empty"),
         (["--prompts", "none.txt"], "prompts file none.txt does not exist"),
-        (["--prompts", "start.npy"], "is not UTF-8 text"),
+        (["--prompts", "start.npy"], "unknown ending '.npy'; use one of .txt, .jsonl, .csv"),
+        (["--prompts", "latin.txt"], "is not UTF-8 text"),
+        (["--prompts", "bad.jsonl"], "bad.jsonl line 2: frames 6: must be 4n + 1; use 5 or 9"),
+        (["--prompts", "bad.csv"], "bad.csv line 2: steps 'many': write one whole number, or LOW,HIGH"),
+        (["a", "--steps", "2,1,1"], "steps '2,1,1': write one whole number, or LOW,HIGH"),
+        (["a", "--extend-prompt"], "--extend-prompt needs --extend-url URL and --extend-model NAME"),
         ([], "give a prompt"),
         (["a", "--prompts", "empty.txt"], "one of the two"),
         (["a", "--initial-latents", "none.npy"], "latents file none.npy does not exist"),
@@ -155,6 +160,9 @@ NOT_FINITE = np.full(SHAPE, np.inf, np.float32)
 )
 def test_bad_input(generate, tmp_path, capsys, arguments, message):
     (tmp_path / "empty.txt").write_text(" \n\n")
+    (tmp_path / "latin.txt").write_text("ein Bär", encoding="latin-1")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "frames": 6}')
+    (tmp_path / "bad.csv").write_text("prompt,steps\na,many")
     np.save(tmp_path / "start.npy", np.zeros((16, 2, 4, 7), np.float32))
     np.save(tmp_path / "double.npy", np.zeros(SHAPE))
     np.save(tmp_path / "infinite.npy", NOT_FINITE)

@@ -195,7 +195,7 @@ def local_model(tmp_path_factory):
 
 def test_local_model(local_model, monkeypatch):
     monkeypatch.setattr(prompt_extension, "MAX_NEW_TOKENS", 8)
-    model = open_language_model(None, str(local_model))
+    model = open_language_model(None, str(local_model), "OPENAI_API_KEY")
     extension = extend_prompt("a red circle", "t2v", model)
     assert extension.failure is None
     assert 1 <= len(extension.prompt.split()) <= 8
@@ -221,7 +221,7 @@ def test_local_model_with_a_chat_template(local_model, monkeypatch):
 
 
 def test_a_folder_that_is_no_model(tmp_path):
-    extension = extend_prompt("a red circle", "t2v", open_language_model(None, str(tmp_path)))
+    extension = extend_prompt("a red circle", "t2v", open_language_model(None, str(tmp_path), "OPENAI_API_KEY"))
     assert extension.prompt == "a red circle"
     assert str(tmp_path) in extension.failure
     assert "\n" not in extension.failure
@@ -230,7 +230,7 @@ def test_a_folder_that_is_no_model(tmp_path):
 def test_transformers_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(InputError, match="a local model needs transformers; pip install transformers torch"):
-        open_language_model(None, str(tmp_path))
+        open_language_model(None, str(tmp_path), "OPENAI_API_KEY")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_transformers_is_missing(tmp_path, monkeypatch):
 def test_bad_options(url, model, message, monkeypatch):
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(InputError, match=message) as error:
-        open_language_model(url, model)
+        open_language_model(url, model, "OPENAI_API_KEY")
     assert "\n" not in str(error.value)
 
 

@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 from wan_jax.errors import InputError
-from wan_jax.generate import Options
+from wan_jax.options import Options
 from wan_jax.recipes import load_recipe, recipe
 
 CONFIGS = pathlib.Path(__file__).parent.parent / "configs"

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from wan_jax import xla_flags
 from wan_jax.errors import InputError
-from wan_jax.generate import Options
+from wan_jax.options import Options
 from wan_jax.settings import DTYPES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code (0 done, 2 bad input, 130 interrupted)."""
+    """Runs one command; returns its exit code: 0 done, 1 some videos of a file failed, 2 bad input, 130 interrupted."""
     parser = _parser()
     values, rest = parser.parse_known_args(arguments)
     if rest and values.run is not _sample:
@@ -22,17 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     xla_flags.configure()
     xla_flags.use_compile_cache()
     try:
-        if values.run is _sample:
-            _sample(values, rest)
-        else:
-            values.run(values)
+        code = _sample(values, rest) if values.run is _sample else values.run(values)
     except InputError as error:
         print(f"wan-jax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("wan-jax: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("extend", help="continue a video from its last frame", allow_abbrev=False)
     command.add_argument("video", help="the video file to continue; models for image to video can", metavar="VIDEO")
-    skipped = ("prompts", "image", "last_image", "size", "initial_latents", "save_latents", "save_frames", "json")
+    skipped = {"prompts", "image", "last_image", "size", "initial_latents", "save_latents", "save_frames", "json"}
+    skipped |= {"overwrite", "extend_prompt", "extend_model", "extend_url", "extend_key"}
     _add_options(command, [option.name for option in dataclasses.fields(Options) if option.name not in skipped])
     command.set_defaults(run=_extend)
 
@@ -114,24 +112,27 @@ def _options(values: argparse.Namespace) -> Options:
     return Options(**{name: value for name, value in vars(values).items() if name in names})
 
 
-def _generate(values: argparse.Namespace) -> None:
-    _run(_options(values))
+def _generate(values: argparse.Namespace) -> int:
+    return _run(_options(values))
 
 
-def _sample(values: argparse.Namespace, rest: Sequence[str]) -> None:
+def _sample(values: argparse.Namespace, rest: Sequence[str]) -> int:
     from wan_jax.recipes import load_recipe
 
-    _run(load_recipe(rest))
+    return _run(load_recipe(rest))
 
 
-def _run(options: Options) -> None:
+def _run(options: Options) -> int:
     from wan_jax.generate import generate
 
     report = generate(options)
     if options.json:
         print(json.dumps(report, ensure_ascii=False))
-    else:
+    elif report["outputs"]:
         print("\n".join(report["outputs"]))
+    if report["failed"]:
+        print(f"wan-jax: {len(report['failed'])} of {len(report['videos'])} videos failed", file=sys.stderr)
+    return 1 if report["failed"] else 0
 
 
 def _extend(values: argparse.Namespace) -> None:

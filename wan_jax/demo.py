@@ -18,11 +18,12 @@ from wan_jax.checkpoint import convert
 from wan_jax.checkpoint.memory import memory_checkpoint
 from wan_jax.config import DenoiserConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig
 from wan_jax.demo_tokenizer import train_small_tokenizer
-from wan_jax.generate import Options, generate
+from wan_jax.generate import generate
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.parameters import abstract_parameters, named_parameters, random_parameters, with_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
+from wan_jax.options import Options
 from wan_jax.pipeline import WanPipeline
 from wan_jax.progress import Bars
 from wan_jax.tokenizer import Tokenizer

@@ -1,99 +1,61 @@
-"""One run from options to files: what `wan-jax generate`, `sample`, `extend` and `decode` do.
+"""One run from options to files: what `wan-jax generate`, `sample`, `extend` and `decode` do."""
 
-The options are declared once, in `Options`; the command line's flags and the recipes' config keys both derive from it.
-"""
-
-import dataclasses
+import contextlib
+import json
+import math
+import os
 import pathlib
 import sys
+import textwrap
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from wan_jax.batch import Item, read_items
 from wan_jax.config import WanConfig, get_preset
-from wan_jax.diffusion.schedule import GRIDS
 from wan_jax.errors import InputError
 from wan_jax.images import ImagePrompt, read_image
-from wan_jax.settings import (
-    DTYPES,
-    NOISES,
-    PROFILE_NAMES,
-    Settings,
-    parse_guidance,
-    parse_names,
-    parse_size,
-    parse_steps,
+from wan_jax.options import Options, choices
+from wan_jax.prompt_extension import Endpoint, LocalModel, extend_prompt, open_language_model
+from wan_jax.settings import Settings
+from wan_jax.video import (
+    VideoWriter,
+    check_folder,
+    check_output,
+    is_complete,
+    read_metadata,
+    read_video,
+    save_array,
 )
-from wan_jax.video import VideoWriter, check_folder, check_output, read_video, save_array
 
 if TYPE_CHECKING:
     from wan_jax.checkpoint import Checkpoint
+    from wan_jax.pipeline import WanPipeline
     from wan_jax.plan import Report
     from wan_jax.progress import Bars
-
-
-def _option(kind: type, text: str, *, default: Any = None, metavar: str | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"kind": kind, "help": text, "metavar": metavar})
-
-
-@dataclass(frozen=True)
-class Options:
-    """Everything a run can be told; None takes the checkpoint's preset."""
-
-    prompt: str | None = _option(str, "what the video shows")
-    prompts: str | None = _option(str, "file with one prompt a line; writes one video each", metavar="FILE")
-    image: str | None = _option(str, "picture that the video starts from, for models that take one", metavar="FILE")
-    last_image: str | None = _option(str, "picture that it ends with, for models that take two", metavar="FILE")
-    checkpoint: str | None = _option(str, "folder or hub id; without it a small demo model", metavar="PATH_OR_ID")
-    negative_prompt: str | None = _option(str, "what to steer away from", metavar="TEXT")
-    size: str | None = _option(
-        str, "WIDTHxHEIGHT in pixels, multiples of 16 (default: the preset's, in the image's shape)", metavar="WxH"
-    )
-    frames: int | None = _option(int, "number of frames, 4n + 1", metavar="N")
-    steps: str | None = _option(str, "number of denoising steps, or LOW,HIGH for each expert's", metavar="N[,N]")
-    guidance: str | None = _option(str, "one number, or LOW,HIGH for the two experts", metavar="LOW[,HIGH]")
-    shift: float | None = _option(float, "shift of the sigma schedule", metavar="S")
-    solver: str | None = _option(str, f"{' | '.join(GRIDS['official'])}, or LOW,HIGH", metavar="NAME[,NAME]")
-    schedule: str | None = _option(str, f"{' | '.join(GRIDS)}, or LOW,HIGH", metavar="NAME[,NAME]")
-    seed: int = _option(int, "the initial noise depends on it alone (default 0)", default=0, metavar="N")
-    noise: str = _option(str, f"{' | '.join(NOISES)}: whose random numbers (default jax)", default="jax")
-    dtype: str = _option(str, f"{' | '.join(DTYPES)} (default bfloat16)", default="bfloat16")
-    vae_dtype: str = _option(str, "of the VAE (default float32)", default="float32", metavar="NAME")
-    profile: str = _option(
-        str, f"{' | '.join(PROFILE_NAMES)}: where weights are kept (default auto)", default="auto", metavar="NAME"
-    )
-    initial_latents: str | None = _option(str, "start from these float32 [C, F', h, w] latents", metavar="F.npy")
-    save_latents: str | None = _option(str, "also write the final float32 [C, F', h, w] latents", metavar="F.npy")
-    save_frames: str | None = _option(str, "also write the uint8 [F, H, W, 3] frames", metavar="F.npy")
-    output: str = _option(str, "file ending in .mp4, .gif or .png (default out.mp4)", default="out.mp4", metavar="FILE")
-    json: bool = _option(bool, "print one JSON object last", default=False)
-    quiet: bool = _option(bool, "no progress bars", default=False)
-
 
 STAGES = ("load", "compile", "text", "denoise", "decode", "save")  # of every run; images add theirs
 
 
 def generate(options: Options) -> dict[str, Any]:
-    """Runs the options and writes the files; returns the report that `--json` prints.
+    """Makes the videos that the options ask for and writes their files; returns the report that `--json` prints.
 
-    Everything that can be checked is checked before the weights are loaded. The latents of each video are on disk
-    before it is decoded; they are removed again when the video is saved.
+    Everything that can be checked is checked before the weights are loaded, of all videos. The latents of each video
+    are on disk before it is decoded; they are removed again when the video is saved. With a file of prompts, finished
+    videos are left as they are, and one that fails does not keep the others from being made: the report names it.
 
     Raises:
         InputError: an option that cannot be used.
     """
-    prompts = _read_prompts(options)
-    outputs = _numbered(check_output(options.output), len(prompts))
-    side_files = {
-        name: _numbered(_check_npy(name, path), len(prompts)) if path else None
-        for name, path in (("save_latents", options.save_latents), ("save_frames", options.save_frames))
-    }
-    initial_latents = _read_latents(options.initial_latents) if options.initial_latents else None
-    for image in (options.image, options.last_image):
-        if image is not None:
-            read_image(image)
+    items = read_items(options)
+    for item in items:
+        with item.naming_errors():
+            _check_files(item.options)
+    language_model = None
+    if options.extend_prompt:
+        language_model = open_language_model(options.extend_url, options.extend_model, options.extend_key)
 
     from wan_jax.pipeline import WanPipeline, peak_bytes
     from wan_jax.progress import Bars
@@ -101,66 +63,173 @@ def generate(options: Options) -> dict[str, Any]:
     bars = Bars(not options.quiet)
     start = time.perf_counter()
     checkpoint = _open(options, bars)
-    images = ImagePrompt.read(checkpoint.config, options.image, options.last_image)
-    settings = _settings(options, checkpoint.config, images)
-    if initial_latents is not None:
-        settings.check_latents(initial_latents.shape, checkpoint.config, 1)
-    pipeline = WanPipeline.from_checkpoint(
-        checkpoint,
-        options.dtype,
-        vae_dtype=options.vae_dtype,
-        profile=options.profile,
-        settings=settings,
-        progress=not options.quiet,
-    )
-    seconds = dict.fromkeys(STAGES, 0.0)
-    seconds["load"] = time.perf_counter() - start
+    jobs = []
+    for item in items:
+        with item.naming_errors():
+            settings, _, _ = _inputs(item.options, checkpoint.config)
+            jobs.append(Job(item, settings, str(item.options.prompt)))
+    batch = options.prompts is not None
+    pending = [job for job in jobs if not (batch and not options.overwrite and _is_finished(job, bars))]
+    if language_model is not None:
+        _extend_prompts(pending, language_model, bars)
 
-    written: list[pathlib.Path] = []
-    for index, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
-        latents = pipeline.denoise([prompt], settings, initial_latents, images)[0]
-        kept = side_files["save_latents"][index] if side_files["save_latents"] else _rescue_name(output)
-        save_array(kept, latents)
-        try:
-            with VideoWriter(output, settings.fps, pipeline.metadata(prompt, settings, images)) as writer:
-                frames = pipeline.decode(latents, on_frames=writer.write)
-                start = time.perf_counter()
-            if side_files["save_frames"]:
-                save_array(side_files["save_frames"][index], frames)
-        except BaseException:
-            again = f"wan-jax decode {kept} --checkpoint {options.checkpoint or 'PATH'} --output {output}"
-            if options.vae_dtype != "float32":
-                again += f" --vae-dtype {options.vae_dtype}"
-            print(f"the latents are kept in {kept}; finish with: {again}", file=sys.stderr)
-            raise
-        if not side_files["save_latents"]:
-            kept.unlink()
-        written += writer.files
-        seconds["save"] += time.perf_counter() - start
-        for stage in pipeline.seconds.keys() - {"load"}:
-            seconds[stage] = seconds.get(stage, 0.0) + pipeline.seconds[stage]
+    seconds = dict.fromkeys(STAGES, 0.0)
+    profile = None
+    if pending:
+        largest = max(pending, key=lambda job: math.prod(job.settings.size) * job.settings.frames)
+        pipeline = WanPipeline.from_checkpoint(
+            checkpoint,
+            options.dtype,
+            vae_dtype=options.vae_dtype,
+            profile=options.profile,
+            settings=largest.settings,
+            progress=bars,
+        )
+        profile = pipeline.memory.profile.name
+        seconds["load"] = time.perf_counter() - start
+        with bars.task("videos", total=len(pending)) if batch else contextlib.nullcontext() as bar:
+            for job in pending:
+                if bar is not None:
+                    bar.advance(0, f"{job.item.options.output}: {textwrap.shorten(job.prompt, 40)}")
+                _make_video(pipeline, job, seconds, batch)
+                if bar is not None:
+                    bar.advance()
     return {
-        "settings": {
-            "prompts": prompts,
+        **_report_settings(options, jobs),
+        "profile": profile,
+        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
+        "peak_bytes": peak_bytes(),
+        "outputs": [str(path) for job in jobs for path in job.written],
+        "failed": [job.item.where for job in jobs if job.failure is not None],
+    }
+
+
+@dataclass
+class Job:
+    """A video to be made, and what became of it."""
+
+    item: Item
+    settings: Settings
+    prompt: str  # extended, if that was asked for
+    finished: bool = False  # by an earlier run
+    failure: str | None = None
+    written: list[pathlib.Path] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """What was asked for and what came of it."""
+        options = self.item.options
+        return {
+            "prompt": self.prompt,
+            **({} if self.prompt == options.prompt else {"original_prompt": options.prompt}),
             "image": options.image,
             "last_image": options.last_image,
+            **self.settings.as_json(),
+            "output": options.output,
+            "status": "finished before" if self.finished else "failed" if self.failure else "made",
+            **({"failure": self.failure} if self.failure else {}),
+        }
+
+
+def _report_settings(options: Options, jobs: list[Job]) -> dict[str, Any]:
+    """The settings that all videos share, and each video with its own."""
+    videos = [job.as_json() for job in jobs]
+    first, *others = videos
+    own = {"prompt", "original_prompt", "output", "status", "failure"}
+    shared = {
+        name: value
+        for name, value in first.items()
+        if name not in own and all(video[name] == value for video in others)
+    }
+    return {
+        "settings": {
+            "prompts": [job.prompt for job in jobs],
             "checkpoint": options.checkpoint,
             "dtype": options.dtype,
             "vae_dtype": options.vae_dtype,
-            **settings.as_json(),
+            **shared,
         },
-        "seed": settings.seed,
-        "profile": pipeline.memory.profile.name,
-        "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-        "peak_bytes": peak_bytes(),
-        "outputs": [str(path) for path in written],
+        "seed": shared.get("seed"),
+        "videos": [{name: value for name, value in video.items() if name not in shared} for video in videos],
     }
+
+
+def _is_finished(job: Job, bars: "Bars") -> bool:
+    """Whether an earlier run has made the video; says so, and whether it was asked for something else."""
+    options = job.item.options
+    files = [name for name in (options.save_latents, options.save_frames) if name is not None]
+    if not is_complete(options.output, job.settings.frames) or not all(map(os.path.exists, files)):
+        return False
+    job.finished = True
+    recorded = read_metadata(options.output)
+    recorded["prompt"] = recorded.get("original_prompt", recorded.get("prompt"))
+    wanted = json.loads(json.dumps({"prompt": options.prompt, **job.settings.as_json()}))
+    others = [name for name, value in wanted.items() if name in recorded and recorded[name] != value]
+    otherwise = f", but with another {', '.join(others)}; --overwrite makes it anew" if others else ""
+    bars.note(f"{options.output} is finished{otherwise}")
+    return True
+
+
+def _extend_prompts(jobs: list[Job], language_model: Endpoint | LocalModel, bars: "Bars") -> None:
+    """Gives each job its extended prompt, shows it, and says where there is none."""
+    with bars.task("extend prompts", total=len(jobs)) as bar, contextlib.closing(language_model):
+        for job in jobs:
+            options = job.item.options
+            extension = extend_prompt(job.prompt, "i2v" if options.image else "t2v", language_model)
+            job.prompt = extension.prompt
+            bar.advance()
+            if extension.failure is not None:
+                print(f"prompt not extended, used as it is: {extension.failure}", file=sys.stderr)
+            else:
+                bars.note(f"extended prompt: {extension.prompt}")
+
+
+def _make_video(pipeline: "WanPipeline", job: Job, seconds: dict[str, float], go_on: bool) -> None:
+    """Makes one video and adds its seconds; with `go_on`, a failure is said and kept in the job, not raised."""
+    try:
+        with job.item.naming_errors():
+            job.written = _generate_video(pipeline, job, seconds)
+    except Exception as error:
+        if not go_on:
+            raise
+        kind = "" if isinstance(error, InputError) else f"{job.item.where}: {type(error).__name__}: "
+        job.failure = " ".join(f"{kind}{error}".split())
+        print(f"wan-jax: {job.failure}", file=sys.stderr)
+
+
+def _generate_video(pipeline: "WanPipeline", job: Job, seconds: dict[str, float]) -> list[pathlib.Path]:
+    options, settings = job.item.options, job.settings
+    output = pathlib.Path(options.output)
+    _, images, initial_latents = _inputs(options, pipeline.config)
+    metadata = pipeline.metadata(job.prompt, settings, images)
+    if job.prompt != options.prompt:
+        metadata["original_prompt"] = options.prompt
+    latents = pipeline.denoise([job.prompt], settings, initial_latents, images)[0]
+    kept = pathlib.Path(options.save_latents) if options.save_latents else _rescue_name(output)
+    save_array(kept, latents)
+    try:
+        with VideoWriter(output, settings.fps, metadata) as writer:
+            frames = pipeline.decode(latents, on_frames=writer.write)
+            start = time.perf_counter()
+        if options.save_frames:
+            save_array(options.save_frames, frames)
+    except BaseException:
+        again = f"wan-jax decode {kept} --checkpoint {options.checkpoint or 'PATH'} --output {output}"
+        if options.vae_dtype != "float32":
+            again += f" --vae-dtype {options.vae_dtype}"
+        print(f"the latents are kept in {kept}; finish with: {again}", file=sys.stderr)
+        raise
+    if not options.save_latents:
+        kept.unlink()
+    seconds["save"] += time.perf_counter() - start
+    for stage in pipeline.seconds.keys() - {"load"}:
+        seconds[stage] = seconds.get(stage, 0.0) + pipeline.seconds[stage]
+    return writer.files
 
 
 def plan(preset: str, options: Options, device_memory: float | None = None) -> "Report":
     """Predicts what the options need of a device (of its memory, or of one with `device_memory` GiB)."""
     config = get_preset(preset)
-    settings = Settings.resolve(config, **_choices(options))
+    settings = Settings.resolve(config, **choices(options))
 
     from wan_jax.plan import report
 
@@ -202,17 +271,17 @@ def extend(video: str, options: Options) -> list[pathlib.Path]:
 
     checkpoint = _open(options, Bars(not options.quiet))
     ImagePrompt.read(checkpoint.config, clip.frames[-1])  # raises for a model that takes no image
-    choices = _choices(options) | {"size": clip.size}
+    own = choices(options) | {"size": clip.size}
     pipeline = WanPipeline.from_checkpoint(
         checkpoint,
         options.dtype,
         vae_dtype=options.vae_dtype,
         profile=options.profile,
-        settings=Settings.resolve(checkpoint.config, **choices),
+        settings=Settings.resolve(checkpoint.config, **own),
         progress=not options.quiet,
     )
     try:
-        longer = pipeline.extend(clip, options.prompt, **_choices(options))
+        longer = pipeline.extend(clip, options.prompt, **choices(options))
         longer.metadata["extends"]["file"] = video
         return longer.save(output)
     except BaseException:
@@ -222,27 +291,31 @@ def extend(video: str, options: Options) -> list[pathlib.Path]:
         raise
 
 
-def _settings(options: Options, config: WanConfig, images: ImagePrompt | None) -> Settings:
-    choices = _choices(options)
-    if images is not None and choices["size"] is None:
-        choices["size"] = images.video_size(config)
-    return Settings.resolve(config, **choices)
+def _check_files(options: Options) -> None:
+    """What can be checked of one video before the model is known."""
+    check_output(options.output)
+    for name in ("save_latents", "save_frames"):
+        if path := vars(options)[name]:
+            _check_npy(name, path)
+    if options.initial_latents:
+        _read_latents(options.initial_latents)
+    for image in (options.image, options.last_image):
+        if image is not None:
+            read_image(image)
+    choices(options)
 
 
-def _choices(options: Options) -> dict[str, Any]:
-    """What the options say of a run's settings; None where they say nothing."""
-    return {
-        "negative_prompt": options.negative_prompt,
-        "size": parse_size(options.size) if options.size else None,
-        "frames": options.frames,
-        "steps": parse_steps(options.steps) if options.steps else None,
-        "guidance": parse_guidance(options.guidance) if options.guidance else None,
-        "shift": options.shift,
-        "solver": parse_names("solver", options.solver) if options.solver else None,
-        "schedule": parse_names("schedule", options.schedule) if options.schedule else None,
-        "seed": options.seed,
-        "noise": options.noise,
-    }
+def _inputs(options: Options, config: WanConfig) -> tuple[Settings, ImagePrompt | None, np.ndarray | None]:
+    """The settings, images and initial latents of one video. Raises InputError for what the model cannot do."""
+    images = ImagePrompt.read(config, options.image, options.last_image)
+    own = choices(options)
+    if images is not None and own["size"] is None:
+        own["size"] = images.video_size(config)
+    settings = Settings.resolve(config, **own)
+    initial_latents = _read_latents(options.initial_latents) if options.initial_latents else None
+    if initial_latents is not None:
+        settings.check_latents(initial_latents.shape, config, 1)
+    return settings, images, initial_latents
 
 
 def _open(options: Options, bars: "Bars") -> "Checkpoint":
@@ -255,24 +328,6 @@ def _open(options: Options, bars: "Bars") -> "Checkpoint":
     from wan_jax.demo import demo_checkpoint
 
     return open_checkpoint(demo_checkpoint(bars))
-
-
-def _read_prompts(options: Options) -> list[str]:
-    if (options.prompt is None) == (options.prompts is None):
-        raise InputError("give a prompt, or a file of them with --prompts (one of the two)")
-    if options.prompt is not None:
-        return [options.prompt]
-    path = pathlib.Path(str(options.prompts))
-    if not path.is_file():
-        raise InputError(f"prompts file {path} does not exist; give a text file with one prompt a line")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise InputError(f"prompts file {path} is not UTF-8 text; save it as UTF-8") from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise InputError(f"prompts file {path} is empty; write one prompt a line")
-    return prompts
 
 
 def _read_latents(name: str) -> np.ndarray:
@@ -298,13 +353,6 @@ def _check_npy(option: str, name: str) -> pathlib.Path:
         raise InputError(f"--{option.replace('_', '-')} {path}: the name must end in .npy")
     check_folder(path)
     return path
-
-
-def _numbered(path: pathlib.Path, count: int) -> list[pathlib.Path]:
-    """out.mp4 for one video; out-1.mp4, out-2.mp4, ... for several."""
-    if count == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{index}{path.suffix}") for index in range(1, count + 1)]
 
 
 def _rescue_name(output: pathlib.Path) -> pathlib.Path:

@@ -68,13 +68,13 @@ class WanPipeline:
         vae: VAE,
         memory: Memory | None = None,
         programs: Programs | None = None,
-        progress: bool = False,
+        progress: bool | Bars = False,
     ):
         self.config = config
         self.memory = Memory(PROFILES["resident"]) if memory is None else memory
         self.latents: np.ndarray | None = None
         self.seconds: dict[str, float] = {}
-        self._bars = Bars(progress)
+        self._bars = progress if isinstance(progress, Bars) else Bars(progress)
         self._tokenizer = tokenizer
         self.denoisers = denoisers
         self.text_encoder = text_encoder
@@ -121,18 +121,18 @@ class WanPipeline:
         vae_dtype: str = "float32",
         profile: str = "auto",
         settings: Settings | None = None,
-        progress: bool = False,
+        progress: bool | Bars = False,
     ) -> "WanPipeline":
         """Loads the weights of a checkpoint that is already open; otherwise as `from_pretrained`.
 
-        `settings` is the run that the profile "auto" must have room for.
+        `settings` is the run that the profile "auto" must have room for. `progress` may be bars that are shown already.
         """
         check_name("dtype", dtype, DTYPES)
         check_name("VAE dtype", vae_dtype, DTYPES)
         check_name("profile", profile, PROFILE_NAMES)
         xla_flags.configure()
         start = time.perf_counter()
-        bars = Bars(progress)
+        bars = progress if isinstance(progress, Bars) else Bars(progress)
         for note in checkpoint.notes:
             bars.note(note)
         config = checkpoint.config

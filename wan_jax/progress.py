@@ -34,21 +34,30 @@ class Bar:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done)
 
+    def remove(self) -> None:
+        """Takes the bar away."""
+        if self._progress is not None and self._task is not None:
+            self._progress.remove_task(self._task)
+
 
 class Bars:
     """Makes the bars; silent when `enabled` is false."""
 
     def __init__(self, enabled: bool = True):
         self.enabled = enabled
+        self._shown: Progress | None = None  # the terminal has one display; bars within bars are lines of it
 
     @contextlib.contextmanager
     def task(self, description: str, total: float | None = None) -> Iterator[Bar]:
-        """One bar (a spinner where `total` is None), shown until the block ends."""
+        """One bar (a spinner where `total` is None). Within another's block it goes when its own ends."""
+        within = self._shown is not None
         with self._display([] if total is None else [BarColumn(), MofNCompleteColumn()]) as progress:
             bar = Bar(progress, description, total)
             yield bar
             if total is None:
                 bar.reach(1)
+            if within:
+                bar.remove()
 
     @contextlib.contextmanager
     def transfers(self, verb: str) -> Iterator[Callable[[str, int, int], None]]:
@@ -73,8 +82,15 @@ class Bars:
         if not self.enabled:
             yield None
             return
+        if self._shown is not None:
+            yield self._shown
+            return
         text = TextColumn("{task.description}", markup=False)
         with Progress(
             SpinnerColumn(), text, *columns, TimeElapsedColumn(), console=Console(file=sys.stderr)
         ) as progress:
-            yield progress
+            self._shown = progress
+            try:
+                yield progress
+            finally:
+                self._shown = None

@@ -20,9 +20,6 @@ from typing import Any
 
 from wan_jax.errors import InputError
 
-# (system prompt, prompt) -> what the language model answers; raises ExtensionError if it does not.
-LanguageModel = Callable[[str, str], str]
-
 MAX_REPLY_BYTES = 1 << 20
 MAX_CHARACTERS = 4000  # several times what 512 tokens hold: whatever is longer is no prompt
 MAX_NEW_TOKENS = 512
@@ -68,13 +65,14 @@ class Extension:
     failure: str | None = None  # why it failed, in one line
 
 
-def extend_prompt(prompt: str, task: str, ask: LanguageModel) -> Extension:
+def extend_prompt(prompt: str, task: str, ask: Callable[[str, str], str]) -> Extension:
     """Asks the language model for a detailed version of the prompt, in the prompt's language (Chinese or English).
 
     Args:
         prompt: what the user wrote.
         task: "t2v" or "i2v".
-        ask: an `Endpoint`, a `LocalModel`, or any function of (system prompt, prompt).
+        ask: an `Endpoint`, a `LocalModel`, or any function of (system prompt, prompt) that gives the model's answer, or
+            raises ExtensionError.
 
     Returns:
         The extended prompt, or the original with the reason; a failing language model is no error.
@@ -92,7 +90,7 @@ def system_prompt(prompt: str, task: str) -> str:
     return text.replace("\n ", " ")
 
 
-def open_language_model(url: str | None, model: str | None, key_variable: str = "OPENAI_API_KEY") -> LanguageModel:
+def open_language_model(url: str | None, model: str | None, key_variable: str) -> "Endpoint | LocalModel":
     """The language model that the options name.
 
     Args:
@@ -173,6 +171,9 @@ class Endpoint:
                 time.sleep(self._pause * 2 ** (attempt - 1))
         raise ExtensionError(f"{failure} ({self._attempts} attempts)")
 
+    def close(self) -> None:
+        """Nothing is held between prompts."""
+
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *args: Any, **kwargs: Any) -> None:
@@ -200,6 +201,12 @@ class LocalModel:
             return self._answer(system, prompt)
         except Exception as error:  # whatever PyTorch and a folder of files can do
             raise ExtensionError(f"{self.folder}: {error}") from error
+
+    def close(self) -> None:
+        """Gives the model's memory back."""
+        self._loaded = None
+        if self._torch.cuda.is_available():
+            self._torch.cuda.empty_cache()
 
     def _answer(self, system: str, prompt: str) -> str:
         tokenizer, model = self._load()

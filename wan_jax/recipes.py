@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict, config_dict
 
 from wan_jax.errors import InputError
-from wan_jax.generate import Options
+from wan_jax.options import Options
 
 
 def recipe() -> ConfigDict:

@@ -192,6 +192,36 @@ def read_video(path: str | os.PathLike) -> Video:
     return Video(frames=np.stack(frames), fps=round(float(rate)) if rate else 16, metadata=metadata)
 
 
+def is_complete(path: str | os.PathLike, frames: int) -> bool:
+    """Whether `Video.save` has written a video of so many frames to `path`."""
+    path = pathlib.Path(path)
+    if path.suffix.lower() == ".png":  # the last appears last
+        path = _numbered_frame(path, frames - 1)
+    return path.is_file()
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """What `Video.save` has written of a video's making; nothing where the file does not say."""
+    import av
+
+    path = pathlib.Path(path)
+    try:
+        if path.suffix.lower() == ".png":
+            with Image.open(_numbered_frame(path, 0)) as image:
+                description = image.info["Description"]
+        else:
+            with av.open(str(path)) as container:
+                description = container.metadata["comment"]
+        metadata = json.loads(description)
+    except (OSError, KeyError, ValueError, av.FFmpegError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _numbered_frame(path: pathlib.Path, index: int) -> pathlib.Path:
+    return path.with_name(f"{path.stem}-{index:04d}{path.suffix}")
+
+
 def _write_mp4(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int, description: str) -> list[pathlib.Path]:
     import av
 
@@ -232,7 +262,7 @@ def _write_pngs(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int, desc
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
         written = []
         for index, frame in enumerate(frames):
-            written.append(pathlib.Path(folder) / f"{path.stem}-{index:04d}{path.suffix}")
+            written.append(pathlib.Path(folder) / _numbered_frame(path, index).name)
             Image.fromarray(frame).save(written[-1], format="PNG", pnginfo=text)
         targets = [path.with_name(temporary.name) for temporary in written]
         for temporary, target in zip(written, targets, strict=True):
