@@ -1,4 +1,4 @@
-"""Wan text-to-video models in JAX and Flax.
+"""Wan text-to-video and image-to-video models in JAX and Flax.
 
     from wan_jax import WanPipeline
 

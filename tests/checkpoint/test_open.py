@@ -120,7 +120,7 @@ def test_an_experts_folder_alone(official_tree):
 
 def test_an_official_folder_without_its_config(tmp_path):
     tensors = state_dict("denoiser", "official")
-    trees.write_official_expert(tmp_path / "tree", tensors, config=False)
+    trees.write_official_expert(tmp_path / "tree", tensors, config=None)
     checkpoint = open_checkpoint(tmp_path / "tree")
     assert checkpoint.layout == "official"
     assert checkpoint.config.denoiser == CONFIG.denoiser

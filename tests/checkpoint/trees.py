@@ -11,6 +11,7 @@ import torch
 
 from tests import originals
 from wan_jax.checkpoint.export import DIFFUSERS_FOLDERS
+from wan_jax.checkpoint.family import official_model_type
 from wan_jax.checkpoint.layouts import Naming, component_config, expand_layers, model_rows, num_layers
 from wan_jax.config import DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig
 
@@ -45,18 +46,20 @@ def write_tokenizer(folder: pathlib.Path) -> None:
         (folder / name).write_text(text)
 
 
-def write_official_expert(folder: pathlib.Path, tensors: StateDict, config: bool = True, shards: int = 2) -> None:
+def write_official_expert(
+    folder: pathlib.Path, tensors: StateDict, config: WanConfig | None = CONFIG, shards: int = 2
+) -> None:
     """One expert as the release has it: config.json, numbered shards and their index."""
     folder.mkdir(parents=True, exist_ok=True)
-    denoiser = CONFIG.denoiser
-    if config:
+    if config is not None:
+        denoiser = config.denoiser
         content = {
             "_class_name": "WanModel",
             "_diffusers_version": "0.33.0",
-            "model_type": "t2v",
+            "model_type": official_model_type(config),
             "text_len": 512,
-            "in_dim": 16,
-            "out_dim": 16,
+            "in_dim": denoiser.in_channels,
+            "out_dim": denoiser.out_channels,
             "eps": 1e-6,
             "dim": denoiser.dim,
             "ffn_dim": denoiser.ffn_dim,

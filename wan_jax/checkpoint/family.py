@@ -1,6 +1,7 @@
 """Which member of the family a checkpoint is: from its models' configs to one WanConfig with the release's defaults."""
 
 import dataclasses
+import re
 
 from wan_jax.checkpoint.configs import another_family
 from wan_jax.config import (
@@ -11,6 +12,8 @@ from wan_jax.config import (
     VAEConfig,
     WanConfig,
 )
+
+MASK_CHANNELS = VAEConfig().temporal_stride  # one for each frame in a latent frame
 
 
 def assemble_config(
@@ -73,10 +76,15 @@ def _nearest_release(place: str, denoiser: DenoiserConfig, experts: int, conditi
             (preset.denoiser.image_dim is None) != (denoiser.image_dim is None),
             len(preset.experts) != experts,
             abs(preset.denoiser.dim - denoiser.dim),
-            preset.name.endswith("480p") != ("480p" in place.lower()),
+            preset.name.endswith("480p") != (_size_in_path(place) == "480p"),
         )
 
     return min(PRESETS.values(), key=difference)
+
+
+def _size_in_path(place: str) -> str | None:
+    """The last of "480p" and "720p" in a path; None where neither is."""
+    return next(iter(re.findall("480p|720p", place.lower())[::-1]), None)
 
 
 def infer_conditioning(place: object, config: DenoiserConfig, said: str | None = None) -> str:
@@ -90,7 +98,7 @@ def infer_conditioning(place: object, config: DenoiserConfig, said: str | None =
         by_channels = ["text", "first_frame"]
         if config.out_channels == PRESETS["ti2v-5b"].denoiser.out_channels:
             by_channels.reverse()
-    elif config.in_channels == 2 * config.out_channels + VAEConfig().temporal_stride:
+    elif config.in_channels == 2 * config.out_channels + MASK_CHANNELS:
         by_channels = ["image_latents"]
     else:
         raise another_family(place, channels)
@@ -104,7 +112,7 @@ def infer_conditioning(place: object, config: DenoiserConfig, said: str | None =
 def recognition_notes(place: str, config: WanConfig) -> list[str]:
     """What a user should know of how a checkpoint was recognised."""
     notes = []
-    if config.name.startswith("i2v-14b-") and not any(size in place.lower() for size in ("480p", "720p")):
+    if config.name.startswith("i2v-14b-") and _size_in_path(place) is None:
         notes.append(
             f"{place}: taken for {config.name}; the releases for 480p and 720p have one structure, and only a path "
             "with 480p in it tells (override size and shift)"
@@ -116,7 +124,7 @@ def recognition_notes(place: str, config: WanConfig) -> list[str]:
 
 
 def official_model_type(config: WanConfig) -> str:
-    """The inverse: what config.json calls such a model."""
+    """What config.json of the official layout calls such a model: the inverse of configs.OFFICIAL_MODEL_TYPES."""
     if config.denoiser.image_position_length is not None:
         return "flf2v"
     return {"text": "t2v", "image_latents": "i2v", "first_frame": "ti2v"}[config.conditioning]

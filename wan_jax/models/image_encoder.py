@@ -68,7 +68,7 @@ class ImageEncoder(nnx.Module):
         x = jnp.concatenate([whole, patches], axis=1) + self.position_embedding[...].astype(jnp.float32)
 
         def layer(carry: tuple[jax.Array, jax.Array], block: Block, _: None) -> tuple:
-            x, _ = carry
+            x = carry[0]
             return (block(x), x), None
 
         x = self.input_norm(x)
