@@ -161,6 +161,11 @@ class VAEConfig:
         return tuple(zip(inputs, widths, (*reversed(self.temporal_downsample), None), strict=True))
 
     @property
+    def full_rate_stages(self) -> int:
+        """Stages of the encoder before the first that halves time. The decoder has one more after the last doubling."""
+        return [*self.temporal_downsample, True].index(True)
+
+    @property
     def image_channels(self) -> int:
         """Of a frame, once its pixels are folded."""
         return 3 * self.patch_size**2

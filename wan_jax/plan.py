@@ -1,9 +1,9 @@
 """What a run will need, before anything is loaded: device memory, host memory and seconds for each memory profile.
 
-Memory is bookkeeping over the stages of a run (text, denoise, decode): the weights that are on the device in a stage,
-by the abstract trees and the profile; its inputs, by their shapes; and its scratch. Scratch comes from the compiled
-program's own analysis where the program that will run can be compiled here, on an accelerator. XLA:CPU compiles other
-programs, which need far more; there a formula takes its place (`estimated_scratch`).
+Memory is bookkeeping over the stages of a run (text, encode where there are images, denoise, decode): the weights that
+are on the device in a stage, by the abstract trees and the profile; its inputs, by their shapes; and its scratch. That
+comes from the compiled program's own analysis where the program that will run can be compiled here, on an accelerator.
+XLA:CPU compiles other programs, which need far more; there a formula takes its place (`estimated_scratch`).
 
 Seconds are arithmetic operations over rates measured on the kind of device at hand (`RATES`).
 """
@@ -20,6 +20,7 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from wan_jax.config import DenoiserConfig, WanConfig
+from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, KnownFrames
 from wan_jax.diffusion.guidance import guidance_by_expert
 from wan_jax.diffusion.sampler import Expert, compile_step, plan_steps
 from wan_jax.diffusion.solvers import Solver, get_solvers
@@ -30,18 +31,15 @@ from wan_jax.models.layers import on_host
 from wan_jax.models.parameters import dotted, named_parameters
 from wan_jax.models.streaming import Cache
 from wan_jax.models.text_encoder import TextEncoder
-from wan_jax.models.vae import FRAMES_AT_ONCE, VAE
+from wan_jax.models.vae import VAE
 from wan_jax.program import Programs, scratch_bytes
 from wan_jax.settings import DTYPES, PROFILE_NAMES, Settings, check_name
+from wan_jax.vae_estimates import decode_flops, decode_scratch, encode_flops, encode_scratch
 
-STAGES = ("text", "denoise", "decode")
+MODELS = {"text": "text_encoder", "encode": "vae", "denoise": "denoiser", "decode": "vae"}  # by stage
 
 # What fragmentation may take of the memory that JAX may use.
 RESERVE = 0.02
-
-# Arrays of one frame in full resolution, of `base_dim` channels, that the decoder needs at one time: in its dtype, and
-# one more in float32.
-DECODE_ACTIVATIONS = 7
 
 
 @dataclass(frozen=True)
@@ -50,13 +48,13 @@ class Rates:
 
     denoiser: float  # FLOP/s of a bfloat16 forward, attention included
     text: float  # FLOP/s of the text encoder
-    decode: float  # pixels of finished video per second
+    vae: float  # FLOP/s of decoding in float32 with TF32
     copy: float  # bytes per second from pinned host memory
 
 
 # benchmarks/results/generate_full_size_h200.json; an H100 has the same arithmetic units.
 # The rate of copies is that of PCIe 5, of which about 50 GB/s are left for data.
-_HOPPER = Rates(denoiser=575e12, text=260e12, decode=20.5e6, copy=50e9)
+_HOPPER = Rates(denoiser=575e12, text=260e12, vae=175e12, copy=50e9)
 RATES: dict[str, Rates] = {"NVIDIA H200": _HOPPER, "NVIDIA H100 80GB HBM3": _HOPPER}
 
 
@@ -126,6 +124,16 @@ class Plan:
             for name, model in self._models.items()
         }
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Of a run, in order; images are encoded by the models that take them."""
+        return tuple(stage for stage in MODELS if stage != "encode" or self._encoded_frames)
+
+    @property
+    def _encoded_frames(self) -> int:
+        """Frames that the VAE encodes."""
+        return {"text": 0, "image_latents": self.settings.frames, "first_frame": 1}[self.config.conditioning]
+
     def predict(self, profile: Profile) -> Prediction:
         """What the run needs under a profile."""
         scratch = self.scratch(profile)
@@ -135,14 +143,15 @@ class Plan:
 
     def without_scratch(self, profile: Profile) -> dict[str, int]:
         """Device bytes of weights and inputs in each stage."""
-        models = {"text": "text_encoder", "denoise": "denoiser", "decode": "vae"}
         inputs = self._input_bytes
         if not profile.idle_on_host:
-            return {stage: self._all_weights() + inputs[stage] for stage in models}
+            return {stage: self._all_weights() + inputs[stage] for stage in self.stages}
         return {
             stage: inputs[stage]
-            + sum(size for path, size in self._weights[model].items() if not profile.on_host(path, running=True))
-            for stage, model in models.items()
+            + sum(
+                size for path, size in self._weights[MODELS[stage]].items() if not profile.on_host(path, running=True)
+            )
+            for stage in self.stages
         }
 
     def _all_weights(self) -> int:
@@ -172,7 +181,7 @@ class Plan:
         every token; that layer's weights, which the loop slices out; one context, because guidance selects it. A
         streamed layer comes on top.
         Text: the same of 512 tokens, and the scores of all heads in float32, three times.
-        Decode: at full resolution, the activations around a residual block and what its convolutions made.
+        Encode, decode: see vae_estimates.py.
         """
         denoiser, encoder, vae = self.config.denoiser, self.config.text_encoder, self.config.vae
         item = self.dtype.itemsize
@@ -185,10 +194,11 @@ class Plan:
         encoder_layer = sum(size for path, size in self._weights["text_encoder"].items() if streams(path))
         text = 3 * 4 * encoder.num_heads * length**2 + length * item * (encoder.dim + 3 * encoder.ffn_dim)
         text += encoder_layer // encoder.num_layers * (2 if profile.layers_on_host else 1)
-        width, height = self.settings.size
-        vae_item = self.vae_dtype.itemsize
-        decode = width * height * FRAMES_AT_ONCE * vae.base_dim * (vae_item * DECODE_ACTIVATIONS + 4)
-        return {"text": text, "denoise": denoise, "decode": decode}
+        decode = decode_scratch(vae, self.vae_dtype, *self.settings.size)
+        sizes = {"text": text, "denoise": denoise, "decode": decode}
+        if self._encoded_frames:
+            sizes["encode"] = encode_scratch(vae, self.vae_dtype, *self.settings.size, self._encoded_frames)
+        return sizes
 
     def _compiled_scratch(self, profile: Profile) -> dict[str, int]:
         text_encoder, denoiser, vae = (
@@ -202,18 +212,24 @@ class Plan:
         context = self._context(here)
         expert = Expert(denoiser, context, context if self._guided() else None)
         denoise = max(
-            scratch_bytes(compile_step(expert, self.settings.make_schedule(), solver, state))
+            scratch_bytes(compile_step(expert, self.settings.make_schedule(), solver, state, self._conditioning()))
             for solver, state in self._solver_states().items()
         )
 
         frame = self._latent_frame(here)
-        cache = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(_first_cache, vae, frame)
-        )
+        cache = _on(here, jax.eval_shape(_decode_cache, vae, frame))
         decode = self._programs.decode_first.scratch_bytes(vae, frame) - _nbytes(cache)  # the cache is an input, below
         if self.settings.frames > 1:
             decode = max(decode, self._programs.decode_next.scratch_bytes(vae, cache, frame))
-        return {"text": text, "denoise": denoise, "decode": decode}
+        sizes = {"text": text, "denoise": denoise, "decode": decode}
+        if self._encoded_frames:
+            first, following = self._frames(1, here), self._frames(self.config.vae.temporal_stride, here)
+            cache = _on(here, jax.eval_shape(_encode_cache, vae, first))
+            sizes["encode"] = self._programs.encode_first.scratch_bytes(vae, first) - _nbytes(cache)
+            if self._encoded_frames > 1:
+                following_bytes = self._programs.encode_next.scratch_bytes(vae, cache, following)
+                sizes["encode"] = max(sizes["encode"], following_bytes)
+        return sizes
 
     @functools.cached_property
     def _input_bytes(self) -> dict[str, int]:
@@ -222,12 +238,17 @@ class Plan:
         state = max(map(_nbytes, self._solver_states().values()))
         text = 2 * self.config.denoiser.text_length * self.config.denoiser.text_dim * self.dtype.itemsize
         contexts = self._context_bytes() * (2 if self._guided() else 1)
-        cache = jax.eval_shape(_first_cache, self._models["vae"], self._latent_frame(None))
-        return {
+        vae, frame = self._models["vae"], self._frames(self.config.vae.temporal_stride, None)
+        cache = jax.eval_shape(_decode_cache, vae, self._latent_frame(None))
+        sizes = {
             "text": text,
-            "denoise": text + contexts + _nbytes(latents) + state,
+            "denoise": text + contexts + _nbytes(latents) + state + _nbytes(self._conditioning()),
             "decode": text + _nbytes(latents) + _nbytes(cache),
         }
+        if self._encoded_frames:
+            cache = jax.eval_shape(_encode_cache, vae, self._frames(1, None))
+            sizes["encode"] = text + _nbytes(latents) + _nbytes(cache) + _nbytes(frame)
+        return sizes
 
     def _seconds(self, profile: Profile) -> dict[str, float]:
         """Seconds by stage; nothing for a kind of device that was never measured."""
@@ -247,10 +268,14 @@ class Plan:
         forwards = sum(1 if scales[name] == 1 else 2 for name in experts)
         weights_per_layer = 2 * encoder.dim * (4 * encoder.num_heads * encoder.head_dim + 3 * encoder.ffn_dim)
         text = 2 * self.config.denoiser.text_length * encoder.num_layers * weights_per_layer / rates.text
-        seconds = {"text": text, "denoise": forwards * forward, "decode": pixels / rates.decode}
+        vae = self.config.vae
+        seconds = {"text": text, "denoise": forwards * forward, "decode": decode_flops(vae, pixels) / rates.vae}
+        if self._encoded_frames:
+            seconds["encode"] = encode_flops(vae, math.prod(settings.size) * self._encoded_frames) / rates.vae
         if profile.idle_on_host:
             seconds["text"] += bytes_of["text_encoder"] / rates.copy
-            seconds["decode"] += bytes_of["vae"] / rates.copy
+            for stage in {"encode", "decode"} & seconds.keys():
+                seconds[stage] += bytes_of["vae"] / rates.copy
         if profile.idle_on_host and not profile.layers_on_host:
             seconds["denoise"] += len(set(experts)) * bytes_of["denoiser"] / rates.copy
         return seconds | {"step": forward * forwards / len(experts), "total": sum(seconds.values())}
@@ -272,6 +297,20 @@ class Plan:
     def _latent_frame(self, sharding: Sharding | None) -> jax.ShapeDtypeStruct:
         channels, _, height, width = self.settings.latents_shape(self.config)
         return jax.ShapeDtypeStruct((1, channels, 1, height, width), jnp.float32, sharding=sharding)
+
+    def _frames(self, count: int, sharding: Sharding | None) -> jax.ShapeDtypeStruct:
+        """Of a video, as they are encoded."""
+        width, height = self.settings.size
+        return jax.ShapeDtypeStruct((count, height, width, 3), jnp.float32, sharding=sharding)
+
+    def _conditioning(self) -> Conditioning:
+        """What the denoise loop is given of the images. (TI2V's latent frame is small, and there may be none.)"""
+        if self.config.conditioning != "image_latents":
+            return TEXT_ONLY
+        channels, *sizes = self.settings.latents_shape(self.config)
+        stride = self.config.vae.temporal_stride
+        array: Any = jax.ShapeDtypeStruct((1, stride + channels, *sizes), jnp.float32)
+        return KnownFrames(array)
 
     def _context(self, sharding: Sharding | None) -> Context:
         config = self.config.denoiser
@@ -323,14 +362,14 @@ class Report:
     def __str__(self) -> str:
         plan, settings = self.plan, self.plan.settings
         memory = "" if self.device_memory is None else f", {_gib(self.device_memory)} for JAX"
+        titles = " ".join(f"{stage:>10}" for stage in plan.stages)
         lines = [
             f"{plan.config.name} {settings.size[0]}x{settings.size[1]}, {settings.frames} frames, "
             f"{settings.make_schedule().num_steps} steps, {plan.dtype.name}; {plan.device.device_kind}{memory}",
-            f"{'profile':<9} {'device peak':>11} {'text':>10} {'denoise':>10} {'decode':>10} {'pinned host':>12} "
-            f"{'a step':>8} {'a video':>9}",
+            f"{'profile':<9} {'device peak':>11} {titles} {'pinned host':>12} {'a step':>8} {'a video':>9}",
         ]
         for each in self.predictions:
-            stages = " ".join(f"{_gib(each.device_bytes[stage]):>10}" for stage in STAGES)
+            stages = " ".join(f"{_gib(each.device_bytes[stage]):>10}" for stage in plan.stages)
             times = " ".join(
                 f"{each.seconds[name]:>{width}.1f} s" if each.seconds else f"{'?':>{width + 2}}"
                 for name, width in (("step", 6), ("total", 7))
@@ -425,8 +464,17 @@ def _placed(model: Any, sharding: Callable[[str], Sharding]) -> Any:
     return nnx.merge(graphdef, nnx.State.from_flat_path(leaves))
 
 
-def _first_cache(vae: VAE, frame: jax.Array) -> Cache:
+def _on(sharding: Sharding, tree: Any) -> Any:
+    """Shapes with a sharding."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _decode_cache(vae: VAE, frame: jax.Array) -> Cache:
     return vae.decode_first(frame)[1]
+
+
+def _encode_cache(vae: VAE, frames: jax.Array) -> Cache:
+    return vae.encode_first(frames[None])[1]
 
 
 def _gib(nbytes: int) -> str:

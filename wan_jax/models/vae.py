@@ -325,8 +325,7 @@ class Encoder(nnx.Module):
         self.middle = Middle(last, **options)
         self.norm_out = ChannelNorm(last, **options)
         self.conv_out = CausalConv(last, 2 * config.z_dim, **options)
-        # Stages before the first that halves time.
-        self.full_rate_stages = [*config.temporal_downsample, True].index(True)
+        self.full_rate_stages = config.full_rate_stages
 
     def __call__(self, x: jax.Array, history: History) -> jax.Array:
         """[B, F, H, W, image_channels] -> [B, T, h, w, 2 z]."""
@@ -357,8 +356,7 @@ class Decoder(nnx.Module):
         )
         self.norm_out = ChannelNorm(last, **options)
         self.conv_out = CausalConv(last, config.image_channels, **options)
-        # Stages after the last that doubles time.
-        self.full_rate_stages = 1 + [*config.temporal_downsample, True].index(True)
+        self.full_rate_stages = 1 + config.full_rate_stages
 
     def __call__(self, x: jax.Array, history: History) -> jax.Array:
         """[B, T, h, w, z] -> [B, F, H, W, image_channels]."""
