@@ -5,6 +5,9 @@ import pathlib
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of XLA's pool. Collectives among 8 CPU devices wait in threads, several for each device: with too few they
+# wait for each other for ever.
+os.environ.setdefault("NPROC", "32")
 
 import jax
 import pytest
@@ -12,6 +15,7 @@ import pytest
 CACHE = pathlib.Path(os.environ.get("WAN_JAX_TEST_CACHE", pathlib.Path.home() / ".cache" / "wan_jax" / "tests"))
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+jax.config.update("jax_num_cpu_devices", 8)  # for the tests of meshes; all others use the first
 
 
 @pytest.fixture(scope="session")

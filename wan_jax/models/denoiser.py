@@ -54,6 +54,7 @@ class Denoiser(nnx.Module):
       dtype: of matrix products and attention, bfloat16 or float32.
       param_dtype: in which parameters are stored; `dtype` if None.
       attention_implementation: see wan_jax.kernels.attention; None takes the fastest.
+      remat: for training, what the backward pass computes again; see `layers.scan_layers`.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Denoiser(nnx.Module):
         dtype: DTypeLike,
         param_dtype: DTypeLike | None = None,
         attention_implementation: str | None = None,
+        remat: str | None = None,
         rngs: nnx.Rngs,
     ):
         param_dtype = dtype if param_dtype is None else param_dtype
@@ -83,6 +85,7 @@ class Denoiser(nnx.Module):
         self.head = Head(config, param_dtype, rngs)
         self.config = config
         self.dtype = dtype
+        self.remat = remat
 
     def encode_context(self, text: jax.Array, image: jax.Array | None = None) -> Context:
         """Projects text and image for the cross-attention of every layer; neither latents nor timestep matter to it.
@@ -135,7 +138,7 @@ class Denoiser(nnx.Module):
         def layer(x, block, context):
             return block(x, modulation, rotary, context), None
 
-        x, _ = scan_layers(layer, x, self.blocks, context)
+        x, _ = scan_layers(layer, x, self.blocks, context, remat=self.remat)
         velocity = self.head(x, time)  # [B, S, pt * ph * pw * out_channels]
         return rearrange(velocity, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", **axes)
 

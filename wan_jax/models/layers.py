@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from wan_jax.kernels.attention.backward import keeps_attention
 from wan_jax.precision import matmul_precision, rounded
 
 
@@ -155,8 +156,20 @@ def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
     return make(rngs)
 
 
+# What the backward pass may keep of a layer, beside its inputs; the rest it computes again.
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "layer": None,  # nothing: least memory
+    "attention": keeps_attention,  # the results of attention, which cost most to compute again
+}
+
+
 def scan_layers(
-    step: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, layers: nnx.Module, per_layer: Any = None
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    layers: nnx.Module,
+    per_layer: Any = None,
+    *,
+    remat: str | None = None,
 ) -> tuple[Any, Any]:
     """Runs stacked layers one after the other: `carry, y = step(carry, layer, x)` for each layer.
 
@@ -169,6 +182,7 @@ def scan_layers(
       carry: what goes from layer to layer.
       layers: made by `stack_layers`.
       per_layer: arrays with a leading layers axis, such as a context; `step` gets one layer's x of it.
+      remat: a name in REMAT_POLICIES: the backward pass computes a layer again instead of keeping what it needs of it.
 
     Returns:
       The last carry, and the ys stacked.
@@ -179,6 +193,8 @@ def scan_layers(
     def run(carry: Any, layer: list[jax.Array | None], x: Any) -> tuple[Any, Any]:
         return step(carry, nnx.merge(graphdef, jax.tree.unflatten(structure, layer)), x)
 
+    if remat is not None:  # prevent_cse would only guard against what cannot happen across the steps of a scan
+        run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
     if not any(map(on_host, leaves)):
         return lax.scan(lambda carry, xs: run(carry, *xs), carry, (leaves, per_layer))
 

@@ -9,11 +9,12 @@ the inputs' dtype.
 
 import functools
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from wan_jax.kernels.attention import cudnn
 from wan_jax.kernels.attention.block_lists import BlockLists
@@ -79,6 +80,7 @@ def forward_and_save(forward, scale, return_lse, prefer_cudnn, query, key, value
     if prefer_cudnn and cudnn.supports(query, key, value, **wanted) is None:
         return jax.vjp(functools.partial(cudnn.attention, scale=scale), query, key, value)
     output, lse = forward(query, key, value, scale=scale, block_lists=block_lists, return_lse=True)
+    output, lse = checkpoint_name(output, RESULTS), checkpoint_name(lse, RESULTS)
     return (output, lse) if return_lse else output, Saved(query, key, value, block_lists, output, lse)
 
 
@@ -91,6 +93,15 @@ def backward(forward, scale, return_lse, prefer_cudnn, saved, cotangents):
 
 
 differentiable.defvjp(forward_and_save, backward)
+
+
+RESULTS = "attention results"
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's name for it; without it attention would run once more
+
+
+def keeps_attention(primitive: Any, *_: Any, **parameters: Any) -> bool:
+    """A policy for jax.checkpoint: keep what attention computed, output and log-sum-exp, and nothing else."""
+    return primitive.name == CUDNN_FORWARD or (primitive.name == "name" and parameters["name"] == RESULTS)
 
 
 def gradients(

@@ -1,0 +1,1 @@
+"""Spreading models and data over several devices."""

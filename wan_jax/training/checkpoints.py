@@ -1,0 +1,87 @@
+"""A run's checkpoints: written while training goes on, kept by policy, whole or absent."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from wan_jax.errors import InputError
+
+
+class Checkpoints:
+    """The checkpoints of one run, by step.
+
+    Each holds the state's arrays by name, and beside them what is JSON (where the data stood). One that a killed run
+    left unfinished has another name, is never read, and is removed by the next run.
+
+    Args:
+      folder: made if need be.
+      keep_last: how many of the last ones stay.
+      keep_every: every one whose step is a multiple of this stays too; None: none.
+    """
+
+    def __init__(self, folder: Path, *, keep_last: int, keep_every: int | None):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save in several lines
+        policies = ocp.training.preservation_policies
+        keep: list[Any] = [policies.LatestN(keep_last)]
+        if keep_every is not None:
+            keep.append(policies.EveryNSteps(keep_every))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder.resolve()
+        self._checkpointer = ocp.training.Checkpointer(
+            self._folder, preservation_policy=policies.AnyPreservationPolicy(keep), cleanup_tmp_directories=True
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The last complete step; None before the first."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    @property
+    def steps(self) -> list[int]:
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def save(self, step: int, state: Any, data: Any) -> None:
+        """Begins to save: returns when the arrays are copied to the host; files are written by a thread."""
+        self.wait()
+        # Forced: whether to save is the caller's to decide.
+        self._checkpointer.save_async(step, named_leaves(state), custom_metadata={"data": data}, force=True)
+
+    def load(self, step: int, like: Any) -> tuple[Any, Any]:
+        """State and data of a step; `like` is a state of the same run, whose shapes and places the result takes.
+
+        Raises InputError where the checkpoint has other parameters.
+        """
+        abstract = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+            for name, array in named_leaves(like).items()
+        }
+        metadata = self._checkpointer.metadata(step)
+        stored: Any = metadata.metadata
+        names = stored.keys() ^ abstract.keys()
+        names |= {name for name in stored.keys() & abstract.keys() if stored[name].shape != abstract[name].shape}
+        if names:
+            raise InputError(
+                f"{self._folder}: the checkpoint of step {step} is of another model or optimizer ({min(names)} "
+                "differs); choose another folder or the options that it was made with"
+            )
+        leaves: Any = self._checkpointer.load(step, abstract)
+        custom: Any = metadata.custom_metadata
+        return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in abstract]), custom["data"]
+
+    def wait(self) -> None:
+        """Until what is being saved is on disk."""
+        self._checkpointer.wait()
+
+    def close(self) -> None:
+        self.wait()
+        self._checkpointer.close()
+
+
+def named_leaves(state: Any) -> dict[str, jax.Array]:
+    """A tree's arrays by their paths: what is stored depends on no class of ours or of optax."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
