@@ -55,7 +55,7 @@ _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.saf
 
 
 class SafetensorsFile(TensorStore):
-    """One file. Opening reads and checks the header; `read` reads one tensor.
+    """One file. Opening reads and checks the header; `read` reads one tensor. `metadata` holds the header's own texts.
 
     Raises InputError for a file that is truncated or whose header is not valid.
     """
@@ -86,7 +86,7 @@ class SafetensorsFile(TensorStore):
             )
         try:
             header = json.loads(read_exactly(self._descriptor, 8, header_bytes, self.place).tobytes())
-            header.pop("__metadata__", None)
+            self.metadata: dict[str, str] = dict(header.pop("__metadata__", None) or {})
             entries: dict[str, tuple[str, tuple[int, ...], int, int]] = {
                 name: (entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
                 for name, entry in header.items()
@@ -212,11 +212,13 @@ def write_safetensors(
     (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def write_safetensors_file(path: Path, tensors: Mapping[str, TensorInfo], read_many: ReadMany) -> None:
+def write_safetensors_file(
+    path: Path, tensors: Mapping[str, TensorInfo], read_many: ReadMany, metadata: Mapping[str, str] | None = None
+) -> None:
     """Writes one file under a temporary name, header first, then tensor by tensor, and renames it."""
     # The widest dtypes first: readers view the data in place, which needs aligned offsets.
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # transformers refuses files without it
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}  # transformers wants a format
     offset = 0
     for name, info in ordered.items():
         header[name] = {
