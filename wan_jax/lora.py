@@ -19,7 +19,7 @@ from jax.sharding import Sharding
 
 from wan_jax.checkpoint.components import copy_into
 from wan_jax.checkpoint.layouts import denoiser_rows
-from wan_jax.checkpoint.lora import ActiveLora, Change, Lora, OpenLoras, open_loras
+from wan_jax.checkpoint.lora import ActiveLora, Change, Lora, LoraFile, OpenLoras, open_loras
 from wan_jax.checkpoint.lora_export import save_lora
 from wan_jax.checkpoint.tensors import cast
 from wan_jax.config import DenoiserConfig
@@ -29,7 +29,7 @@ from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.layers import Adapter
 from wan_jax.models.parameters import named_parameters
 
-__all__ = ["AdaptedDenoiser", "Lora", "OpenLoras", "adapter_bytes", "open_loras", "save_lora"]
+__all__ = ["AdaptedDenoiser", "Lora", "LoraFile", "OpenLoras", "adapter_bytes", "open_loras", "save_lora"]
 
 # Ranks are filled up to multiples of this with zeros, so that few of them need a program of their own.
 RANK_MULTIPLE = 16
@@ -113,11 +113,12 @@ class AdaptedDenoiser:
             copy_into(up[part.layer][:, columns], cast(one_up, dtype))
             scales[part.lora][part.layer][columns] = part.change.scale
         here = single_device(self._device, on_host=False)
-        turned = (
+        # Waiting here keeps one kernel's factors on their way for each thread.
+        device_down, device_up = (
             jax.device_put(_turned(jax.device_put(factor, here)), self._sharding).block_until_ready()
             for factor in (down, up)
         )
-        return Factors(*turned, scales)
+        return Factors(device_down, device_up, scales)
 
     def _changed(self, name: str, parts: Sequence[Part], loras: Sequence[ActiveLora]) -> jax.Array:
         """A parameter that is changed whole: the sum in float32, rounded once."""

@@ -28,6 +28,7 @@ from wan_jax.diffusion.sampler import Expert, StepReport, denoise, plan_steps
 from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.errors import InputError
 from wan_jax.images import ImagePrompt, check_images
+from wan_jax.lora import AdaptedDenoiser, Lora, LoraFile, adapter_bytes, open_loras
 from wan_jax.memory import PROFILES, Memory
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.parameters import with_parameters
@@ -51,7 +52,8 @@ class WanPipeline:
 
     Attributes:
         config: what the model is, and its sampling defaults.
-        text_encoder, denoisers, vae: the models; `denoisers` by expert name.
+        text_encoder, denoisers, vae: the models; `denoisers` by expert name, with the LoRAs on them.
+        loras: what `set_loras` put on the denoisers.
         memory: where their weights wait and run.
         seconds: wall time of the last run by stage: "load", "text", "compile", "encode", "denoise", "decode".
         latents: float32 [B, C, F', h, w] of the last run. They are kept as soon as denoising ends, so that nothing is
@@ -77,6 +79,8 @@ class WanPipeline:
         self._bars = progress if isinstance(progress, Bars) else Bars(progress)
         self._tokenizer = tokenizer
         self.denoisers = denoisers
+        self.loras: tuple[Lora, ...] = ()
+        self._adapted = {name: AdaptedDenoiser(denoiser, self.memory.waiting()) for name, denoiser in denoisers.items()}
         self.text_encoder = text_encoder
         self.vae = vae
         exact = next(iter(denoisers.values())).dtype == jnp.float32
@@ -121,11 +125,13 @@ class WanPipeline:
         vae_dtype: str = "float32",
         profile: str = "auto",
         settings: Settings | None = None,
+        loras: Sequence[Lora] = (),
         progress: bool | Bars = False,
     ) -> "WanPipeline":
         """Loads the weights of a checkpoint that is already open; otherwise as `from_pretrained`.
 
-        `settings` is the run that the profile "auto" must have room for. `progress` may be bars that are shown already.
+        `settings` is the run that the profile "auto" must have room for, beside `loras` (see `set_loras`), which are
+        verified before any weight is loaded. `progress` may be bars that are shown already.
         """
         check_name("dtype", dtype, DTYPES)
         check_name("VAE dtype", vae_dtype, DTYPES)
@@ -142,9 +148,11 @@ class WanPipeline:
             )
         tokenizer = Tokenizer.from_pretrained(checkpoint.tokenizer_folder, vocab_size=config.text_encoder.vocab_size)
 
+        adapters = [adapter_bytes(each, config.denoiser) for each in open_loras(loras, config).by_expert.values()]
         programs = Programs(exact=dtype == "float32")
         if profile == "auto":
-            chosen = choose_profile(config, settings or Settings.resolve(config), dtype, vae_dtype, programs)
+            run = settings or Settings.resolve(config)
+            chosen = choose_profile(config, run, dtype, vae_dtype, programs, adapter_bytes=max(adapters))
             if chosen.idle_on_host:
                 bars.note(f"memory profile {chosen.name}: the device has no room for more")
         else:
@@ -166,8 +174,35 @@ class WanPipeline:
             programs=programs,
             progress=progress,
         )
+        if loras:
+            pipeline.set_loras(loras)
         pipeline.seconds["load"] = time.perf_counter() - start
         return pipeline
+
+    def set_loras(self, loras: Sequence[Lora | str | os.PathLike]) -> tuple[LoraFile, ...]:
+        """Puts LoRAs on the experts, in place of those before; an empty list gives back the base, to the bit.
+
+        Takes effect in the next run. Other strengths compile nothing, and neither do other files that change the same
+        parameters with the same ranks (rounded up to multiples of 16).
+
+        Args:
+            loras: safetensors files of any dialect (`Lora` also says strength and expert), added up.
+
+        Returns:
+            The open files; `str()` and `as_json()` of each report what matched and what was ignored.
+
+        Raises:
+            InputError: a file that is no LoRA, or not for this model; the LoRAs before then stay.
+        """
+        chosen = tuple(lora if isinstance(lora, Lora) else Lora(os.fspath(lora)) for lora in loras)
+        opened = open_loras(chosen, self.config)
+        for note in opened.notes:
+            self._bars.note(note)
+        # The old adapters go before the new ones come.
+        self.loras, self.denoisers = (), {name: adapted.base for name, adapted in self._adapted.items()}
+        self.denoisers = {name: adapted.with_loras(opened.by_expert[name]) for name, adapted in self._adapted.items()}
+        self.loras = chosen
+        return opened.files
 
     def __call__(
         self,
@@ -408,7 +443,8 @@ class WanPipeline:
     def metadata(self, prompt: str, settings: Settings, images: ImagePrompt | None = None) -> dict[str, Any]:
         """What is written into the video's file."""
         names = {} if images is None else images.names
-        return {"prompt": prompt, **names, "model": self.config.name, **settings.as_json()}
+        loras = {"loras": [lora.as_json() for lora in self.loras]} if self.loras else {}
+        return {"prompt": prompt, **names, "model": self.config.name, **loras, **settings.as_json()}
 
     def _initial_latents(self, batch: int, settings: Settings, given: ArrayLike | None) -> jax.Array:
         shape = settings.latents_shape(self.config)

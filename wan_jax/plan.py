@@ -94,6 +94,7 @@ class Plan:
       vae_dtype: of the VAE.
       device: where it would run; the default device if None.
       programs: compiled programs go here, for the pipeline that will run them.
+      adapter_bytes: of an expert's LoRAs.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class Plan:
         *,
         device: jax.Device | None = None,
         programs: Programs | None = None,
+        adapter_bytes: int = 0,
     ):
         self.config = config
         self.settings = settings
@@ -123,6 +125,7 @@ class Plan:
             name: {path: _nbytes(array) for path, array in named_parameters(model).items()}
             for name, model in self._models.items()
         }
+        self._weights["denoiser"]["adapters"] = adapter_bytes
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -419,7 +422,12 @@ def report(
 
 
 def choose_profile(
-    config: WanConfig, settings: Settings, dtype: str, vae_dtype: str = "float32", programs: Programs | None = None
+    config: WanConfig,
+    settings: Settings,
+    dtype: str,
+    vae_dtype: str = "float32",
+    programs: Programs | None = None,
+    adapter_bytes: int = 0,
 ) -> Profile:
     """The fastest profile that the default device has room for, and "stream" where none has.
 
@@ -428,7 +436,7 @@ def choose_profile(
     memory = memory_limit(jax.devices()[0])
     if memory is None:
         return PROFILES["resident"]
-    plan = Plan(config, settings, dtype, vae_dtype, programs=programs)
+    plan = Plan(config, settings, dtype, vae_dtype, programs=programs, adapter_bytes=adapter_bytes)
     for profile in PROFILES.values():
         # Compiling takes long: not for a profile whose weights alone are too large.
         if max(plan.without_scratch(profile).values()) < memory and plan.predict(profile).fits(memory):

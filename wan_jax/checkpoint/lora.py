@@ -38,6 +38,7 @@ from wan_jax.errors import InputError, unknown_name
 ExpertChoice = Literal["both", "high_noise", "low_noise"]
 EXPERT_CHOICES: tuple[ExpertChoice, ...] = ("both", "high_noise", "low_noise")
 FACTOR_DTYPES = (*WEIGHT_DTYPES, *FLOAT8_DTYPES, np.dtype(np.float64))
+PAIRED: tuple[Part, ...] = ("down", "up", "alpha", "up_bias")  # what makes sense only with both factors
 SHOWN = 3  # names in a message
 
 
@@ -181,12 +182,12 @@ def open_loras(loras: Sequence[Lora], config: WanConfig) -> OpenLoras:
     files: dict[str, LoraFile] = {}
     notes: list[str] = []
     for lora in loras:
+        if lora.expert != "both" and lora.expert not in config.experts:
+            raise InputError(f"LoRA {lora.file}: {config.name} has one expert, no {lora.expert} one; use --lora")
         if lora.file not in files:
             files[lora.file] = open_lora(lora.file, config.denoiser)
             notes.append(str(files[lora.file]))
         file = files[lora.file]
-        if lora.expert != "both" and lora.expert not in config.experts:
-            raise InputError(f"LoRA {lora.file}: {config.name} has one expert, no {lora.expert} one; use --lora")
         wanted = config.experts if lora.expert == "both" else (lora.expert,)
         changed = [expert for expert in wanted if file.changes_of(expert)]
         if not changed:
@@ -274,12 +275,12 @@ def _changes(
     changes: dict[str, Change] = {}
     for parts in by_module.values():
         scale = 1.0
-        if parts.keys() & {"down", "up", "alpha", "up_bias"}:
+        if parts.keys() & set(PAIRED):
             missing = [part for part in ("down", "up") if part not in parts]
             if missing:
+                present = next(parts[part] for part in PAIRED if part in parts)
                 raise InputError(
-                    f"LoRA {store.place}: {next(iter(parts.values())).name} stands without its {missing[0]} factor; "
-                    "download the file again"
+                    f"LoRA {store.place}: {present.name} stands without its {missing[0]} factor; is the file whole?"
                 )
             down, up = parts["down"], parts["up"]
             rank = _rank(down, up, store)
@@ -361,8 +362,8 @@ def _explain(unmatched: Mapping[str, str], total: int, table: Mapping[str, Any],
     layers = [int(match[1]) for module in unmatched.values() if (match := re.match(r"blocks[._](\d+)[._]", module))]
     if len(layers) == len(unmatched) and min(layers) >= config.num_layers:
         return f"changes layer {max(layers)}, and this model has {config.num_layers} layers; it is for a larger one"
-    if all(
-        module.endswith((".weight", ".bias")) and module.rpartition(".")[0] in table for module in unmatched.values()
+    if all(module.rpartition(".")[0] in table or module in table for module in unmatched.values()) and all(
+        name.endswith((".weight", ".bias", ".modulation", ".scale_shift_table")) for name in unmatched
     ):
         return "holds whole weights, not changes of them; is it a checkpoint?"
     described = []

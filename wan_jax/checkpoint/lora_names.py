@@ -10,6 +10,7 @@ them, with underscores for dots ("lora_unet_" "blocks_3_ffn_0" ".lora_down.weigh
     kohya, musubi                 lora_unet_blocks_0_self_attn_q.lora_down.weight, .lora_up.weight, .alpha
 """
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def guess_expert(stem: str, metadata: Mapping[str, str]) -> tuple[str | None, st
         words = re.findall(r"[a-z]+", text.lower())
         found = {
             level
-            for word, following in zip(words, [*words[1:], ""], strict=True)
+            for word, following in itertools.pairwise([*words, ""])
             for level in ("high", "low")
             if word in (f"{level}noise", f"{level}model") or (word == level and following not in NOT_NOISE)
         }
