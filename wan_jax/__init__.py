@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from wan_jax.config import PRESETS, WanConfig, get_preset
     from wan_jax.errors import InputError
+    from wan_jax.lora import Lora
     from wan_jax.pipeline import WanPipeline
     from wan_jax.video import Video, read_video
 
@@ -24,11 +25,12 @@ _HOMES = {
     "WanConfig": "wan_jax.config",
     "get_preset": "wan_jax.config",
     "InputError": "wan_jax.errors",
+    "Lora": "wan_jax.lora",
     "WanPipeline": "wan_jax.pipeline",
     "Video": "wan_jax.video",
     "read_video": "wan_jax.video",
 }
-__all__ = ["PRESETS", "InputError", "Video", "WanConfig", "WanPipeline", "get_preset", "read_video"]
+__all__ = ["PRESETS", "InputError", "Lora", "Video", "WanConfig", "WanPipeline", "get_preset", "read_video"]
 
 
 def __getattr__(name: str):

@@ -6,6 +6,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from wan_jax import xla_flags
 from wan_jax.errors import InputError
@@ -60,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("destination", help="folder to make", metavar="DST")
     command.add_argument("--dtype", choices=DTYPES, help="of the text encoder and the denoisers (default: as stored)")
     command.add_argument("--to", choices=("orbax", "diffusers", "official"), default="orbax", help="(default orbax)")
+    for expert in ("", "-high", "-low"):
+        text = f"LoRA to merge into the {expert[1:]}-noise expert" if expert else "LoRA to merge into every expert"
+        flag = f"--merge-lora{expert}"
+        command.add_argument(flag, action="append", default=[], help=text, metavar="FILE[:STRENGTH]")
     command.add_argument("--quiet", action="store_true", help="no progress bars")
     command.set_defaults(run=_convert)
 
@@ -103,13 +108,17 @@ def _add_options(command: argparse.ArgumentParser, names: Sequence[str]) -> None
             command.add_argument("prompt", nargs="?", help=text, metavar="PROMPT")
         elif kind is bool:
             command.add_argument(flag, action="store_true", help=text)
+        elif kind is tuple:
+            command.add_argument(flag, action="append", default=[], help=text, metavar=option.metadata["metavar"])
         else:
             command.add_argument(flag, type=kind, default=option.default, help=text, metavar=option.metadata["metavar"])
 
 
 def _options(values: argparse.Namespace) -> Options:
     names = {option.name for option in dataclasses.fields(Options)}
-    return Options(**{name: value for name, value in vars(values).items() if name in names})
+    given = {name: value for name, value in vars(values).items() if name in names}
+    frozen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return Options(**frozen)
 
 
 def _generate(values: argparse.Namespace) -> int:
@@ -150,10 +159,13 @@ def _decode(values: argparse.Namespace) -> None:
 def _convert(values: argparse.Namespace) -> None:
     from wan_jax.checkpoint import convert
     from wan_jax.checkpoint.hub import local_checkpoint
+    from wan_jax.generate import read_loras
     from wan_jax.progress import Bars
 
+    loras = read_loras(values.merge_lora, values.merge_lora_high, values.merge_lora_low)
+    source = local_checkpoint(values.source)
     with Bars(not values.quiet).transfers("convert") as report:
-        summary = convert(local_checkpoint(values.source), values.destination, values.dtype, values.to, report)
+        summary = convert(source, values.destination, values.dtype, values.to, report, loras=loras)
     print(summary)
 
 

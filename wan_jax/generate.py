@@ -8,6 +8,7 @@ import pathlib
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from wan_jax.video import (
 
 if TYPE_CHECKING:
     from wan_jax.checkpoint import Checkpoint
+    from wan_jax.lora import Lora
     from wan_jax.pipeline import WanPipeline
     from wan_jax.plan import Report
     from wan_jax.progress import Bars
@@ -57,19 +59,22 @@ def generate(options: Options) -> dict[str, Any]:
     if options.extend_prompt:
         language_model = open_language_model(options.extend_url, options.extend_model, options.extend_key)
 
+    from wan_jax.lora import open_loras
     from wan_jax.pipeline import WanPipeline, peak_bytes
     from wan_jax.progress import Bars
 
     bars = Bars(not options.quiet)
     start = time.perf_counter()
+    loras = read_loras(options.lora, options.lora_high, options.lora_low)
     checkpoint = _open(options, bars)
+    lora_files = open_loras(loras, checkpoint.config).files
     jobs = []
     for item in items:
         with item.naming_errors():
             settings, _, _ = _inputs(item.options, checkpoint.config)
             jobs.append(Job(item, settings, str(item.options.prompt)))
     batch = options.prompts is not None
-    pending = [job for job in jobs if not (batch and not options.overwrite and _is_finished(job, bars))]
+    pending = [job for job in jobs if not (batch and not options.overwrite and _is_finished(job, loras, bars))]
     if language_model is not None:
         _extend_prompts(pending, language_model, bars)
 
@@ -83,6 +88,7 @@ def generate(options: Options) -> dict[str, Any]:
             vae_dtype=options.vae_dtype,
             profile=options.profile,
             settings=largest.settings,
+            loras=loras,
             progress=bars,
         )
         profile = pipeline.memory.profile.name
@@ -95,7 +101,8 @@ def generate(options: Options) -> dict[str, Any]:
                 if bar is not None:
                     bar.advance()
     return {
-        **_report_settings(options, jobs),
+        **_report_settings(options, loras, jobs),
+        "loras": [file.as_json() for file in lora_files],
         "profile": profile,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "peak_bytes": peak_bytes(),
@@ -130,7 +137,7 @@ class Job:
         }
 
 
-def _report_settings(options: Options, jobs: list[Job]) -> dict[str, Any]:
+def _report_settings(options: Options, loras: Sequence["Lora"], jobs: list[Job]) -> dict[str, Any]:
     """The settings that all videos share, and each video with its own."""
     videos = [job.as_json() for job in jobs]
     first, *others = videos
@@ -144,6 +151,7 @@ def _report_settings(options: Options, jobs: list[Job]) -> dict[str, Any]:
         "settings": {
             "prompts": [job.prompt for job in jobs],
             "checkpoint": options.checkpoint,
+            "loras": [lora.as_json() for lora in loras],
             "dtype": options.dtype,
             "vae_dtype": options.vae_dtype,
             **shared,
@@ -153,7 +161,7 @@ def _report_settings(options: Options, jobs: list[Job]) -> dict[str, Any]:
     }
 
 
-def _is_finished(job: Job, bars: "Bars") -> bool:
+def _is_finished(job: Job, loras: Sequence["Lora"], bars: "Bars") -> bool:
     """Whether an earlier run has made the video; says so, and whether it was asked for something else."""
     options = job.item.options
     files = [name for name in (options.save_latents, options.save_frames) if name is not None]
@@ -162,7 +170,9 @@ def _is_finished(job: Job, bars: "Bars") -> bool:
     job.finished = True
     recorded = read_metadata(options.output)
     recorded["prompt"] = recorded.get("original_prompt", recorded.get("prompt"))
-    wanted = json.loads(json.dumps({"prompt": options.prompt, **job.settings.as_json()}))
+    recorded.setdefault("loras", [])
+    asked = {"prompt": options.prompt, "loras": [lora.as_json() for lora in loras], **job.settings.as_json()}
+    wanted = json.loads(json.dumps(asked))
     others = [name for name, value in wanted.items() if name in recorded and recorded[name] != value]
     otherwise = f", but with another {', '.join(others)}; --overwrite makes it anew" if others else ""
     bars.note(f"{options.output} is finished{otherwise}")
@@ -278,6 +288,7 @@ def extend(video: str, options: Options) -> list[pathlib.Path]:
         vae_dtype=options.vae_dtype,
         profile=options.profile,
         settings=Settings.resolve(checkpoint.config, **own),
+        loras=read_loras(options.lora, options.lora_high, options.lora_low),
         progress=not options.quiet,
     )
     try:
@@ -316,6 +327,17 @@ def _inputs(options: Options, config: WanConfig) -> tuple[Settings, ImagePrompt 
     if initial_latents is not None:
         settings.check_latents(initial_latents.shape, config, 1)
     return settings, images, initial_latents
+
+
+def read_loras(both: Sequence[str], high: Sequence[str] = (), low: Sequence[str] = ()) -> list["Lora"]:
+    """ "FILE" and "FILE:STRENGTH" by expert -> what they ask for."""
+    from wan_jax.lora import Lora
+
+    return [
+        *[Lora.parse(text) for text in both],
+        *[Lora.parse(text, "high_noise") for text in high],
+        *[Lora.parse(text, "low_noise") for text in low],
+    ]
 
 
 def _open(options: Options, bars: "Bars") -> "Checkpoint":

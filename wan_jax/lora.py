@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.sharding import Sharding
 
 from wan_jax.checkpoint.components import copy_into
 from wan_jax.checkpoint.layouts import denoiser_rows
-from wan_jax.checkpoint.lora import ActiveLora, Change, Lora, LoraFile, OpenLoras, open_loras
+from wan_jax.checkpoint.lora import ActiveLora, Change, Lora, LoraFile, OpenLoras, open_loras, total_change
 from wan_jax.checkpoint.lora_export import save_lora
 from wan_jax.checkpoint.tensors import cast
 from wan_jax.config import DenoiserConfig
@@ -74,18 +75,16 @@ class AdaptedDenoiser:
 
         Factors are read again only if the files are others than the last time.
         """
+        if not loras:
+            self._files, self._factors = [], {}
+            return self.base
         parts = parts_by_parameter(loras, self.base.config)
         whole = {name for name, each in parts.items() if any(part.change.diffs for part in each)}
-        low_rank = [name for name in parts if name not in whole]
         files = [lora.identity for lora in loras]
         if files != self._files:
             self._files, self._factors = [], {}  # frees the old ones first
-            with ThreadPoolExecutor() as threads:
-                loaded = threads.map(lambda name: self._load(parts[name], loras, name), low_rank)
-                self._factors = dict(zip(low_rank, loaded, strict=True))
+            self._factors = self._load({name: parts[name] for name in parts if name not in whole}, loras)
             self._files = files
-        if not loras:
-            return self.base
         strengths = np.array([lora.strength for lora in loras], np.float32)
         adapters = {linear_of(name): self._adapter(name, factors, strengths) for name, factors in self._factors.items()}
         tensors = {name: self._changed(name, parts[name], loras) for name in whole}
@@ -96,49 +95,58 @@ class AdaptedDenoiser:
         axes = find_linear(self.base, linear_of(name)).kernel.get_metadata()["axes"]
         return Adapter(factors.down, factors.up, jax.device_put(scale, self._sharding), axes=axes)
 
-    def _load(self, parts: Sequence[Part], loras: Sequence[ActiveLora], name: str) -> Factors:
-        """Reads the factors of one kernel onto the device."""
-        *layers, inputs, outputs = self._parameters[name].shape
-        offsets, total = _columns(parts, loras)
-        dtypes = {part_dtype(part, loras) for part in parts}
-        dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
-        # As the files have them; the device turns them around.
-        down = np.zeros((*layers, total, inputs), dtype)
-        up = np.zeros((*layers, outputs, total), dtype)
-        scales = np.zeros((len(loras), *layers, total), np.float32)
-        for part in parts:
-            one_down, one_up = loras[part.lora].file.factors(part.change)
-            columns = slice(offsets[part.lora], offsets[part.lora] + len(one_down))
-            copy_into(down[part.layer][columns], cast(one_down, dtype))
-            copy_into(up[part.layer][:, columns], cast(one_up, dtype))
-            scales[part.lora][part.layer][columns] = part.change.scale
+    def _load(self, parts: Mapping[str, Sequence[Part]], loras: Sequence[ActiveLora]) -> dict[str, Factors]:
+        """Reads the factors of all kernels onto the device."""
         here = single_device(self._device, on_host=False)
-        # Waiting here keeps one kernel's factors on their way for each thread.
-        device_down, device_up = (
-            jax.device_put(_turned(jax.device_put(factor, here)), self._sharding).block_until_ready()
-            for factor in (down, up)
-        )
-        return Factors(device_down, device_up, scales)
+
+        def read(name: str) -> tuple[jax.Array, jax.Array, np.ndarray]:
+            down, up, scales = read_factors(parts[name], loras, self._parameters[name].shape)
+            return jax.device_put(down, here), jax.device_put(up, here), scales
+
+        with ThreadPoolExecutor() as threads:
+            stored = dict(zip(parts, threads.map(read, parts), strict=True))
+        turned = _turned({name: (down, up) for name, (down, up, _) in stored.items()})
+        factors = jax.block_until_ready(jax.device_put(turned, self._sharding))
+        return {name: Factors(factors[name][0], factors[name][1], scales) for name, (_, _, scales) in stored.items()}
 
     def _changed(self, name: str, parts: Sequence[Part], loras: Sequence[ActiveLora]) -> jax.Array:
         """A parameter that is changed whole: the sum in float32, rounded once."""
         base = self._parameters[name]
         host = np.array(base)
-        for layer in sorted({part.layer for part in parts}):
-            here = [part for part in parts if part.layer == layer]
-            change = np.zeros(here[0].change.row.shape, np.float32)
-            for part in here:
-                lora = loras[part.lora]
-                change += np.float32(lora.strength) * lora.file.delta(part.change)
-            row = here[0].change.row
+        for layer, row in {part.layer: part.change.row for part in parts}.items():
+            change = total_change(loras, row.ours)
+            assert change is not None
             host[layer] = (host[layer].astype(np.float32) + row.to_ours(change)).astype(host.dtype)
         return jax.device_put(host, base.sharding)
 
 
 @jax.jit
-def _turned(factor: jax.Array) -> jax.Array:
-    # float32 whatever the file has, so that files of another dtype need no program of their own.
-    return jnp.swapaxes(factor, -1, -2).astype(jnp.float32)
+def _turned(factors: Any) -> Any:
+    """As files have factors -> as adapters have them, in float32, so that no file's dtype asks for another step."""
+    return jax.tree.map(lambda factor: jnp.swapaxes(factor, -1, -2).astype(jnp.float32), factors)
+
+
+def read_factors(
+    parts: Sequence[Part], loras: Sequence[ActiveLora], shape: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The factors of all LoRAs of one kernel side by side, in the layout and, where they agree, the dtype of the files.
+
+    Returns: down [layers, rank, inputs], up [layers, outputs, rank], `Factors.scales`.
+    """
+    *layers, inputs, outputs = shape
+    offsets, total = _columns(parts, loras)
+    dtypes = {lora.file.store.tensors[name].dtype for lora, name in ((loras[p.lora], p.change.names[0]) for p in parts)}
+    dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    down = np.zeros((*layers, total, inputs), dtype)
+    up = np.zeros((*layers, outputs, total), dtype)
+    scales = np.zeros((len(loras), *layers, total), np.float32)
+    for part in parts:
+        one_down, one_up = loras[part.lora].file.factors(part.change)
+        columns = slice(offsets[part.lora], offsets[part.lora] + len(one_down))
+        copy_into(down[part.layer][columns], cast(one_down, dtype))
+        copy_into(up[part.layer][:, columns], cast(one_up, dtype))
+        scales[part.lora][part.layer][columns] = part.change.scale
+    return down, up, scales
 
 
 def parts_by_parameter(loras: Sequence[ActiveLora], config: DenoiserConfig) -> dict[str, list[Part]]:
@@ -179,12 +187,6 @@ def _columns(parts: Sequence[Part], loras: Sequence[ActiveLora]) -> tuple[Mappin
         offsets[index] = total
         total += ranks[index]
     return offsets, -(-total // RANK_MULTIPLE) * RANK_MULTIPLE
-
-
-def part_dtype(part: Part, loras: Sequence[ActiveLora]) -> np.dtype:
-    file = loras[part.lora].file
-    assert part.change.down is not None
-    return file.store.tensors[part.change.down].dtype
 
 
 def linear_of(kernel: str) -> str:

@@ -14,7 +14,7 @@ def _option(kind: type, text: str, *, default: Any = None, metavar: str | None =
 
 @dataclass(frozen=True)
 class Options:
-    """Everything a run can be told; None takes the checkpoint's preset."""
+    """Everything a run can be told; None takes the checkpoint's preset. A tuple is an option given several times."""
 
     prompt: str | None = _option(str, "what the video shows")
     prompts: str | None = _option(str, "file of prompts: .txt, .jsonl or .csv; makes a video of each", metavar="FILE")
@@ -33,6 +33,15 @@ class Options:
     schedule: str | None = _option(str, f"{' | '.join(GRIDS)}, or LOW,HIGH", metavar="NAME[,NAME]")
     seed: int = _option(int, "the initial noise depends on it alone (default 0)", default=0, metavar="N")
     noise: str = _option(str, f"{' | '.join(NOISES)}: whose random numbers (default jax)", default="jax")
+    lora: tuple[str, ...] = _option(
+        tuple, "LoRA for every expert; may be given several times", default=(), metavar="FILE[:STRENGTH]"
+    )
+    lora_high: tuple[str, ...] = _option(
+        tuple, "the same for the high-noise expert", default=(), metavar="FILE[:STRENGTH]"
+    )
+    lora_low: tuple[str, ...] = _option(
+        tuple, "the same for the low-noise expert", default=(), metavar="FILE[:STRENGTH]"
+    )
     dtype: str = _option(str, f"{' | '.join(DTYPES)} (default bfloat16)", default="bfloat16")
     vae_dtype: str = _option(str, "of the VAE (default float32)", default="float32", metavar="NAME")
     profile: str = _option(

@@ -199,7 +199,8 @@ class WanPipeline:
         for note in opened.notes:
             self._bars.note(note)
         # The old adapters go before the new ones come.
-        self.loras, self.denoisers = (), {name: adapted.base for name, adapted in self._adapted.items()}
+        self.loras = ()
+        self.denoisers = {name: adapted.base for name, adapted in self._adapted.items()}
         self.denoisers = {name: adapted.with_loras(opened.by_expert[name]) for name, adapted in self._adapted.items()}
         self.loras = chosen
         return opened.files

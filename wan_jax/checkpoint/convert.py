@@ -24,6 +24,8 @@ from wan_jax.checkpoint.export import (
     write_official_component,
 )
 from wan_jax.checkpoint.layouts import Naming, Row
+from wan_jax.checkpoint.lora import Lora, open_loras
+from wan_jax.checkpoint.lora_export import merge_loras
 from wan_jax.checkpoint.orbax import TOKENIZER, write_manifest, write_orbax
 from wan_jax.checkpoint.sources import INCOMPLETE, OFFICIAL_IMAGE_ENCODER, OFFICIAL_TOKENIZER
 from wan_jax.checkpoint.tensors import BFLOAT16, Progress, TensorInfo, readable
@@ -72,6 +74,8 @@ def convert(
     dtype: DTypeLike | None = None,
     to: Target = "orbax",
     progress: Progress | None = None,
+    *,
+    loras: Sequence[Lora] = (),
 ) -> ConversionSummary:
     """Converts the checkpoint at `source` (any layout, or one that is open) into a new folder `destination`.
 
@@ -79,7 +83,8 @@ def convert(
     round trip then gives back the same bits. The VAE and the image encoder always keep their own. Tensors are read,
     rearranged and written in groups of about a gigabyte, so that memory does not grow with the model. The folder
     appears complete or not at all; what a killed conversion left behind is removed by the next one to the same place.
-    `progress(component, bytes done, bytes in all)` is called after every tensor.
+    `progress(component, bytes done, bytes in all)` is called after every tensor. `loras` are merged into the experts:
+    the sum in float32, rounded once.
 
     Raises InputError for a source that cannot be opened (see open_checkpoint), a destination that exists, too little
     disk, or a target layout that cannot hold this model.
@@ -92,8 +97,14 @@ def convert(
         raise InputError(f"dtype {wanted} is no dtype for weights; choose bfloat16 or float32")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     destination = Path(destination)
+    merged = open_loras(loras, checkpoint.config)
+    for expert in (expert for expert, active in merged.by_expert.items() if active):
+        checkpoint.part(expert)  # raises for an expert that is not there
     keep = ("vae", "image_encoder")
-    plans = [_Plan(part, NAMINGS[to], None if name in keep else wanted) for name, part in checkpoint.parts.items()]
+    plans = [
+        _Plan(merge_loras(part, merged.by_expert.get(name, ())), NAMINGS[to], None if name in keep else wanted)
+        for name, part in checkpoint.parts.items()
+    ]
     for plan in plans:
         check_against_model(plan.component.config)
     if to == "diffusers":
@@ -115,7 +126,7 @@ def convert(
     components = tuple(describe(plan.component, plan.tensors) for plan in plans)
     seconds = time.perf_counter() - start
     return ConversionSummary(
-        str(checkpoint.path), str(destination), to, components, seconds, (*checkpoint.notes, *notes)
+        str(checkpoint.path), str(destination), to, components, seconds, (*checkpoint.notes, *merged.notes, *notes)
     )
 
 

@@ -163,6 +163,14 @@ class ActiveLora:
         return os.path.realpath(self.file.path), status.st_mtime_ns, status.st_size
 
 
+def total_change(loras: Sequence[ActiveLora], name: str) -> np.ndarray | None:
+    """What all LoRAs add to one of our parameters, float32 in PyTorch's layout; None where they leave it alone."""
+    changes = [
+        np.float32(lora.strength) * lora.file.delta(lora.changes[name]) for lora in loras if name in lora.changes
+    ]
+    return sum(changes[1:], start=changes[0]) if changes else None
+
+
 @dataclass(frozen=True)
 class OpenLoras:
     """All LoRAs of a run, opened and verified."""
@@ -362,9 +370,8 @@ def _explain(unmatched: Mapping[str, str], total: int, table: Mapping[str, Any],
     layers = [int(match[1]) for module in unmatched.values() if (match := re.match(r"blocks[._](\d+)[._]", module))]
     if len(layers) == len(unmatched) and min(layers) >= config.num_layers:
         return f"changes layer {max(layers)}, and this model has {config.num_layers} layers; it is for a larger one"
-    if all(module.rpartition(".")[0] in table or module in table for module in unmatched.values()) and all(
-        name.endswith((".weight", ".bias", ".modulation", ".scale_shift_table")) for name in unmatched
-    ):
+    whole = (name for name, module in unmatched.items() if module in table or module.rpartition(".")[0] in table)
+    if all(parse_key(name) is None for name in unmatched) and len(list(whole)) == len(unmatched):
         return "holds whole weights, not changes of them; is it a checkpoint?"
     described = []
     for name, module in list(unmatched.items())[:SHOWN]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from wan_jax.checkpoint.components import Component
 from wan_jax.checkpoint.layouts import Row, denoiser_rows
-from wan_jax.checkpoint.lora import ActiveLora
+from wan_jax.checkpoint.lora import ActiveLora, total_change
 from wan_jax.checkpoint.lora_names import EXPERT_METADATA
 from wan_jax.checkpoint.safetensors import write_safetensors_file
 from wan_jax.checkpoint.tensors import TensorInfo, TensorStore, cast
@@ -123,8 +123,7 @@ class MergedStore(TensorStore):
         # float32 holds every dtype that weights have, so tensors that nothing changes come out as they are.
         for name, tensor in zip(names, self._store.read_many(names, np.dtype(np.float32)), strict=True):
             row = self._rows[name]
-            for lora in self._loras:
-                if row.ours in lora.changes:
-                    change = np.float32(lora.strength) * lora.file.delta(lora.changes[row.ours])
-                    tensor = tensor + (row.to_ours(change) if self._ours else change)
+            change = total_change(self._loras, row.ours)
+            if change is not None:
+                tensor = tensor + (row.to_ours(change) if self._ours else change)
             yield cast(tensor, self.tensors[name].dtype if dtype is None else dtype)
