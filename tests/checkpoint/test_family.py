@@ -251,6 +251,15 @@ def test_comfyui(tmp_path, naming):
         assert_loads(checkpoint, component, config)
 
 
+def test_comfyui_of_ti2v(tmp_path):
+    config = CONFIGS["ti2v-5b"]
+    tree = write_comfyui(tmp_path, config, {})
+    (tree / "clip_vision" / "clip_vision_h.safetensors").unlink()
+    checkpoint = open_checkpoint(tree)
+    assert checkpoint.config == dataclasses.replace(config, text_encoder=PRESETS["ti2v-5b"].text_encoder)
+    assert set(checkpoint.components) == {"denoiser", "vae"}
+
+
 def test_comfyui_of_wan22(tmp_path):
     config = CONFIGS["i2v-a14b"]
     checkpoint = open_checkpoint(write_comfyui(tmp_path, config, clip_files()["comfyui"]))

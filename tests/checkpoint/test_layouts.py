@@ -17,12 +17,15 @@ from wan_jax.checkpoint.layouts import (
     text_encoder_rows,
     vae_rows,
 )
-from wan_jax.config import PRESETS, WAN22_VAE, DenoiserConfig, TextEncoderConfig, VAEConfig
+from wan_jax.config import PRESETS, WAN22_VAE, DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig
 
 DENOISERS = (
     DenoiserConfig(num_layers=2, dim=60, num_heads=3, ffn_dim=52, text_dim=28, freq_dim=64),
     DenoiserConfig(num_layers=1, dim=24, num_heads=2, ffn_dim=40, in_channels=5, out_channels=7, patch_size=(2, 1, 3)),
+    DenoiserConfig(num_layers=2, dim=24, num_heads=2, ffn_dim=40, in_channels=36, image_dim=22),
+    DenoiserConfig(num_layers=1, dim=24, num_heads=2, ffn_dim=40, image_dim=22, image_position_length=10),
 )
+IMAGE_ENCODER = ImageEncoderConfig(image_size=21, patch_size=7, dim=22, num_layers=2, num_heads=2, ffn_dim=36)
 TEXT_ENCODER = TextEncoderConfig(vocab_size=67, dim=28, num_layers=2, num_heads=5, head_dim=6, ffn_dim=44)
 VAES = (
     VAEConfig(base_dim=6),
@@ -31,7 +34,7 @@ VAES = (
     VAEConfig(base_dim=4, decoder_base_dim=6, patch_size=2, residual=True),
     VAEConfig(base_dim=2, dim_mult=(2, 4, 2), num_res_blocks=1, temporal_downsample=(True, False), residual=True),
 )
-MODELS = (*DENOISERS, TEXT_ENCODER, *VAES)
+MODELS = (*DENOISERS, TEXT_ENCODER, *VAES, IMAGE_ENCODER)
 
 
 def rows_of(config):
@@ -65,6 +68,19 @@ def diffusers_original(config):
                 freq_dim=config.freq_dim,
                 ffn_dim=config.ffn_dim,
                 num_layers=config.num_layers,
+                image_dim=config.image_dim,
+                added_kv_proj_dim=None if config.image_dim is None else config.dim,
+                pos_embed_seq_len=config.image_position_length,
+            )
+        case ImageEncoderConfig():
+            return originals.image_encoder(
+                0,
+                hidden_size=config.dim,
+                intermediate_size=config.ffn_dim,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                image_size=config.image_size,
+                patch_size=config.patch_size,
             )
         case TextEncoderConfig():
             return originals.text_encoder(0, config.vocab_size, tie_word_embeddings=True)
@@ -87,6 +103,8 @@ def diffusers_original(config):
 def test_diffusers_names_and_shapes(config):
     theirs = {name: tuple(tensor.shape) for name, tensor in diffusers_original(config).state_dict().items()}
     theirs.pop("encoder.embed_tokens.weight", None)  # a second name of shared.weight
+    if isinstance(config, ImageEncoderConfig):  # transformers 4 has a prefix and saves it, 5 reads it
+        theirs = {f"vision_model.{name.removeprefix('vision_model.')}": shape for name, shape in theirs.items()}
     assert {row.diffusers: row.shape for row in rows_of(config)} == theirs
 
 
@@ -102,9 +120,14 @@ def test_names_are_unique(config, naming):
     [
         (PRESETS["t2v-a14b"].denoiser, 1095, 14_288_491_584),
         (PRESETS["t2v-1.3b"].denoiser, 825, 1_418_996_800),
+        (PRESETS["i2v-a14b"].denoiser, 1095, 14_288_901_184),
+        (PRESETS["ti2v-5b"].denoiser, 825, 4_999_787_712),
+        (PRESETS["i2v-14b-480p"].denoiser, 1095 + 208, 16_394_878_784),
+        (PRESETS["flf2v-14b-720p"].denoiser, 1095 + 209, 16_395_536_704),
         (TextEncoderConfig(), 242, 5_680_910_336),
         (VAEConfig(), 194, 126_892_531),
         (WAN22_VAE, 196, 704_688_668),
+        (ImageEncoderConfig(), 519, 630_766_080),
     ],
 )
 def test_counts_of_the_release(config, tensors, parameters):
