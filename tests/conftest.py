@@ -13,6 +13,7 @@ import jax
 import pytest
 
 CACHE = pathlib.Path(os.environ.get("WAN_JAX_TEST_CACHE", pathlib.Path.home() / ".cache" / "wan_jax" / "tests"))
+jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of meshes; all others use the first

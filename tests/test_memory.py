@@ -252,9 +252,9 @@ def test_the_step_is_told_what_is_on_the_host(pipelines, videos, monkeypatch, pr
     pipeline = pipelines[profile]
     step, told = sampler._sample_step, []
 
-    def lower(graphdef, solver, parameters, *rest):
+    def lower(graphdef, solver, spread, parameters, *rest):
         told.append({dotted(path): on_host(variable.get_value()) for path, variable in parameters.flat_state()})
-        return step.lower(graphdef, solver, parameters, *rest)
+        return step.lower(graphdef, solver, spread, parameters, *rest)
 
     monkeypatch.setattr(sampler, "_sample_step", SimpleNamespace(lower=lower))
     pipeline("a red circle", **SMALL)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning
 from wan_jax.diffusion.experts import by_expert
@@ -26,6 +26,9 @@ from wan_jax.diffusion.schedule import TRAIN_TIMESTEPS, Schedule
 from wan_jax.diffusion.solvers import Solver
 from wan_jax.errors import InputError
 from wan_jax.models.layers import on_host
+from wan_jax.parallel import collectives
+from wan_jax.parallel.collectives import CFG, PIPELINE
+from wan_jax.parallel.spread import Spread, gather_outside_layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +38,7 @@ class Expert:
     denoiser: nnx.Module
     positive: Any  # Context of the prompts
     negative: Any = None  # Context of the negative prompts; needed only for guidance
+    spread: Spread | None = None  # over which devices the arrays lie; None: one device
 
     @classmethod
     def prepare(
@@ -43,14 +47,12 @@ class Expert:
         positive: jax.Array,
         negative: jax.Array | None = None,
         image: jax.Array | None = None,
+        spread: Spread | None = None,
     ) -> "Expert":
         """Computes the contexts from encoded text, [B, text_length, text_dim] each, and an image's features."""
         graphdef, parameters = nnx.split(denoiser)
-        contexts = (
-            None if text is None else _encode_context(graphdef, parameters, text, image)
-            for text in (positive, negative)
-        )
-        return cls(denoiser, *contexts)
+        encode = partial(_encode_context, graphdef, spread, parameters, image=image)
+        return cls(denoiser, encode(positive), None if negative is None else encode(negative), spread)
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,9 @@ def compile_step(
         (parameters, expert.positive, expert.negative),
     )
     numbers = _step_numbers(schedule, solver.coefficients(schedule), 0)
-    return _sample_step.lower(graphdef, solver, *arrays, state, conditioning, *numbers, np.float32(1)).compile()
+    return _sample_step.lower(
+        graphdef, solver, expert.spread, *arrays, state, conditioning, *numbers, np.float32(1)
+    ).compile()
 
 
 def _step_numbers(schedule: Schedule, coefficients: Any, index: int) -> tuple[Any, np.ndarray]:
@@ -212,9 +216,21 @@ def _step_numbers(schedule: Schedule, coefficients: Any, index: int) -> tuple[An
     return jax.tree.map(lambda values: values[index], coefficients), schedule.timesteps[index]
 
 
-@partial(jax.jit, static_argnames=("graphdef", "solver"), donate_argnames="state")
-def _sample_step(graphdef, solver, parameters, positive, negative, state, conditioning, coefficients, timestep, scale):
-    denoiser = nnx.merge(graphdef, parameters)
+@partial(jax.jit, static_argnames=("graphdef", "solver", "spread"), donate_argnames="state")
+def _sample_step(graphdef, solver, spread, parameters, positive, negative, state, conditioning, *numbers):
+    run = partial(_step, graphdef, solver)
+    arguments = parameters, positive, negative, state, conditioning, numbers
+    if spread is None:
+        return run(*arguments)
+    contexts = spread.context, spread.context
+    known = jax.tree.map(lambda x: spread.batch if len(x) > 1 else PartitionSpec(), conditioning)
+    in_specs = spread.state_specs(parameters), *contexts, spread.batch, known, PartitionSpec()
+    return spread.shard_map(run, in_specs, spread.batch)(*arguments)
+
+
+def _step(graphdef, solver, parameters, positive, negative, state, conditioning, numbers):
+    coefficients, timestep, scale = numbers
+    denoiser = nnx.merge(graphdef, gather_outside_layers(parameters))
     timesteps = jnp.full(state.latents.shape[:1], timestep)
 
     def evaluate(is_positive: jax.Array) -> jax.Array:
@@ -226,6 +242,16 @@ def _sample_step(graphdef, solver, parameters, positive, negative, state, condit
 
     if negative is None:
         velocity = denoiser(*conditioning.inputs(state.latents, timesteps), positive)
+    elif collectives.size(CFG) > 1:
+        conditional, unconditional = lax.all_gather(evaluate(lax.axis_index(CFG) == 0), CFG)
+        velocity = guide(conditional, unconditional, scale)
+    elif collectives.size(PIPELINE) > 1:
+        # Two videos to the stages, so that fewer of them wait.
+        context = jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), positive, negative)
+        inputs = conditioning.inputs(state.latents, timesteps)
+        both = denoiser(*(jnp.concatenate([x, x]) for x in inputs), context)
+        conditional, unconditional = jnp.split(both, 2)
+        velocity = guide(conditional, unconditional, scale)
     else:
         # A loop of two turns, so that the denoiser is compiled once and its activations exist once.
         conditional, unconditional = lax.map(evaluate, jnp.array([True, False]))
@@ -234,7 +260,13 @@ def _sample_step(graphdef, solver, parameters, positive, negative, state, condit
     return state._replace(latents=conditioning.restore(state.latents))
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def _encode_context(graphdef, parameters, text, image):
-    denoiser = nnx.merge(graphdef, parameters)
-    return denoiser.encode_context(text) if image is None else denoiser.encode_context(text, image)
+@partial(jax.jit, static_argnames=("graphdef", "spread"))
+def _encode_context(graphdef, spread, parameters, text, image):
+    def run(parameters, text, image):
+        denoiser = nnx.merge(graphdef, gather_outside_layers(parameters))
+        return denoiser.encode_context(text) if image is None else denoiser.encode_context(text, image)
+
+    if spread is None:
+        return run(parameters, text, image)
+    in_specs = spread.state_specs(parameters), spread.batch, spread.batch
+    return spread.shard_map(run, in_specs, spread.context)(parameters, text, image)

@@ -10,6 +10,7 @@ Precision follows the official code run with bfloat16 weights: matrix products a
 stream, norms, modulation, time embedding and head in float32. Original: Wan-Video/Wan2.2, wan/modules/model.py.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,7 @@ from wan_jax.config import DenoiserConfig
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
 from wan_jax.models.layers import LayerNorm, Linear, RMSNorm, gelu_erf, layer_norm, scan_layers, stack_layers
+from wan_jax.parallel import pipeline, sequence
 
 IMAGE_EPS = 1e-5  # of the image embedding's norms
 
@@ -45,6 +47,16 @@ class Context:
     @property
     def batch(self) -> int:
         return self.keys.shape[1]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What every layer reads beside its input and the context; on a mesh, for this device's tokens."""
+
+    time: jax.Array  # [B, n, dim] float32, n as in `add_table`
+    modulation: jax.Array  # [B, n, 6, dim] float32
+    rotary: tuple[jax.Array, jax.Array]  # cos, sin [S, 1, head_dim / 2] float32
+    tokens: int  # of the whole video
 
 
 class Denoiser(nnx.Module):
@@ -124,23 +136,53 @@ class Denoiser(nnx.Module):
           InputError: a shape that does not fit.
         """
         grid = self.check_shapes(latents, timesteps, context)
-        axes = dict(zip(("f", "h", "w", "pt", "ph", "pw"), (*grid, *self.config.patch_size), strict=True))
-        # Features of a patch: the channel varies slowest on the way in and fastest on the way out.
-        patches = rearrange(latents, "b c (f pt) (h ph) (w pw) -> b (f h w) (c pt ph pw)", **axes)
-        x = self.patch_embedding(patches).astype(jnp.float32)  # [B, S, dim]
+        conditions = self.embed_conditions(timesteps, grid)
+        x = self.embed(latents, grid)
+        x = self.run_blocks(x, conditions, context)
+        return self.unembed(x, conditions, grid)
 
+    def embed(self, latents: jax.Array, grid: tuple[int, int, int]) -> jax.Array:
+        """Latents [B, in_channels, F, h, w] -> tokens [B, S, dim] float32; on a mesh, this device's tokens."""
+        # Features of a patch: the channel varies slowest on the way in and fastest on the way out.
+        pattern = "b c (f pt) (h ph) (w pw) -> b (f h w) (c pt ph pw)"
+        patches = sequence.split_tokens(rearrange(latents, pattern, **self._patch_axes(grid)), axis=1)
+        return self.patch_embedding(patches).astype(jnp.float32)
+
+    def embed_conditions(self, timesteps: jax.Array, grid: tuple[int, int, int]) -> "Conditions":
+        """What all layers need to know of the timesteps and of the tokens' places."""
         # What is the same for many tokens is computed once: n is 1, the number of frames, or S. `add_table` spreads it.
-        timesteps = timesteps.reshape(timesteps.shape[0], -1)
+        tokens, timesteps = math.prod(grid), timesteps.reshape(timesteps.shape[0], -1)
         time = self.time_embedding(timestep_embedding(timesteps, self.config.freq_dim))  # [B, n, dim]
         modulation = rearrange(self.time_projection(jax.nn.silu(time)), "b s (six dim) -> b s six dim", six=6)
-        rotary = rotary_tables(grid, self.config.head_dim)
+        if time.shape[1] > 1 and sequence.is_split():
+            # A device's tokens begin and end anywhere in a frame.
+            places = sequence.split_tokens(jnp.arange(tokens) // (tokens // time.shape[1]), axis=0)
+            time, modulation = time[:, places], modulation[:, places]
+        rotary = sequence.split_tokens(rotary_tables(grid, self.config.head_dim), axis=0)
+        return Conditions(time, modulation, rotary, tokens)
 
-        def layer(x, block, context):
-            return block(x, modulation, rotary, context), None
+    def run_blocks(self, x: jax.Array, conditions: "Conditions", context: Context) -> jax.Array:
+        """Tokens [B, S, dim] through all layers."""
 
-        x, _ = scan_layers(layer, x, self.blocks, context, remat=self.remat)
-        velocity = self.head(x, time)  # [B, S, pt * ph * pw * out_channels]
-        return rearrange(velocity, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", **axes)
+        def run_layers(x: jax.Array, rows: tuple[jax.Array, jax.Array], context: Context) -> jax.Array:
+            here = replace(conditions, time=rows[0], modulation=rows[1])
+
+            def layer(x: jax.Array, block: DenoiserBlock, context: Context) -> tuple[jax.Array, None]:
+                return block(x, here, context), None
+
+            return scan_layers(layer, x, self.blocks, context, remat=self.remat)[0]
+
+        return pipeline.run_stages(run_layers, x, (conditions.time, conditions.modulation), context)
+
+    def unembed(self, x: jax.Array, conditions: "Conditions", grid: tuple[int, int, int]) -> jax.Array:
+        """Tokens [B, S, dim] -> velocity [B, out_channels, F, h, w], float32; on a mesh, of all tokens."""
+        velocity = pipeline.from_last_stage(self.head(x, conditions.time))  # [B, S, pt * ph * pw * out_channels]
+        velocity = sequence.join_tokens(velocity, axis=1, tokens=conditions.tokens)
+        pattern = "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)"
+        return rearrange(velocity, pattern, **self._patch_axes(grid))
+
+    def _patch_axes(self, grid: tuple[int, int, int]) -> dict[str, int]:
+        return dict(zip(("f", "h", "w", "pt", "ph", "pw"), (*grid, *self.config.patch_size), strict=True))
 
     def check_context_shapes(self, text: jax.Array, image: jax.Array | None) -> None:
         config = self.config
@@ -208,17 +250,12 @@ class DenoiserBlock(nnx.Module):
         self.feed_forward = FeedForward(config, dtype, param_dtype, rngs)
         self.eps = config.eps
 
-    def __call__(
-        self,
-        x: jax.Array,
-        modulation: jax.Array,
-        rotary: tuple[jax.Array, jax.Array],
-        context: Context,
-    ) -> jax.Array:
-        """x [B, S, dim] and modulation [B, n, 6, dim] in float32; this layer's part of the context."""
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = add_table(self.modulation, modulation, x.shape[1])
+    def __call__(self, x: jax.Array, conditions: Conditions, context: Context) -> jax.Array:
+        """x [B, S, dim] in float32; this layer's part of the context."""
+        vectors = add_table(self.modulation, conditions.modulation, x.shape[1])
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors
         y = layer_norm(x, self.eps) * (1 + scale_1) + shift_1
-        x = x + gate_1 * self.self_attention(y, rotary)
+        x = x + gate_1 * self.self_attention(y, conditions)
         x = x + self.cross_attention(self.cross_attention_norm(x), context)
         y = layer_norm(x, self.eps) * (1 + scale_2) + shift_2
         return x + gate_2 * self.feed_forward(y)
@@ -244,7 +281,7 @@ class MultiHeadAttention(nnx.Module):
         self.output = linear(axes=("heads", "embed"))
         self.query_norm = norm()
         self.key_norm = norm()
-        self.num_heads = config.num_heads
+        self.head_dim = config.head_dim
         self.implementation = implementation
 
     def project_query(self, x: jax.Array) -> jax.Array:
@@ -256,7 +293,7 @@ class MultiHeadAttention(nnx.Module):
         return self.split_heads(self.key_norm(self.key(x))), self.split_heads(self.value(x))
 
     def split_heads(self, x: jax.Array) -> jax.Array:
-        return rearrange(x, "b s (h d) -> b s h d", h=self.num_heads)
+        return rearrange(x, "b s (h d) -> b s h d", d=self.head_dim)
 
     def attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         """Heads in, [B, S, dim] out, before the output projection."""
@@ -267,10 +304,11 @@ class MultiHeadAttention(nnx.Module):
 class SelfAttention(MultiHeadAttention):
     """Every token of the video attends to every token, at rotary positions."""
 
-    def __call__(self, x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-        query = self.project_query(x)
-        key, value = self.project_key_value(x)
-        return self.output(self.attend(rotate(query, rotary), rotate(key, rotary), value))
+    def __call__(self, x: jax.Array, conditions: Conditions) -> jax.Array:
+        query, (key, value) = self.project_query(x), self.project_key_value(x)
+        query, key = rotate(query, conditions.rotary), rotate(key, conditions.rotary)
+        y = sequence.attend_all_tokens(query, key, value, tokens=conditions.tokens, implementation=self.implementation)
+        return self.output(rearrange(y, "b s h d -> b s (h d)"))
 
 
 class CrossAttention(MultiHeadAttention):

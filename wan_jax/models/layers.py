@@ -10,6 +10,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from wan_jax.kernels.attention.backward import keeps_attention
+from wan_jax.parallel import collectives
 from wan_jax.precision import matmul_precision, rounded
 
 
@@ -82,6 +83,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(kernel.astype(param_dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), axes=axes[1:]) if use_bias else None
         self.adapter: Adapter | None = None
+        self.contracted_axis = axes[0]
         self.dtype = dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -97,6 +99,7 @@ class Linear(nnx.Module):
         )
         if adapter is not None and not adapter.merge:
             y = y + adapter(x)
+        y = collectives.sum_over_contracted(y, self.contracted_axis)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
 
@@ -109,12 +112,14 @@ class RMSNorm(nnx.Module):
     def __init__(self, features: int, *, axis: str, eps: float, param_dtype: DTypeLike, rngs: nnx.Rngs):
         del rngs
         self.scale = nnx.Param(jnp.ones((features,), param_dtype), axes=(axis,))
+        self.axis = axis
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., features] -> the same shape and dtype."""
         x32 = x.astype(jnp.float32)
-        y = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        mean_square = collectives.mean_over_shards(jnp.mean(x32 * x32, axis=-1, keepdims=True), self.axis)
+        y = x32 * lax.rsqrt(mean_square + self.eps)
         return rounded(y, x.dtype).astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
@@ -173,9 +178,9 @@ def scan_layers(
 ) -> tuple[Any, Any]:
     """Runs stacked layers one after the other: `carry, y = step(carry, layer, x)` for each layer.
 
-    Parameters in host memory (memory kind "pinned_host") come to the device layer by layer, those that `step` reads.
-    Each copy runs while the layer before it computes, so two layers are on the device at a time. Where the parameters
-    lie changes no bit of the result.
+    Parameters in host memory (memory kind "pinned_host"), and those of which each device of a mesh has a part ("fsdp"),
+    come to the device layer by layer, those that `step` reads. Each copy runs while the layer before it computes, so
+    two layers are whole on the device at a time. Where the parameters lie changes no bit of the result.
 
     Args:
       step: one layer's work.
@@ -189,21 +194,30 @@ def scan_layers(
     """
     graphdef, parameters = nnx.split(layers)
     leaves, structure = jax.tree.flatten(parameters)
+    variables = jax.tree.leaves(parameters, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    axes = [variable.get_metadata()["axes"] for variable in variables]
+    far = [on_host(leaf) or collectives.in_parts(names) for leaf, names in zip(leaves, axes, strict=True)]
 
     def run(carry: Any, layer: list[jax.Array | None], x: Any) -> tuple[Any, Any]:
         return step(carry, nnx.merge(graphdef, jax.tree.unflatten(structure, layer)), x)
 
     if remat is not None:  # prevent_cse would only guard against what cannot happen across the steps of a scan
         run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    if not any(map(on_host, leaves)):
+    if not any(far):
         return lax.scan(lambda carry, xs: run(carry, *xs), carry, (leaves, per_layer))
+
+    def gather(layer: list[jax.Array | None]) -> list[jax.Array | None]:
+        return [
+            leaf if leaf is None else collectives.gather_weight(leaf, n) for leaf, n in zip(layer, axes, strict=True)
+        ]
 
     count = len(leaves[0])
     # XLA makes every copy that it is told to, so those that no one reads are left out.
-    one_layer = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), (leaves, per_layer))
-    leaves = [leaf if read else None for leaf, read in zip(leaves, _reads(run, carry, *one_layer), strict=True)]
-    host = [leaf if leaf is not None and on_host(leaf) else None for leaf in leaves]
-    rest = [leaf if leaf is not None and not on_host(leaf) else None for leaf in leaves]
+    one_layer = jax.eval_shape(lambda: gather(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), leaves)))
+    one_x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), per_layer)
+    leaves = [leaf if read else None for leaf, read in zip(leaves, _reads(run, carry, one_layer, one_x), strict=True)]
+    distant = [leaf if is_far else None for leaf, is_far in zip(leaves, far, strict=True)]
+    rest = [None if is_far else leaf for leaf, is_far in zip(leaves, far, strict=True)]
 
     def at(tree: Any, index: jax.Array | int) -> Any:
         # An index of the form step + constant, within bounds, lets XLA:GPU use the copy engine instead of a kernel.
@@ -212,7 +226,7 @@ def scan_layers(
         )
 
     def fetch(index: jax.Array | int) -> list[jax.Array | None]:
-        return jax.device_put(at(host, index), jax.memory.Space.Device)
+        return gather([leaf if leaf is None else to_device(leaf) for leaf in at(distant, index)])
 
     def run_fetched(index: jax.Array | int, carry: Any, fetched: list[jax.Array | None], ys: Any) -> tuple[Any, Any]:
         layer = [here if copy is None else copy for copy, here in zip(fetched, at(rest, index), strict=True)]
@@ -227,12 +241,16 @@ def scan_layers(
 
     # A while loop, whose counter XLA knows for what it is. The last layer stands behind it: there is none to fetch
     # beside it.
-    _, y = jax.eval_shape(run, carry, *one_layer)
+    _, y = jax.eval_shape(run, carry, one_layer, one_x)
     ys = jax.tree.map(lambda y: jnp.zeros((count, *y.shape), y.dtype), y)
     _, carry, last, ys = lax.while_loop(
         lambda state: state[0] < count - 1, run_and_fetch_next, (jnp.int32(0), carry, fetch(0), ys)
     )
     return run_fetched(count - 1, carry, last, ys)
+
+
+def to_device(array: jax.Array) -> jax.Array:
+    return jax.device_put(array, jax.memory.Space.Device) if on_host(array) else array
 
 
 def on_host(array: jax.Array | jax.ShapeDtypeStruct) -> bool:

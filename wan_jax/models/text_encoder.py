@@ -95,12 +95,12 @@ class SelfAttention(nnx.Module):
         self.output = linear(inner, config.dim, axes=("heads", "embed"))
         bias = jax.random.normal(rngs.params(), (config.num_buckets, config.num_heads), param_dtype)
         self.relative_bias = nnx.Param(bias, axes=(None, "heads"))
-        self.num_heads = config.num_heads
+        self.head_dim = config.head_dim
 
     def __call__(self, x: jax.Array, mask: jax.Array, buckets: np.ndarray) -> jax.Array:
         """x [B, T, dim], mask [B, T] bool, buckets [T, T] -> [B, T, dim]."""
         query, key, value = (
-            rearrange(projection(x), "b t (h d) -> b h t d", h=self.num_heads)
+            rearrange(projection(x), "b t (h d) -> b h t d", d=self.head_dim)
             for projection in (self.query, self.key, self.value)
         )
         precision = matmul_precision(x.dtype)

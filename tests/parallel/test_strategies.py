@@ -1,0 +1,63 @@
+"""One seed gives the same latents on every mesh: the denoise loop on 8 devices against one, in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from wan_jax.config import DenoiserConfig
+from wan_jax.demo import random_model
+from wan_jax.diffusion.sampler import Expert, denoise
+from wan_jax.diffusion.schedule import make_schedule
+from wan_jax.diffusion.solvers import get_solver
+from wan_jax.models.denoiser import Denoiser
+from wan_jax.models.parameters import abstract_parameters, named_parameters, with_parameters
+from wan_jax.parallel.spread import Spread
+from wan_jax.parallel.strategy import Strategy
+
+# 3 x 3 x 5 = 45 tokens: no axis divides them.
+LATENTS = (4, 3, 6, 10)
+CONFIG = DenoiserConfig(
+    num_layers=4, dim=64, num_heads=8, ffn_dim=96, in_channels=4, out_channels=4, text_dim=12, text_length=7
+)
+FIVE_HEADS = DenoiserConfig(
+    num_layers=2, dim=40, num_heads=5, ffn_dim=48, in_channels=4, out_channels=4, text_dim=12, text_length=7
+)
+
+
+def run(config: DenoiserConfig, strategy: str | None, batch: int = 2) -> np.ndarray:
+    model = random_model(Denoiser, config, "float32")
+    spread = None
+    if strategy is not None:
+        spread = Spread.over(Strategy.parse(strategy))
+        build = lambda: Denoiser(config, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
+        places = spread.shardings(abstract_parameters(build))
+        arrays = {name: jax.device_put(array, places[name]) for name, array in named_parameters(model).items()}
+        model = with_parameters(build, arrays)
+    noise = np.random.default_rng(0)
+    latents, text = noise.standard_normal((batch, *LATENTS)), noise.standard_normal((2, batch, 7, 12))
+    arrays = [jnp.asarray(x, jnp.float32) for x in (latents, *text)]
+    if spread is not None:
+        arrays = [spread.put_batch(x) for x in arrays]
+    expert = Expert.prepare(model, *arrays[1:], spread=spread)
+    schedule = make_schedule("official", "unipc", 2, 5.0)
+    return np.asarray(denoise(arrays[0], schedule, get_solver("unipc"), 3.0, None, lambda name: expert))
+
+
+@pytest.fixture(scope="module")
+def alone() -> np.ndarray:
+    return run(CONFIG, None)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "data2", "cfg2", "ulysses8", "ring3", "ring4", "tensor4", "pipeline2", "pipeline4", "fsdp4",
+        "cfg2-ulysses4", "cfg2-ring2-ulysses2", "data2-tensor2-ulysses2", "pipeline2-tensor2", "ring2-fsdp2-tensor2",
+        "data2-pipeline2-ring2", "cfg2-pipeline2-fsdp2", "cfg2-tensor4",
+    ],
+)  # fmt: skip
+def test_every_strategy_gives_the_latents_of_one_device(strategy: str, alone: np.ndarray) -> None:
+    spread = run(CONFIG, strategy)
+    assert np.abs(spread - alone).max() < 1e-5 * np.abs(alone).max()

@@ -1,0 +1,130 @@
+"""Sequence parallelism: every device holds some of the video's tokens, and attention sees all of them.
+
+    Ulysses   before attention an all-to-all exchange turns "some tokens, all heads" into "all tokens, some heads", and
+              back after it (Jacobs et al. 2023, arXiv:2309.14509)
+    ring      keys and values go around the devices, each of which attends to one part after the other and merges the
+              results by their log-sum-exp (Liu et al. 2023, arXiv:2310.01889)
+
+Both together: Ulysses within groups of neighbours, the ring between the groups. Any number of tokens: the last parts
+are padded, and nothing attends to padding.
+"""
+
+from collections.abc import Callable
+from functools import partial, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from wan_jax.kernels.attention import attention
+from wan_jax.parallel import collectives
+from wan_jax.parallel.collectives import FSDP, RING, ULYSSES
+
+HEAD_AXES = (FSDP, ULYSSES)  # along these heads are exchanged for tokens
+TOKEN_AXES = (RING, *HEAD_AXES)
+# In so many lots of heads, so that one is on its way while another is attended.
+ULYSSES_LOTS = 2
+
+Partial = tuple[jax.Array, jax.Array]  # attention to some keys: float32 output [B, S, H, D], log-sum-exp [B, H, S]
+
+
+def is_split() -> bool:
+    """Whether devices hold different tokens."""
+    return collectives.size(*TOKEN_AXES) > 1
+
+
+def split_tokens(tree: Any, axis: int) -> Any:
+    """Arrays of all tokens -> this device's tokens."""
+    return collectives.split_axis(tree, TOKEN_AXES, axis)
+
+
+def join_tokens(array: jax.Array, axis: int, tokens: int) -> jax.Array:
+    """This device's tokens -> all of them, without padding."""
+    return collectives.join_axis(array, TOKEN_AXES, axis, tokens)
+
+
+def attend_all_tokens(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, tokens: int, implementation: str | None
+) -> jax.Array:
+    """Attention of this device's tokens to all tokens of the video.
+
+    Args:
+      query, key, value: [B, S / devices, H, D], this device's part of padded tokens.
+      tokens: how many there are in all, without padding.
+      implementation: see wan_jax.kernels.attention.
+
+    Returns:
+      [B, S / devices, H, D]; rows of padding hold anything finite.
+    """
+    attend = partial(attention, implementation=implementation)
+    if collectives.size(RING) > 1:
+        attend = partial(_ring, tokens=tokens, implementation=implementation)
+    names = collectives.bound(*HEAD_AXES)
+    if not names:
+        return attend(query, key, value)
+    group, heads = collectives.size(*names), query.shape[2]
+    in_group = min(tokens, group * query.shape[1]) if collectives.size(RING) == 1 else group * query.shape[1]
+    lots = ULYSSES_LOTS if heads // group % ULYSSES_LOTS == 0 else 1
+    exchange = partial(lax.all_to_all, axis_name=names, tiled=True)
+    outputs = []
+    for lot in range(lots):
+        part = slice(lot * heads // lots, (lot + 1) * heads // lots)
+        q, k, v = (exchange(x[:, :, part], split_axis=2, concat_axis=1) for x in (query, key, value))
+        y = attend(q, k[:, :in_group], v[:, :in_group])
+        outputs.append(exchange(y, split_axis=1, concat_axis=2))
+    return outputs[0] if lots == 1 else jnp.concatenate(outputs, axis=2)
+
+
+def _ring(query: jax.Array, key: jax.Array, value: jax.Array, *, tokens: int, implementation: str | None) -> jax.Array:
+    """query, key, value [B, S / ring, H, D] -> attention to the keys of all devices along the ring, of which `tokens`
+    are real."""
+    devices, here, part = collectives.size(RING), collectives.index(RING), key.shape[1]
+    # How many keys of each device are real: all, but for the last devices. A branch for each number that occurs.
+    lengths = [min(max(tokens - device * part, 0), part) for device in range(devices)]
+    kinds = sorted(set(lengths))
+    branches = [_partial_attention(length, implementation) for length in kinds]
+    kind_of = jnp.array([kinds.index(length) for length in lengths])
+
+    partials = []
+    following = [(device, (device + 1) % devices) for device in range(devices)]
+    for turn in range(devices):
+        # Sent before the kernel starts, so that the next keys arrive while these are attended.
+        coming = None if turn == devices - 1 else lax.ppermute((key, value), RING, following)
+        kind = kind_of[(here - turn) % devices]
+        partials.append(lax.switch(kind, branches, query, key, value))
+        if coming is not None:
+            key, value = coming
+    output, _ = reduce(_merge, partials)
+    return output.astype(query.dtype)
+
+
+def _partial_attention(length: int, implementation: str | None) -> Callable[..., Partial]:
+    """Attention to the first `length` keys."""
+
+    def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> Partial:
+        if length == 0:
+            return _no_keys(query)
+        output, lse = attention(
+            query, key[:, :length], value[:, :length], return_lse=True, implementation=implementation
+        )
+        return output.astype(jnp.float32), lse
+
+    return attend
+
+
+def _no_keys(query: jax.Array) -> Partial:
+    batch, rows, heads, _ = query.shape
+    return jnp.zeros(query.shape, jnp.float32), jnp.full((batch, heads, rows), -jnp.inf)
+
+
+def _merge(some: Partial, others: Partial) -> Partial:
+    """Attention to two sets of keys -> attention to both."""
+    (output, lse), (other, other_lse) = some, others
+    both = jnp.logaddexp(lse, other_lse)
+
+    def weight(one: jax.Array) -> jax.Array:
+        part = jnp.where(jnp.isneginf(one), 0.0, jnp.exp(one - both))  # both may be without any key
+        return part.swapaxes(1, 2)[..., None]  # [B, S, H, 1]
+
+    return output * weight(lse) + other * weight(other_lse), both

@@ -1,0 +1,88 @@
+"""A strategy on real devices: where every array of a run lies, and functions that run on all of them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from wan_jax.models.parameters import ParameterInfo
+from wan_jax.parallel import collectives
+from wan_jax.parallel.collectives import DATA, FSDP, PIPELINE, TENSOR, TENSOR_AXES
+from wan_jax.parallel.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The arrays of a run and their places on a mesh; hashable, so that compiled functions can depend on it."""
+
+    strategy: Strategy
+    mesh: Mesh
+
+    @classmethod
+    def over(cls, strategy: Strategy, devices: Any = None) -> "Spread":
+        """Raises InputError if there are fewer devices than the strategy needs."""
+        return cls(strategy, strategy.make_mesh(devices))
+
+    def parameter_spec(self, axes: tuple[str | None, ...]) -> P:
+        """Of a parameter with these logical axes, "layers" first where layers are stacked.
+
+        Vectors stay whole over "fsdp": gathering them would cost more than they take.
+        """
+        matrix = len([axis for axis in axes if axis != "layers"]) > 1
+
+        def place(axis: str | None) -> str | None:
+            if axis == "layers":
+                return PIPELINE
+            if axis in TENSOR_AXES:
+                return TENSOR
+            return FSDP if axis == "embed" and matrix else None
+
+        return P(*map(place, axes))
+
+    def shardings(self, tree: Mapping[str, ParameterInfo]) -> dict[str, NamedSharding]:
+        """Where a transformer's parameters lie, by name: what `Checkpoint.load` takes."""
+        return {name: NamedSharding(self.mesh, self.parameter_spec(info.axes)) for name, info in tree.items()}
+
+    def state_specs(self, state: nnx.State) -> Any:
+        """The specs of a transformer's state, as `nnx.split` gives it, for `shard_map`."""
+
+        return jax.tree.map(lambda variable: self.parameter_spec(_axes(variable)), state, is_leaf=_is_variable)
+
+    # [B, C, F, h, w] and all else with a prompt's axis first.
+    batch = P(DATA)
+    # Keys and values of all layers, [layers, B, T, heads, head_dim].
+    context = P(PIPELINE, DATA, None, TENSOR)
+
+    def put_batch(self, array: jax.Array) -> jax.Array:
+        """Puts an array with a prompt's axis first where the denoise loop wants it."""
+        return jax.device_put(array, NamedSharding(self.mesh, self.batch))
+
+    def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """`function` as every device runs it, on its own part of the arguments."""
+        # Kernels do not say along which axes their results differ, so nothing can be checked.
+        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def gather_outside_layers(state: nnx.State) -> nnx.State:
+    """What lies outside the layers, brought together from its parts; `scan_layers` does so with each layer."""
+
+    def gather(variable: nnx.Variable) -> nnx.Variable:
+        axes = _axes(variable)
+        if "layers" in axes:
+            return variable
+        return variable.replace(collectives.gather_weight(variable.get_value(), axes))
+
+    return jax.tree.map(gather, state, is_leaf=_is_variable)
+
+
+def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+    axes = tuple(variable.get_metadata()["axes"])
+    return ("layers", *axes) if len(axes) < len(variable.get_value().shape) else axes
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)

@@ -1,0 +1,107 @@
+"""Strategies: how one model's work is spread over a mesh of devices.
+
+A strategy is the size of each mesh axis (`collectives.MESH_AXES`), written "cfg2-ulysses2" or {"cfg": 2, "ulysses": 2}.
+What lies where follows from it: `ShardingRules` for parameters, `PartitionSpec`s for everything else.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from wan_jax.config import WanConfig
+from wan_jax.errors import InputError, unknown_name
+from wan_jax.parallel.collectives import MESH_AXES
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Sizes of the mesh axes; `collectives` says what each does. Devices along `fsdp` share the tokens as Ulysses'."""
+
+    data: int = 1
+    cfg: int = 1
+    pipeline: int = 1
+    ring: int = 1
+    fsdp: int = 1
+    ulysses: int = 1
+    tensor: int = 1
+
+    @classmethod
+    def parse(cls, text: "str | Mapping[str, int] | Strategy") -> "Strategy":
+        """ "cfg2-ulysses2", or a dict of axis sizes; "single" is one device. Raises InputError."""
+        if isinstance(text, Strategy):
+            return text
+        if isinstance(text, Mapping):
+            sizes = dict(text)
+        else:
+            sizes = {}
+            for part in [] if text == "single" else text.split("-"):
+                match = re.fullmatch(r"([a-z]+)(\d+)", part)
+                if not match:
+                    raise InputError(f"mesh {text!r}: write axes and sizes like cfg2-ulysses2, or auto")
+                if match[1] in sizes:
+                    raise InputError(f"mesh {text!r}: {match[1]} is there twice")
+                sizes[match[1]] = int(match[2])
+        for name, size in sizes.items():
+            if name not in MESH_AXES:
+                raise unknown_name("mesh axis", name, MESH_AXES)
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise InputError(f"mesh axis {name} has size {size!r}; give a whole number of at least 1")
+        return cls(**sizes)
+
+    def __str__(self) -> str:
+        return "-".join(f"{name}{size}" for name, size in self.axes.items()) or "single"
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The axes with more than one device, slowest first."""
+        return {name: getattr(self, name) for name in MESH_AXES if getattr(self, name) > 1}
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.axes.values())
+
+    def make_mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh, over the first devices that it needs. Raises InputError if there are fewer."""
+        devices = jax.devices() if devices is None else devices
+        if len(devices) < self.devices:
+            raise InputError(f"mesh {self}: needs {self.devices} devices, there are {len(devices)}")
+        sizes, names = tuple(getattr(self, name) for name in MESH_AXES), MESH_AXES
+        return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes), devices=devices[: self.devices])
+
+    def check(self, config: WanConfig, *, prompts: int = 1) -> None:
+        """Raises InputError, naming what would be legal, for a strategy that the model cannot be spread by."""
+        denoiser = config.denoiser
+        if self.cfg > 2:
+            raise InputError(
+                f"mesh {self}: cfg can be 2, for the prompt and the negative prompt; use data for more prompts"
+            )
+        if prompts % self.data:
+            raise InputError(
+                f"mesh {self}: {prompts} prompts do not divide over data{self.data}; use {_legal(prompts)}"
+            )
+        exchanged = self.fsdp * self.ulysses
+        for axis, size in (("tensor", self.tensor), ("ulysses and fsdp", exchanged)):
+            heads = denoiser.num_heads if axis == "tensor" else denoiser.num_heads // max(self.tensor, 1)
+            if heads % size:
+                raise InputError(
+                    f"mesh {self}: {heads} heads do not divide over {axis} {size}; use {_legal(heads)}, or ring"
+                )
+        if denoiser.ffn_dim % self.tensor:
+            raise InputError(f"mesh {self}: ffn_dim {denoiser.ffn_dim} does not divide over tensor {self.tensor}")
+        if denoiser.num_layers % self.pipeline:
+            raise InputError(
+                f"mesh {self}: {denoiser.num_layers} layers do not divide into {self.pipeline} stages; "
+                f"use {_legal(denoiser.num_layers)}"
+            )
+        if denoiser.dim % self.fsdp:
+            raise InputError(f"mesh {self}: width {denoiser.dim} does not divide over fsdp {self.fsdp}")
+
+
+def _legal(number: int, most: int = 16) -> str:
+    """The ways in which a number of things divides, for messages."""
+    sizes = [size for size in range(1, min(number, most) + 1) if number % size == 0]
+    return " or ".join(filter(None, [", ".join(map(str, sizes[:-1])), str(sizes[-1])]))
