@@ -12,13 +12,13 @@ from tests.kernels.attention_cases import LIST_CASES, Case, attention_float64
 from wan_jax.kernels.attention import (
     BACKENDS,
     HOPPER_LIST_SIZES,
+    PallasBackend,
     attention,
     cudnn,
     pallas_gpu,
     reference,
     unsupported_by_hopper,
 )
-from wan_jax.kernels.attention.backward import with_recomputed_gradients
 from wan_jax.kernels.attention.block_lists import from_key_ranges
 
 # Errors as a share of the largest gradient.
@@ -112,36 +112,95 @@ def test_reference_gradients_agree_with_differences():
         np.testing.assert_allclose(np.vdot(slope, direction), (ends[0] - ends[1]) / (2 * step), rtol=1e-4)
 
 
-def forbidden(*inputs, **options):
-    raise AssertionError("the forward kernel ran")
+class KernelsOfCudnn:
+    """Stands in for cuDNN on a CPU: the reference, with JAX's rule for what may be differentiated."""
+
+    def __init__(self, monkeypatch):
+        self.calls = 0
+        monkeypatch.setattr(cudnn, "run", self.run)
+        monkeypatch.setattr(cudnn, "supports", self.supports)
+
+    def run(self, query, key, value, *, scale):
+        self.calls += 1
+        even = query.shape[1] % 2 == key.shape[1] % 2 == 0
+        return (reference.attention if even else undifferentiable)(query, key, value, scale=scale)
+
+    def supports(self, *inputs, block_lists=None, return_lse=False):
+        return "neither" if return_lse or block_lists is not None else None
 
 
-@pytest.mark.parametrize("return_lse", [False, True])
-def test_cudnn_differentiates_what_it_supports(monkeypatch, return_lse):
-    """Its kernels then run forward too: the result that they save is what they need."""
-    calls = []
+@jax.custom_vjp
+def undifferentiable(query, key, value, scale):
+    return reference.attention(query, key, value, scale=scale)
 
-    def of_cudnn(*inputs, scale):
-        calls.append(scale)
-        return reference.attention(*inputs, scale=scale)
 
-    def supports(*inputs, block_lists, return_lse):
-        return "it returns no float32 log-sum-exp" if return_lse else None
+def refuse(*args):
+    raise NotImplementedError("Unsupported sequence length")
 
-    monkeypatch.setattr(cudnn, "supports", supports)
-    monkeypatch.setattr(cudnn, "attention", of_cudnn)
-    inputs = CASES["one_key"].inputs(jnp.float32)
 
-    def loss(*inputs):
-        forward = reference.attention if return_lse else forbidden
-        options = {"scale": 0.1, "block_lists": None, "return_lse": return_lse, "prefer_cudnn": True}
-        return jax.tree.leaves(with_recomputed_gradients(forward, *inputs, **options))[0].sum()
+undifferentiable.defvjp(refuse, refuse)
 
-    ours = jax.grad(loss, argnums=(0, 1, 2))(*inputs)
-    expected = jax.grad(lambda *x: reference.attention(*x, scale=0.1).sum(), argnums=(0, 1, 2))(*inputs)
-    assert calls == ([] if return_lse else [0.1])
-    for x, y in zip(ours, expected, strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-5)  # sums of 130 float32 terms of order 1
+
+class KernelWithoutGradients:
+    """A Pallas kernel's module: the reference."""
+
+    calls = 0
+
+    def supports(self, *inputs):
+        return None
+
+    def unsupported_shape(self, query):
+        return None
+
+    def attention(self, *inputs, interpret, **options):
+        self.calls += 1
+        return jax.tree.map(jax.lax.stop_gradient, reference.attention(*inputs, **options))
+
+
+@pytest.mark.parametrize(
+    ("query_length", "key_length", "return_lse", "by_cudnn"),
+    [(8, 6, False, True), (8, 6, True, False), (7, 6, False, False), (8, 5, False, False), (7, 5, False, False)],
+)
+def test_which_kernel_a_differentiated_call_runs(monkeypatch, query_length, key_length, return_lse, by_cudnn):
+    """cuDNN's where it can go backward; ours, and recomputing, where it cannot. Its own backend likewise."""
+    stand_in, kernel = KernelsOfCudnn(monkeypatch), KernelWithoutGradients()
+    monkeypatch.setitem(BACKENDS, "pallas_gpu", PallasBackend(kernel, unsupported_by_hopper))
+    inputs = Case("dispatch", 1, query_length, key_length, 2, 64).inputs(jnp.float32)
+
+    def loss(name, *inputs):
+        result = attention(*inputs, scale=0.1, return_lse=return_lse, implementation=name)
+        return (result[0] if return_lse else result).sum()
+
+    expected = jax.grad(loss, argnums=(1, 2, 3))("reference", *inputs)
+    for name in ("pallas_gpu",) if return_lse else ("pallas_gpu", "cudnn"):
+        stand_in.calls = kernel.calls = 0
+        ours = jax.grad(loss, argnums=(1, 2, 3))(name, *inputs)
+        assert (stand_in.calls > 0) == by_cudnn
+        assert (kernel.calls > 0) == (name == "pallas_gpu" and not by_cudnn)
+        for x, y in zip(ours, expected, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5)  # sums of at most 8 x 64 float32 terms of order 1
+        stand_in.calls = kernel.calls = 0
+        loss(name, *inputs)  # not differentiated: always its own kernel
+        assert (stand_in.calls > 0, kernel.calls > 0) == (name == "cudnn", name == "pallas_gpu")
+
+
+@pytest.mark.parametrize("lengths", [(64, 64), (63, 64), (64, 63), (1, 1)])
+def test_what_is_said_of_cudnns_gradients_is_jaxs_rule(monkeypatch, lengths):
+    """JAX traces cuDNN's attention without a GPU, once it believes that there is a cuDNN."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91_100)
+    query, key = (jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16) for length in lengths)
+
+    def differentiate(query, key):
+        output, vjp = jax.vjp(lambda q, k, v: cudnn.run(q, k, v, scale=0.1), query, key, key)
+        return vjp(output)
+
+    if cudnn.differentiates(query, key):
+        assert jax.eval_shape(differentiate, query, key)[0].shape == query.shape
+    else:
+        with pytest.raises(NotImplementedError, match="sequence length"):
+            jax.eval_shape(differentiate, query, key)
 
 
 def scanned(x, scales, name):

@@ -67,15 +67,16 @@ class PallasBackend:
         return reason or (None if block_lists is None else self.unsupported_lists(block_lists))
 
     def attention(self, query, key, value, *, scale, block_lists=None, return_lse=False) -> Result:
+        wanted = {"block_lists": block_lists, "return_lse": return_lse}
+        by_cudnn = cudnn.supports(query, key, value, **wanted) is None and cudnn.differentiates(query, key)
         return with_recomputed_gradients(
             functools.partial(self.kernel.attention, interpret=self.interpret),
             query,
             key,
             value,
             scale=scale,
-            block_lists=block_lists,
-            return_lse=return_lse,
-            prefer_cudnn=True,
+            **wanted,
+            instead=cudnn.run if by_cudnn else None,
         )
 
 

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from wan_jax.kernels.attention import cudnn
 from wan_jax.kernels.attention.block_lists import BlockLists
 from wan_jax.kernels.attention.chunks import chunk_lengths, merge, split, visibility
 from wan_jax.kernels.attention.reference import einsum_float32
@@ -35,6 +34,12 @@ class Forward(Protocol):
         block_lists: BlockLists | None,
         return_lse: bool,
     ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
+
+
+class Differentiable(Protocol):
+    """Attention with gradients of its own, without block lists and log-sum-exp."""
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float) -> jax.Array: ...
 
 
 @jax.tree_util.register_dataclass
@@ -59,34 +64,33 @@ def with_recomputed_gradients(
     scale: float,
     block_lists: BlockLists | None,
     return_lse: bool,
-    prefer_cudnn: bool = False,
+    instead: Differentiable | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """forward(...), differentiable with respect to query, key and value.
 
-    With prefer_cudnn, a differentiated call that cuDNN supports runs cuDNN's forward and backward kernels instead: the
-    same function, and faster than recomputing in XLA.
+    A call that is differentiated runs `instead`, forward and backward, where that is given: the same function, and
+    faster than recomputing in XLA.
     """
-    return differentiable(forward, float(scale), return_lse, prefer_cudnn, query, key, value, block_lists)
+    return differentiable(forward, float(scale), return_lse, instead, query, key, value, block_lists)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def differentiable(forward, scale, return_lse, prefer_cudnn, query, key, value, block_lists):
-    del prefer_cudnn
+def differentiable(forward, scale, return_lse, instead, query, key, value, block_lists):
+    del instead
     return forward(query, key, value, scale=scale, block_lists=block_lists, return_lse=return_lse)
 
 
-def forward_and_save(forward, scale, return_lse, prefer_cudnn, query, key, value, block_lists):
-    wanted = {"block_lists": block_lists, "return_lse": return_lse}
-    if prefer_cudnn and cudnn.supports(query, key, value, **wanted) is None:
-        return jax.vjp(functools.partial(cudnn.attention, scale=scale), query, key, value)
+def forward_and_save(forward, scale, return_lse, instead, query, key, value, block_lists):
+    if instead is not None:
+        return jax.vjp(functools.partial(instead, scale=scale), query, key, value)
     output, lse = forward(query, key, value, scale=scale, block_lists=block_lists, return_lse=True)
     output, lse = checkpoint_name(output, RESULTS), checkpoint_name(lse, RESULTS)
     return (output, lse) if return_lse else output, Saved(query, key, value, block_lists, output, lse)
 
 
-def backward(forward, scale, return_lse, prefer_cudnn, saved, cotangents):
-    del forward, prefer_cudnn
-    if not isinstance(saved, Saved):  # cuDNN's own function
+def backward(forward, scale, return_lse, instead, saved, cotangents):
+    del forward, instead
+    if not isinstance(saved, Saved):  # the function that jax.vjp made
         return *saved(cotangents), None
     d_output, d_lse = cotangents if return_lse else (cotangents, None)
     return *gradients(saved, d_output, d_lse, scale=scale), None

@@ -1,12 +1,14 @@
 """cuDNN's fused attention, through jax.nn.dot_product_attention. NVIDIA GPUs, bfloat16 and float16.
 
 Logits, softmax and sums are float32 inside; the probabilities meet the values in the inputs' dtype. Gradients are
-cuDNN's too.
+cuDNN's too, but for odd lengths, which its backward pass does not take: those are recomputed (backward.py).
 """
 
 import jax
 import jax.numpy as jnp
 
+from wan_jax.kernels.attention import chunked
+from wan_jax.kernels.attention.backward import with_recomputed_gradients
 from wan_jax.kernels.attention.block_lists import BlockLists
 
 
@@ -48,4 +50,25 @@ def attention(
 ) -> jax.Array:
     """softmax(query key^T scale) value; see the package for shapes."""
     del block_lists, return_lse  # refused by supports
+    if differentiates(query, key):
+        return run(query, key, value, scale=scale)
+    return with_recomputed_gradients(
+        run_or_save, query, key, value, scale=scale, block_lists=None, return_lse=False
+    )
+
+
+def differentiates(query: jax.Array, key: jax.Array) -> bool:
+    """Whether the backward pass takes these lengths: JAX refuses odd ones."""
+    return query.shape[1] % 2 == 0 and key.shape[1] % 2 == 0
+
+
+def run(query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float) -> jax.Array:
+    """cuDNN's kernels, forward and, where it `differentiates`, backward."""
     return jax.nn.dot_product_attention(query, key, value, scale=scale, implementation="cudnn")
+
+
+def run_or_save(query, key, value, *, scale, block_lists, return_lse):
+    """What with_recomputed_gradients asks for. Only a call that is differentiated needs the log-sum-exp."""
+    if return_lse:
+        return chunked.forward(query, key, value, scale=scale, block_lists=block_lists, return_lse=True)
+    return run(query, key, value, scale=scale)
