@@ -77,6 +77,21 @@ def every_other_query_sees_nothing() -> BlockLists:
     return from_key_ranges(np.stack([start, start + 30 * (start % 2)], -1), 200, **SIZES)
 
 
+def unfinished_block_seen_whole() -> BlockLists:
+    """For 300 queries and 330 keys: the last block, 5, as a whole one of lists that have key ranges."""
+    lists = [([1, 3], [0, 5, 2]), ([], [5]), ([5, 2], [4])]
+    indices = np.zeros((3, 5), np.int32)
+    for row, (partial, whole) in zip(indices, lists, strict=True):
+        row[: len(partial) + len(whole)] = partial + whole
+    return BlockLists(
+        jnp.asarray(indices),
+        jnp.asarray([len(partial) + len(whole) for partial, whole in lists], jnp.int32),
+        jnp.asarray([len(partial) for partial, _ in lists], jnp.int32),
+        jnp.asarray(np.stack([np.arange(300) // 2, np.arange(300) // 2 + 180], -1), jnp.int32),
+        **SIZES,
+    )
+
+
 LIST_CASES = (
     Case("lists_per_head", 2, 300, 330, 2, 64, return_lse=True, make_lists=lists_per_head),
     Case("lists_without_lse", 1, 300, 330, 2, 128, make_lists=lists_per_head),
@@ -87,6 +102,7 @@ LIST_CASES = (
         return_lse=True,
         make_lists=functools.partial(temporal_window, (5, 7, 9), 1, **SIZES),
     ),
+    Case("unfinished_block_seen_whole", 1, 300, 330, 1, 64, return_lse=True, make_lists=unfinished_block_seen_whole),
     Case("unseeing_queries", 1, 100, 200, 2, 64, return_lse=True, make_lists=every_other_query_sees_nothing),
 )
 

@@ -80,10 +80,11 @@ def test_pallas_tpu_gradients(monkeypatch, name, dtype):
 
 
 if jax.__version_info__ >= pallas_gpu.JAX_NEEDED:
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
     @pytest.mark.parametrize("name", ["batch_and_lse", "one_key", "unseeing_queries"])
     def test_pallas_gpu_gradients(monkeypatch, name):
-        interpreted(monkeypatch, "pallas_gpu", pallas_gpu.plgpu.InterpretGPUParams())
+        interpreted(monkeypatch, "pallas_gpu", plgpu.InterpretGPUParams())
         check(CASES[name], "pallas_gpu", jnp.bfloat16)
 
 

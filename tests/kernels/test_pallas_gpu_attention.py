@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.kernels.attention_cases import CASES, Case, attention_float64
+from tests.kernels.attention_cases import CASES, LIST_CASES, Case, attention_float64
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import pallas_gpu
 from wan_jax.kernels.attention.block_lists import BlockLists, along_time, from_key_ranges, temporal_window
@@ -30,14 +30,12 @@ TOLERANCE = 2**-7 + 4e-5
 LSE_TOLERANCE = 1e-5  # float32 sums of up to 1000 terms, and logits of up to 150
 
 TUNINGS = {
-    "ping_pong": Tuning(64),
-    "two_stage": Tuning(64, schedule="two_stage"),
-    "two_stage_ping_pong": Tuning(64, stages=3, schedule="two_stage_ping_pong"),
-    "early_turn": Tuning(128, schedule="two_stage_ping_pong", early_turn=True),
-    "cluster": Tuning(64, schedule="two_stage", cluster=2),
-    "three_consumers": Tuning(64, schedule="free", consumers=3),
-    "first_maximum": Tuning(64, schedule="two_stage_ping_pong", running_maximum=False),
-    "three_consumers_first_maximum": Tuning(64, schedule="free", consumers=3, running_maximum=False),
+    "free": Tuning(key_block=64),
+    "free_running": Tuning(key_block=64, stages=3, running_maximum=True),
+    "ping_pong": Tuning("ping_pong", 64),
+    "ping_pong_running": Tuning("ping_pong", 64, running_maximum=True),
+    "two_stage_ping_pong": Tuning("two_stage_ping_pong", 64, stages=3),
+    "two_stage_ping_pong_running": Tuning("two_stage_ping_pong", 64, running_maximum=True),
 }
 SMALL = tuple(case for case in CASES if case.head_dim in (64, 128) and case.query_length * case.key_length < 200_000)
 
@@ -94,14 +92,14 @@ def test_every_tuning_computes_the_same(tuning):
 
 
 @pytest.mark.parametrize("keys", [1, 7, 64, 512])
-def test_few_keys(keys):
+@pytest.mark.parametrize("name", ["free", "ping_pong", "two_stage_ping_pong_running"])
+def test_few_keys(keys, name):
     inputs = Case("few_keys", 1, 70, keys, 1, 128).inputs(jnp.bfloat16)
-    for tuning in (Tuning(64), Tuning(64, schedule="two_stage")):
-        output, lse = run(*inputs, scale=0.1, tuning=tuning, return_lse=True)
-        check(*inputs, 0.1, True, output, lse)
+    output, lse = run(*inputs, scale=0.1, tuning=TUNINGS[name], return_lse=True)
+    check(*inputs, 0.1, True, output, lse)
 
 
-@pytest.mark.parametrize("name", ["first_maximum", "three_consumers_first_maximum"])
+@pytest.mark.parametrize("name", ["free", "two_stage_ping_pong"])
 def test_sums_that_outgrow_the_first_maximum(name):
     """Logits that grow by hundreds after the first block, in one tile of queries only: it starts again."""
     query, key, value = Case("outgrow", 1, 400, 330, 1, 64).inputs(jnp.bfloat16)
@@ -113,7 +111,7 @@ def test_sums_that_outgrow_the_first_maximum(name):
     check(query, key, value, 64**-0.5, True, output, lse)
 
 
-@pytest.mark.parametrize("name", ["ping_pong", "two_stage", "first_maximum"])
+@pytest.mark.parametrize("name", ["ping_pong", "two_stage_ping_pong", "two_stage_ping_pong_running"])
 def test_block_lists(name):
     """Per head, of several lengths, with the unfinished last block in the middle of a list, alone, and empty ones."""
     inputs = Case("lists", 2, 300, 330, 2, 64).inputs(jnp.bfloat16)
@@ -140,13 +138,13 @@ def test_block_lists_for_tiles_of_three_warpgroups():
 
 
 @pytest.mark.parametrize("pattern", [along_time, functools.partial(temporal_window, window=1)])
-@pytest.mark.parametrize("name", ["ping_pong", "two_stage"])
-def test_patterns_of_videos(pattern, name):
+@pytest.mark.parametrize("query_tile", [128, 192])
+def test_patterns_of_videos(pattern, query_tile):
     """Exact to the token, though no frame or place fills whole blocks."""
     shape = (5, 7, 9)
     inputs = Case("video", 1, 315, 315, 1, 64).inputs(jnp.bfloat16)
-    block_lists = pattern(shape, key_block=64)
-    output, lse = run(*inputs, block_lists=block_lists, tuning=TUNINGS[name], return_lse=True)
+    block_lists = pattern(shape, query_tile=query_tile, key_block=64)
+    output, lse = run(*inputs, block_lists=block_lists, return_lse=True)
     check(*inputs, 64**-0.5, block_lists.mask(315, 315), output, lse)
 
 
@@ -158,6 +156,14 @@ def test_queries_that_see_no_key_of_their_tile():
     output, lse = run(*inputs, block_lists=block_lists, return_lse=True)
     assert (np.asarray(lse == -np.inf)[0, 0] == (np.arange(100) % 2 == 0)).all()
     check(*inputs, 64**-0.5, block_lists.mask(100, 200), output, lse)
+
+
+def test_an_unfinished_block_that_is_seen_whole():
+    """Beside partial blocks, alone, and after other whole ones: its missing keys are never seen."""
+    case = next(case for case in LIST_CASES if case.name == "unfinished_block_seen_whole")
+    inputs, block_lists = case.inputs(jnp.bfloat16), case.block_lists
+    output, lse = run(*inputs, block_lists=block_lists, return_lse=True)
+    check(*inputs, case.head_dim**-0.5, case.mask, output, lse)
 
 
 # Shapes as in the models: 1280x720 and 832x480, 81 frames; 14B has 40 heads of 128.
@@ -190,8 +196,7 @@ def test_lowers_for_cuda_at_real_shapes_without_copies(query_shape, key_length):
 
 @pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
 def test_every_tuning_lowers_for_cuda(tuning):
-    key_block = 128 if tuning.consumers == 3 or tuning.stages == 3 else 192
-    tuning = dataclasses.replace(tuning, key_block=key_block)
+    tuning = dataclasses.replace(tuning, key_block=128)
     assert "mosaic_gpu_v2" in lower_for_cuda((1, 75_600, 40, 128), 75_600, tuning=tuning, return_lse=True)
 
 
@@ -207,7 +212,7 @@ def test_block_lists_lower_for_cuda(ranges):
 
 def test_more_shared_memory_than_there_is():
     with pytest.raises(ValueError, match="exceeds available shared memory"):
-        lower_for_cuda((1, 4096, 1, 128), 4096, tuning=Tuning(256))
+        lower_for_cuda((1, 4096, 1, 128), 4096, tuning=Tuning(key_block=256))
 
 
 def test_supports_only_hopper(monkeypatch):
@@ -222,16 +227,18 @@ def test_supports_only_hopper(monkeypatch):
     assert "head_dim of 64 or 128, not 32" in pallas_gpu.supports(*[query[..., :32]] * 3)
 
 
+LISTS = BlockLists(jnp.zeros((1, 1), int), jnp.zeros(1, int))
+RANGES = dataclasses.replace(LISTS, partial_counts=jnp.zeros(1, int), key_ranges=jnp.zeros((8, 2), int))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"query": jnp.zeros((1, 8, 1, 64))}, "needs bfloat16"),
-        ({"key": jnp.zeros((1, 8, 2, 64), jnp.bfloat16)}, r"needs key and value \[B, Sk, H, D\]"),
-        ({"key": jnp.zeros((1, 8, 1, 64))}, "one dtype"),
-        ({"query": jnp.zeros((1, 0, 1, 64), jnp.bfloat16)}, "at least one query"),
-        ({"scale": -1.0}, "positive scale"),
-        ({"block_lists": BlockLists(jnp.zeros((2, 1), int), jnp.zeros(2, int))}, "do not fit 8 queries"),
-        ({"block_lists": BlockLists(jnp.zeros((1, 1), int), jnp.zeros(1, int), query_tile=64)}, "use 128 or 192"),
+        ({"query": jnp.zeros((1, 8, 1, 32), jnp.bfloat16)}, "head_dim of 64 or 128"),
+        ({"block_lists": dataclasses.replace(LISTS, query_tile=64)}, "use 128 or 192"),
+        ({"block_lists": LISTS, "tuning": Tuning("ping_pong", 64)}, r"lists of \(128, 128\) queries and keys"),
+        ({"block_lists": RANGES, "tuning": Tuning("two_stage_ping_pong")}, "use ping_pong"),
     ],
 )
 def test_calls_that_do_not_fit(changes, message):
@@ -241,17 +248,7 @@ def test_calls_that_do_not_fit(changes, message):
         attention(**arguments)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"key_block": 100},
-        {"stages": 1},
-        {"consumers": 4},
-        {"consumers": 3},  # and ping_pong
-        {"cluster": 2, "running_maximum": False},
-        {"early_turn": True},  # and ping_pong
-    ],
-)
+@pytest.mark.parametrize("options", [{"key_block": 100}, {"stages": 1}, {"schedule": "two_stage"}])
 def test_tunings_that_cannot_be(options):
     with pytest.raises(InputError, match="Tuning"):
         Tuning(**options)

@@ -47,14 +47,12 @@ def attention(
     scale: float,
     block_lists: BlockLists | None = None,
     return_lse: bool = False,
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """softmax(query key^T scale) value; see the package for shapes."""
     del block_lists, return_lse  # refused by supports
     if differentiates(query, key):
         return run(query, key, value, scale=scale)
-    return with_recomputed_gradients(
-        run_or_save, query, key, value, scale=scale, block_lists=None, return_lse=False
-    )
+    return with_recomputed_gradients(run_or_save, query, key, value, scale=scale, block_lists=None, return_lse=False)
 
 
 def differentiates(query: jax.Array, key: jax.Array) -> bool:
