@@ -1,262 +1,356 @@
-"""A forward of a full-size expert against compiled diffusers in one run on one GPU; text encoding, VAE decode.
+"""A forward, a decode and a text against compiled diffusers, in one run on one GPU, and what the time goes to.
 
-    python -m benchmarks.denoiser --output DIR [--sizes 1280x720 832x480] [--parts peer,denoiser,text,vae]
+    python -m benchmarks.denoiser --output DIR [--seconds 460] [--parts PART,...] [--sizes 1280x720 832x480]
 
-Random weights (speed does not depend on their values), 81 frames, batch 1. The peer runs first, in its own process.
-Every time is the median of the runs after a warm-up. Results go to DIR/denoiser.json after each part.
+T2V-A14B with random weights (speed does not depend on their values), 81 frames, batch 1. Every time is the median of
+the runs after a warm-up. Parts run in the order given, and none starts after --seconds. The peer's parts run in
+processes of their own. DIR/denoiser.json is written after every figure. Without --parts those run that make the quoted
+figures:
+
+    peer_vae     diffusers' VAE decode in bfloat16
+    peer_forward diffusers' denoiser (compile_repeated_blocks, cuDNN attention)
+    forward      our denoiser, compiled as in a denoising step
+    vae          our decode in bfloat16
+    text         two prompts of 512 tokens
+    psnr         bfloat16 decode against float32
+
+and by name:
+
+    plain        the forward as XLA compiles it by itself: GELU in a kernel of its own
+    cudnn        the forward with cuDNN's attention
+    vae_float32  our decode in float32 with TF32 convolutions
+    block        the parts of a layer
+    trace        the kernels of one forward, by time
 """
 
 import argparse
 import json
+import os
 import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-FRAMES = 21  # of latents
+SIZES = ("1280x720", "832x480")
+FRAMES = 81
 RUNS = 3
 
+Report = Callable[[str, dict[str, Any]], None]
 
-def peer(sizes: list[str]) -> None:
-    """Prints one JSON line: seconds of diffusers' compiled denoiser, and of its VAE decode in bfloat16."""
-    import diffusers
+
+def peer_vae(sizes: list[str], report: Report) -> None:
     import torch
+    from diffusers import AutoencoderKLWan
 
-    def timed(call: Callable) -> float:
-        times = []
-        for _ in range(RUNS + 1):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[1:])
-
-    torch.set_default_dtype(torch.bfloat16)
-    torch.set_grad_enabled(False)
-    found: dict[str, Any] = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    random = partial(torch.randn, device="cuda")
     with torch.device("cuda"):
-        vae: Any = diffusers.AutoencoderKLWan()
+        vae: Any = AutoencoderKLWan()
     vae.eval()
     for size in sizes:
-        latents = random(1, 16, FRAMES, *latent_size(size))
-        torch.cuda.reset_peak_memory_stats()
-        found[f"vae {size}"] = timed(partial(vae.decode, latents, return_dict=False))
-        found[f"vae peak {size}"] = torch.cuda.max_memory_allocated()
-    del vae
+        report(f"vae {size}", timed_by_torch(partial(vae.decode, peer_latents(size), return_dict=False)))
+
+
+def peer_forward(sizes: list[str], report: Report) -> None:
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    torch._dynamo.config.automatic_dynamic_shapes = False  # kernels for each size, as XLA's are
+    # Dynamo cannot trace calls inside this context, only what they construct.
     with torch.device("cuda"):
-        model: Any = diffusers.WanTransformer3DModel(
+        model: Any = WanTransformer3DModel(
             num_attention_heads=40, ffn_dim=13824, num_layers=40, cross_attn_norm=True, rope_max_seq_len=1024
         )
+        text, timestep = torch.randn(1, 512, 4096), torch.tensor([500.0])
     model.eval()
     model.set_attention_backend("_native_cudnn")
     model.compile_repeated_blocks(fullgraph=True)
-    text, timestep = random(1, 512, 4096), torch.tensor([500.0], device="cuda")
     for size in sizes:
-        latents = random(1, 16, FRAMES, *latent_size(size))
-        torch.cuda.reset_peak_memory_stats()
-        found[f"denoiser {size}"] = timed(partial(model, latents, timestep, text, return_dict=False))
-        found[f"denoiser peak {size}"] = torch.cuda.max_memory_allocated()
-    print(json.dumps(found), flush=True)
+        forward = partial(model, peer_latents(size), timestep, text, return_dict=False)
+        report(f"forward {size}", timed_by_torch(forward))
 
 
-def latent_size(size: str) -> tuple[int, int]:
-    """ "1280x720" -> (90, 160): height and width of the latents."""
+def peer_latents(size: str) -> Any:
+    import torch
+
     width, height = map(int, size.split("x"))
-    return height // 8, width // 8
+    return torch.randn(1, 16, (FRAMES - 1) // 4 + 1, height // 8, width // 8, device="cuda")
 
 
-def forward_flops(tokens: int) -> float:
-    """Floating-point operations of one forward of T2V-A14B: 40 layers' products and attention, 512 tokens of text."""
-    dim, ffn_dim = 5120, 13824
-    products = 2 * tokens * (6 * dim * dim + 2 * dim * ffn_dim)  # four of self-, two of cross-attention, feed-forward
-    return 40.0 * (4 * tokens * tokens * dim + products + 4 * tokens * 512 * dim)
+def timed_by_torch(call: Callable[[], Any]) -> dict[str, Any]:
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(1 + RUNS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return {
+        "seconds": statistics.median(times[1:]),
+        "runs": times[1:],
+        "first_seconds": times[0],
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+    }
+
+
+PEER_PARTS: dict[str, Callable[[list[str], Report], None]] = {"peer_vae": peer_vae, "peer_forward": peer_forward}
+
+
+def run_peer(part: str, sizes: list[str]) -> None:
+    """The process of a peer's part: one JSON line for each figure."""
+    import diffusers
+    import torch
+
+    torch.set_default_dtype(torch.bfloat16)
+    torch.set_grad_enabled(False)
+
+    def report(name: str, found: dict[str, Any]) -> None:
+        print(json.dumps({name: found}), flush=True)
+
+    report("versions", {"torch": torch.__version__, "diffusers": diffusers.__version__})
+    PEER_PARTS[part](sizes, report)
+
+
+class Run:
+    """The report, and the time that is left."""
+
+    def __init__(self, folder: pathlib.Path, seconds: float, sizes: list[str]):
+        self.path = folder / "denoiser.json"
+        self.until = time.monotonic() + seconds
+        self.sizes = sizes
+        self.report: dict[str, Any] = {
+            "benchmark": "denoiser",
+            "frames": FRAMES,
+            "weights": "random",
+            "peer": {},
+            "rows": [],
+        }
+
+    def left(self) -> float:
+        return self.until - time.monotonic()
+
+    def save(self) -> None:
+        self.path.write_text(json.dumps(self.report, indent=1) + "\n")
+
+    def peer(self, part: str) -> None:
+        """Runs a part of the peer with a limit of its own; what it has printed until then counts."""
+        command = [sys.executable, "-m", "benchmarks.denoiser", "--peer", part, "--sizes", *self.sizes]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        watch = threading.Timer(min(240.0, self.left()), process.kill)
+        watch.start()
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("{"):
+                self.report["peer"] |= json.loads(line)
+                self.save()
+                print("diffusers", line.strip()[:160], flush=True)
+        process.wait()
+        watch.cancel()
+        if process.returncode:
+            raise RuntimeError(f"the process ended with {process.returncode}")
+
+    def add(self, group: str, row: dict[str, Any], peer: str | None = None) -> None:
+        row = {"group": group, **row}
+        versus = self.report["peer"].get(peer, {}).get("seconds")
+        if versus:
+            row |= {"peer_seconds": versus, "over_peer": row["seconds"] / versus}
+        self.report["rows"].append(row)
+        self.save()
+        rate = f"{row['tflop_per_second']:7.1f} TFLOP/s" if "tflop_per_second" in row else ""
+        memory = f"{row['memory_bytes'] / 2**30:6.2f} GiB" if row.get("memory_bytes") else ""
+        ratio = f"x{row['over_peer']:.3f} of diffusers" if versus else ""
+        print(f"{group:<22} {row['name']:<32} {row['seconds']:9.5f} s {rate:>15} {memory:>10} {ratio}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("benchmarks/results"))
-    parser.add_argument("--sizes", nargs="+", default=["1280x720", "832x480"])
-    parser.add_argument("--parts", default="peer,denoiser,text,vae")
-    parser.add_argument("--implementations", nargs="+", default=["pallas_gpu", "cudnn"])
-    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.peer:
-        peer(options.sizes)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=pathlib.Path(os.environ.get("OUT", "benchmarks/results"))
+    )
+    parser.add_argument("--seconds", type=float, default=460, help="start nothing new after this long")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="the first is the more important")
+    parser.add_argument("--parts", default=",".join(QUOTED), help=", ".join([*PEER_PARTS, *PARTS]))
+    parser.add_argument("--preset", default="t2v-a14b", help="demo: to try the script without a GPU")
+    parser.add_argument("--peer", choices=PEER_PARTS, help=argparse.SUPPRESS)
+    values = parser.parse_args()
+    if values.peer:
+        run_peer(values.peer, values.sizes)
         return
-    parts = options.parts.split(",")
-    rows: list[dict[str, Any]] = []
-    theirs: dict[str, Any] = {}
-    if "peer" in parts:
-        command = [sys.executable, "-m", "benchmarks.denoiser", "--peer", "--sizes", *options.sizes]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=400)
-        if done.returncode == 0:
-            theirs = json.loads(done.stdout.splitlines()[-1])
-            print(theirs, flush=True)
-
-    import jax
-
-    from wan_jax import xla_flags
-
-    xla_flags.configure()
-
-    def record(name: str, size: str, seconds: float, **more: Any) -> None:
-        row = {"name": name, "size": size, "seconds": seconds, **more}
-        versus = theirs.get(f"{name.split()[0]} {size}")
-        if versus:
-            row |= {"peer_seconds": versus, "over_peer": seconds / versus}
-        rows.append(row)
-        print(json.dumps(row), flush=True)
-        device = jax.devices()[0]
-        report = {
-            "benchmark": "denoiser",
-            "device": device.device_kind,
-            "platform_version": device.client.platform_version.split("\n")[0],
-            "jax": jax.__version__,
-            "frames": 81,
-            "weights": "random",
-            "peer": theirs,
-            "rows": rows,
-        }
-        (options.output / "denoiser.json").write_text(json.dumps(report, indent=1) + "\n")
-
-    runners: dict[str, Callable] = {
-        "denoiser": partial(run_denoiser, options.implementations),
-        "text": run_text,
-        "vae": run_vae,
-    }
-    for part, run in runners.items():
-        if part in parts:
-            try:
-                run(options.sizes, record)
-            except Exception as error:  # the other parts go on
-                print(f"{part}: {type(error).__name__}: {str(error)[:500]}", flush=True)
+    parts = values.parts.split(",")
+    if unknown := set(parts) - {*PEER_PARTS, *PARTS}:
+        parser.error(f"unknown parts {', '.join(sorted(unknown))}")
+    run = Run(values.output, values.seconds, values.sizes)
+    for part in parts:
+        start = time.monotonic()
+        try:
+            if part in PEER_PARTS:
+                run.peer(part)
+            else:
+                add_device_facts(run)
+                PARTS[part](run, values.preset)
+        except Exception as error:  # the other parts go on
+            print(f"{part}: {type(error).__name__}: {' '.join(str(error).split())[:600]}", flush=True)
+        print(f"({part}: {time.monotonic() - start:.0f} s, {run.left():.0f} s left)", flush=True)
 
 
-def timed(call: Callable) -> float:
-    import jax
+def add_device_facts(run: Run) -> None:
+    """Before the first part of ours: JAX takes the GPU's memory when it starts, and the peer needs it."""
+    from wan_jax import bench
 
-    times = []
-    for _ in range(RUNS + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    if "device" not in run.report:
+        run.report |= bench.device_facts()
+        print(f"matmul {run.report['matmul_tflop_per_second']:.1f} TFLOP/s", flush=True)
 
 
-def random_model(make, config, dtype: str):
-    """A model with random weights, made on the device in seconds: one block of noise, repeated at each one's scale."""
-    import jax
+def benches(run: Run, preset: str, group: str, sizes: list[str] | None = None, **choices: Any) -> Iterator[Any]:
+    """A Bench for each size, whose rows go into the report; stops when time is up."""
+    from wan_jax.bench import Bench, get_config
+    from wan_jax.settings import Settings, parse_size
+
+    config = get_config(preset)
+    matmul = run.report["matmul_tflop_per_second"] * 1e12
+    for size in sizes or run.sizes:
+        if run.left() < 0:
+            print(f"{group} {size}: out of time", flush=True)
+            return
+        settings = Settings.resolve(config, size=parse_size(size), frames=FRAMES)
+
+        def on_row(row: Any, size: str = size) -> None:
+            run.add(f"{group} {size}", row.as_json(matmul), f"{group} {size}")
+
+        yield Bench(config, settings, on_row=on_row, **{"repeats": RUNS, **choices})
+
+
+_models: dict[str | None, Any] = {}
+
+
+def denoiser(bench: Any, implementation: str | None = None) -> Any:
+    """With random weights, the same for all parts."""
     import jax.numpy as jnp
     from flax import nnx
 
-    from wan_jax.models.parameters import abstract_parameters, with_parameters
-
-    def build():
-        return make(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
-
-    block = jax.random.normal(jax.random.key(0), (2**20 + 7,), jnp.float32)
-    arrays = {}
-    for name, info in abstract_parameters(build).items():
-        scale = 1.0 if name.endswith((".scale", ".table")) else info.shape[-2] ** -0.5 if len(info.shape) > 1 else 0.1
-        fill = jax.jit(lambda block, scale, shape=info.shape: jnp.resize(block * scale, shape).astype(dtype))
-        arrays[name] = fill(block, scale)
-    return with_parameters(build, arrays)
-
-
-def run_denoiser(implementations: list[str], sizes: list[str], record: Callable) -> None:
-    import jax
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from wan_jax.config import get_preset
+    from wan_jax.demo import random_model
     from wan_jax.models.denoiser import Denoiser
 
-    config = get_preset("t2v-a14b").denoiser
-    model = random_model(Denoiser, config, "bfloat16")
-    _, parameters = nnx.split(model)
-    text = jax.random.normal(jax.random.key(1), (1, config.text_length, config.text_dim), jnp.bfloat16)
-    context = jax.jit(lambda model, text: model.encode_context(text))(model, text)
-    for size in sizes:
-        latents = jax.random.normal(jax.random.key(2), (1, 16, FRAMES, *latent_size(size)))
-        for implementation in implementations:
-            make = partial(Denoiser, attention_implementation=implementation)
-            graphdef, _ = nnx.split(
-                nnx.eval_shape(lambda make=make: make(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-            )
-            forward = jax.jit(lambda parameters, *inputs, graphdef=graphdef: nnx.merge(graphdef, parameters)(*inputs))
-            arguments = (parameters, latents, jnp.array([500.0]), context)
-            start = time.perf_counter()
-            compiled = forward.lower(*arguments).compile()
-            compile_seconds = time.perf_counter() - start
-            memory: Any = compiled.memory_analysis()
-            seconds = timed(lambda compiled=compiled, arguments=arguments: compiled(*arguments))
-            tokens = latents[0, 0].size // 4
-            record(
-                f"denoiser {implementation}",
-                size,
-                seconds,
-                tflop_per_second=forward_flops(tokens) / seconds / 1e12,
-                compile_seconds=compile_seconds,
-                temporary_bytes=memory.temp_size_in_bytes,
-            )
+    config = bench.config.denoiser
+    if None not in _models:
+        _models[None] = random_model(Denoiser, config, "bfloat16")
+    if implementation not in _models:
+        make = partial(Denoiser, config, dtype=jnp.bfloat16, attention_implementation=implementation)
+        graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
+        _models[implementation] = nnx.merge(graphdef, nnx.state(_models[None]))
+    return _models[implementation]
 
 
-def run_text(sizes: list[str], record: Callable) -> None:
+def time_forward(
+    run: Run, preset: str, name: str, *, implementation: str | None = None, as_in_a_step: bool = True
+) -> None:
+    from wan_jax import bench as benchmark
+
+    for bench in benches(run, preset, "forward"):
+        model = denoiser(bench, implementation)
+        benchmark.time_forward(bench, name, model, benchmark.denoiser_inputs(bench, model), as_in_a_step)
+
+
+def time_vae(run: Run, preset: str, dtype: str) -> None:
+    from wan_jax.bench import bench_vae
+
+    for bench in benches(run, preset, "vae", vae_dtype=dtype):
+        bench_vae(bench)
+
+
+def text(run: Run, preset: str) -> None:
+    from wan_jax.bench import bench_text
+
+    for bench in benches(run, preset, "text", run.sizes[:1]):
+        bench_text(bench)
+
+
+def psnr(run: Run, preset: str) -> None:
+    """Of the first five frames in the smallest size, with the same weights: bfloat16, and TF32, against float32."""
     import jax
     import jax.numpy as jnp
-
-    from wan_jax.config import get_preset
-    from wan_jax.models.text_encoder import TextEncoder
-
-    config = get_preset("t2v-a14b").text_encoder
-    model = random_model(TextEncoder, config, "bfloat16")
-    tokens = jax.random.randint(jax.random.key(0), (1, 512), 3, config.vocab_size)
-    mask = jnp.ones((1, 512), jnp.int32)
-    encode = jax.jit(
-        lambda model, tokens, mask: model(tokens, mask), compiler_options={"xla_allow_excess_precision": False}
-    )
-    # The pipeline encodes one prompt at a time.
-    record("text two prompts", "", timed(lambda: [encode(model, tokens, mask), encode(model, tokens, mask)]))
-
-
-def run_vae(sizes: list[str], record: Callable) -> None:
-    import jax
     import numpy as np
+    from flax import nnx
 
-    from wan_jax.config import get_preset
+    from wan_jax.bench import get_config, normal
+    from wan_jax.demo import random_model
+    from wan_jax.models.parameters import named_parameters, with_parameters
     from wan_jax.models.vae import VAE
 
-    decoded: dict[str, np.ndarray] = {}
-    for dtype, precision in (("bfloat16", None), ("float32", "tensorfloat32")):
-        model = random_model(VAE, get_preset("t2v-a14b").vae, dtype)
-        for size in sizes if dtype == "bfloat16" else sizes[-1:]:
-            latents = jax.random.normal(jax.random.key(3), (1, 16, FRAMES, *latent_size(size)))
+    config = get_config(preset).vae
+    for bench in benches(run, preset, "psnr", run.sizes[-1:]):
+        exact = random_model(VAE, config, "float32")
+        rounded = {name: array.astype(jnp.bfloat16) for name, array in named_parameters(exact).items()}
+        half = with_parameters(lambda: VAE(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)), rounded)
+        latents = normal((1, *bench.latents_shape))[:, :, :2]
+
+        def decode(model: VAE, precision: str, latents: jax.Array = latents) -> np.ndarray:
             with jax.default_matmul_precision(precision):
-                first = jax.jit(lambda model, z: model.decode_first(z)).lower(model, latents[:, :, :1]).compile()
-                _, cache = first(model, latents[:, :, :1])
-                following = jax.jit(lambda model, cache, z: model.decode_next(cache, z), donate_argnums=1)
-                step = following.lower(model, cache, latents[:, :, 1:2]).compile()
+                return np.clip(np.asarray(jax.jit(lambda model, z: model.decode(z))(model, latents)), -1, 1)
 
-            def decode(first=first, step=step, model=model, latents=latents):
-                frames, cache = first(model, latents[:, :, :1])
-                chunks = [np.asarray(frames)]
-                for index in range(1, FRAMES):
-                    frames, cache = step(model, cache, latents[:, :, index : index + 1])
-                    chunks.append(np.asarray(frames))
-                return np.concatenate(chunks, axis=1)
+        truth = decode(exact, "float32")
+        for name, frames in (("bfloat16", decode(half, "tensorfloat32")), ("TF32", decode(exact, "tensorfloat32"))):
+            decibel = float(10 * np.log10(4 / max(np.mean((frames - truth) ** 2), 1e-20)))
+            run.report.setdefault("psnr", {})[f"{name} against float32"] = decibel
+            print(f"PSNR {name} against float32: {decibel:.2f} dB (signal {truth.std():.3f})", flush=True)
+        run.save()
 
-            memory: Any = step.memory_analysis()
-            needed = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-            record(f"vae {dtype}", size, timed(decode), step_bytes=needed - memory.alias_size_in_bytes)
-            decoded[dtype] = np.clip(decode(), -1, 1)  # of the last size
-    error = np.mean(np.square(decoded["bfloat16"] - decoded["float32"], dtype=np.float64))
-    record("vae bfloat16 against float32", sizes[-1], 0.0, psnr_db=10 * np.log10(4 / error))
+
+def block(run: Run, preset: str) -> None:
+    from wan_jax.bench import denoiser_parts
+
+    for bench in benches(run, preset, "block", run.sizes[:1], repeats=5):
+        denoiser_parts(bench, denoiser(bench))
+
+
+def trace(run: Run, preset: str) -> None:
+    """The profiler's view of one forward at the first size: kernels, calls and seconds."""
+    import jax
+
+    from wan_jax import bench as benchmark
+
+    for bench in benches(run, preset, "trace", run.sizes[:1], repeats=1):
+        model = denoiser(bench)
+        inputs = benchmark.denoiser_inputs(bench, model)
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                benchmark.time_forward(bench, "twice, traced", model, inputs)
+            files = list(pathlib.Path(folder).rglob("*.xplane.pb"))
+            data = jax.profiler.ProfileData.from_file(str(files[0]))
+        kernels: dict[str, list[float]] = {}
+        for plane in data.planes:
+            if plane.name.startswith("/device:GPU"):
+                for line in plane.lines:
+                    if line.name.startswith("Stream"):
+                        for event in line.events:
+                            kernels.setdefault(event.name, []).append(event.duration_ns / 1e9)
+        ranked = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:40]
+        run.report["trace"] = [{"kernel": name, "calls": len(times), "seconds": sum(times)} for name, times in ranked]
+        run.save()
+        for name, times in ranked[:30]:
+            print(f"{sum(times):9.5f} s {len(times):6d} calls  {name[:110]}", flush=True)
+
+
+PARTS: dict[str, Callable[[Run, str], None]] = {
+    "forward": partial(time_forward, name="ours"),
+    "vae": partial(time_vae, dtype="bfloat16"),
+    "text": text,
+    "psnr": psnr,
+    "plain": partial(time_forward, name="plain", as_in_a_step=False),
+    "cudnn": partial(time_forward, name="cuDNN attention", implementation="cudnn"),
+    "vae_float32": partial(time_vae, dtype="float32"),
+    "block": block,
+    "trace": trace,
+}
+QUOTED = ("peer_vae", "peer_forward", "forward", "vae", "text", "psnr")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,12 +25,13 @@ from wan_jax.demo import DEMO, random_model, random_pipeline
 from wan_jax.demo_tokenizer import train_small_tokenizer
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import BACKENDS, attention
-from wan_jax.models.denoiser import Context, Denoiser, gelu, rotary_tables, rotate
+from wan_jax.models.denoiser import Context, Denoiser, rotary_tables, rotate
 from wan_jax.models.layers import layer_norm
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.pipeline import DECODE_CHUNK, peak_bytes
 from wan_jax.plan import denoiser_flops
+from wan_jax.precision import gelu, gelu_in_epilogue
 from wan_jax.program import Programs, scratch_bytes
 from wan_jax.settings import DTYPES, Settings, check_name, parse_size, parse_steps
 from wan_jax.tokenizer import Tokenizer
@@ -167,12 +168,23 @@ def denoiser_inputs(bench: Bench, model: Denoiser) -> tuple[jax.Array, jax.Array
     return normal((1, *bench.latents_shape)), jnp.array([500.0]), context
 
 
+def time_forward(bench: Bench, name: str, model: Denoiser, inputs: Sequence[Any], as_in_a_step: bool = True) -> Row:
+    """One forward, compiled as the denoising step is, or as any program of JAX."""
+    in_epilogue = as_in_a_step and jax.devices()[0].device_kind.startswith("NVIDIA")
+
+    def forward(model: Denoiser, *inputs: Any) -> jax.Array:
+        with gelu_in_epilogue(in_epilogue):
+            return model(*inputs)
+
+    flops = denoiser_flops(bench.config.denoiser, bench.tokens)
+    options = xla_flags.CUBLASLT_OPTIONS if in_epilogue else None
+    return bench.time(name, forward, model, *inputs, flops=flops, options=options)
+
+
 def bench_denoiser(bench: Bench, plot: pathlib.Path | None = None) -> None:
     """One forward of one expert; with `plot`, also what the parts of its layers take, and a picture."""
     model = random_model(Denoiser, bench.config.denoiser, bench.dtype)
-    inputs = denoiser_inputs(bench, model)
-    flops = denoiser_flops(bench.config.denoiser, bench.tokens)
-    forward = bench.time("forward", lambda model, *inputs: model(*inputs), model, *inputs, flops=flops)
+    forward = time_forward(bench, "forward", model, denoiser_inputs(bench, model))
     if plot is not None:
         rows = [forward, *denoiser_parts(bench, model)]
         draw_parts(bench, rows, plot)

@@ -24,3 +24,17 @@ def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """
     info = jnp.finfo(dtype)
     return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
+
+
+# While a program is traced `with gelu_in_epilogue(True)`, GELU after a bfloat16 product and its bias becomes part of that
+# product: cuBLASLt applies it in float32 to the unrounded sums. Only for programs that NVIDIA GPUs run, compiled with
+# xla_flags.CUBLASLT_OPTIONS, and that are not differentiated: elsewhere GELU would be computed, and rounded at each
+# operation, in bfloat16.
+gelu_in_epilogue = jax.make_user_context(False)
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """The tanh form, computed in float32 and rounded once."""
+    if gelu_in_epilogue.value and x.dtype == jnp.bfloat16:
+        return jax.nn.gelu(x, approximate=True)  # the only form in which XLA recognises it
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)

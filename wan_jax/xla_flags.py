@@ -20,6 +20,10 @@ import pathlib
 # The encoder rounds where the original rounds; XLA may not skip that.
 TEXT_ENCODER_OPTIONS: dict[str, bool | int | str] = {"xla_allow_excess_precision": False}
 
+# The denoising step on NVIDIA GPUs: cuBLASLt computes all products, with biases and GELU in their epilogues. Where XLA
+# may also take Triton it leaves GELU to a kernel of its own, 1 % of a forward. Triton won none of these products.
+CUBLASLT_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_enable_triton_gemm": False}
+
 
 def configure() -> None:
     """Sets what is not set yet. Without effect on what JAX has already started with."""

@@ -29,6 +29,8 @@ from wan_jax.models.layers import on_host
 from wan_jax.parallel import collectives
 from wan_jax.parallel.collectives import CFG, PIPELINE
 from wan_jax.parallel.spread import Spread, gather_outside_layers
+from wan_jax.precision import gelu_in_epilogue
+from wan_jax.xla_flags import CUBLASLT_OPTIONS
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,9 +208,19 @@ def compile_step(
         (parameters, expert.positive, expert.negative),
     )
     numbers = _step_numbers(schedule, solver.coefficients(schedule), 0)
-    return _sample_step.lower(
-        graphdef, solver, expert.spread, *arrays, state, conditioning, *numbers, np.float32(1)
-    ).compile()
+    on_nvidia = _on_nvidia(parameters)
+    step = _sample_step_on_nvidia if on_nvidia else _sample_step
+    with gelu_in_epilogue(on_nvidia):
+        return step.lower(
+            graphdef, solver, expert.spread, *arrays, state, conditioning, *numbers, np.float32(1)
+        ).compile()
+
+
+def _on_nvidia(arrays: Any) -> bool:
+    """Whether arrays, or shapes with shardings, lie on NVIDIA GPUs."""
+    sharding = jax.tree.leaves(arrays)[0].sharding
+    device = jax.devices()[0] if sharding is None else next(iter(sharding.device_set))
+    return device.platform == "gpu" and device.device_kind.startswith("NVIDIA")
 
 
 def _step_numbers(schedule: Schedule, coefficients: Any, index: int) -> tuple[Any, np.ndarray]:
@@ -216,8 +228,7 @@ def _step_numbers(schedule: Schedule, coefficients: Any, index: int) -> tuple[An
     return jax.tree.map(lambda values: values[index], coefficients), schedule.timesteps[index]
 
 
-@partial(jax.jit, static_argnames=("graphdef", "solver", "spread"), donate_argnames="state")
-def _sample_step(graphdef, solver, spread, parameters, positive, negative, state, conditioning, *numbers):
+def _spread_step(graphdef, solver, spread, parameters, positive, negative, state, conditioning, *numbers):
     run = partial(_step, graphdef, solver)
     arguments = parameters, positive, negative, state, conditioning, numbers
     if spread is None:
@@ -258,6 +269,11 @@ def _step(graphdef, solver, parameters, positive, negative, state, conditioning,
         velocity = guide(conditional, unconditional, scale)
     state = solver.step(state, velocity.astype(jnp.float32), coefficients)
     return state._replace(latents=conditioning.restore(state.latents))
+
+
+_jit_step = partial(jax.jit, static_argnames=("graphdef", "solver", "spread"), donate_argnames="state")
+_sample_step = _jit_step(_spread_step)
+_sample_step_on_nvidia = _jit_step(_spread_step, compiler_options=CUBLASLT_OPTIONS)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "spread"))

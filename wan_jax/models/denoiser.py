@@ -27,6 +27,7 @@ from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
 from wan_jax.models.layers import LayerNorm, Linear, RMSNorm, gelu_erf, layer_norm, scan_layers, stack_layers
 from wan_jax.parallel import pipeline, sequence
+from wan_jax.precision import gelu
 
 IMAGE_EPS = 1e-5  # of the image embedding's norms
 
@@ -427,11 +428,6 @@ class ImageEmbedding(nnx.Module):
         if self.positions is not None:
             x = x + self.positions[...].astype(x.dtype)
         return self.norm_2(self.linear_2(gelu_erf(self.linear_1(self.norm_1(x)))))
-
-
-def gelu(x: jax.Array) -> jax.Array:
-    """The tanh form, computed in float32 and rounded once."""
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
 
 
 def modulation_table(rows: int, dim: int, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:

@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+
+from wan_jax import precision
+from wan_jax.demo import DEMO
+from wan_jax.models.denoiser import FeedForward
+
+
+def arithmetic(function, *args) -> set[str]:
+    """In which dtypes a function's elementary functions and products of numbers are computed."""
+
+    def equations(jaxpr):
+        for equation in jaxpr.eqns:
+            yield equation
+            for inner in jaxprs_in_params(equation.params):
+                yield from equations(inner)
+
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return {
+        str(e.outvars[0].aval.dtype) for e in equations(jaxpr) if e.primitive.name in ("tanh", "mul", "integer_pow")
+    }
+
+
+def test_gelu_is_float32_rounded_once():
+    x = jnp.asarray(np.linspace(-6, 6, 4001), jnp.bfloat16)
+    x64 = np.asarray(x, np.float64)
+    exact = 0.5 * x64 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x64 + 0.044715 * x64**3)))
+    # Half a unit of the 8 bits of a bfloat16; and what float32 loses in 1 + tanh for negative numbers.
+    np.testing.assert_allclose(np.asarray(precision.gelu(x), np.float64), exact, rtol=2**-9, atol=1e-6)
+
+
+def test_gelu_is_written_for_the_epilogue_where_that_is_asked_for():
+    """XLA recognises it in bfloat16 arithmetic only; float32 stays float32."""
+    half, single = jnp.ones(8, jnp.bfloat16), jnp.ones(8)
+    assert arithmetic(precision.gelu, half) == {"float32"}
+    with precision.gelu_in_epilogue(True):
+        assert arithmetic(precision.gelu, half) == {"bfloat16"}
+        assert arithmetic(precision.gelu, single) == {"float32"}
+    assert arithmetic(precision.gelu, half) == {"float32"}
+
+
+def test_the_feed_forward_layer_asks():
+    layer = FeedForward(DEMO.denoiser, jnp.bfloat16, jnp.bfloat16, nnx.Rngs(0))
+    x = jnp.ones((1, 3, DEMO.denoiser.dim), jnp.bfloat16)
+    assert "float32" in arithmetic(layer, x)
+    with precision.gelu_in_epilogue(True):
+        assert arithmetic(layer, x) == {"bfloat16"}
