@@ -10,7 +10,7 @@ from wan_jax.models.denoiser import FeedForward
 
 
 def arithmetic(function, *args) -> set[str]:
-    """In which dtypes a function's elementary functions and products of numbers are computed."""
+    """In which dtypes a function's tanh, powers and products of numbers are computed."""
 
     def equations(jaxpr):
         for equation in jaxpr.eqns:
@@ -19,17 +19,16 @@ def arithmetic(function, *args) -> set[str]:
                 yield from equations(inner)
 
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-    return {
-        str(e.outvars[0].aval.dtype) for e in equations(jaxpr) if e.primitive.name in ("tanh", "mul", "integer_pow")
-    }
+    computed = [e for e in equations(jaxpr) if e.primitive.name in ("tanh", "mul", "integer_pow")]
+    return {str(e.outvars[0].aval.dtype) for e in computed}
 
 
 def test_gelu_is_float32_rounded_once():
     x = jnp.asarray(np.linspace(-6, 6, 4001), jnp.bfloat16)
     x64 = np.asarray(x, np.float64)
     exact = 0.5 * x64 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x64 + 0.044715 * x64**3)))
-    # Half a unit of the 8 bits of a bfloat16; and what float32 loses in 1 + tanh for negative numbers.
-    np.testing.assert_allclose(np.asarray(precision.gelu(x), np.float64), exact, rtol=2**-9, atol=1e-6)
+    # Half a unit in the last of a bfloat16's 8 bits, and what float32 loses in 1 + tanh for negative numbers.
+    np.testing.assert_allclose(np.asarray(precision.gelu(x), np.float64), exact, rtol=2**-8, atol=1e-6)
 
 
 def test_gelu_is_written_for_the_epilogue_where_that_is_asked_for():

@@ -26,10 +26,10 @@ def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant)
 
 
-# While a program is traced `with gelu_in_epilogue(True)`, GELU after a bfloat16 product and its bias becomes part of that
-# product: cuBLASLt applies it in float32 to the unrounded sums. Only for programs that NVIDIA GPUs run, compiled with
-# xla_flags.CUBLASLT_OPTIONS, and that are not differentiated: elsewhere GELU would be computed, and rounded at each
-# operation, in bfloat16.
+# While a program is traced `with gelu_in_epilogue(True)`, GELU after a bfloat16 product and its bias becomes part of
+# that product: cuBLASLt applies it in float32 to the unrounded sums. Only for programs that NVIDIA GPUs run, compiled
+# with xla_flags.CUBLASLT_OPTIONS, and that are not differentiated: elsewhere GELU would be computed, and rounded at
+# each operation, in bfloat16.
 gelu_in_epilogue = jax.make_user_context(False)
 
 
