@@ -7,17 +7,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_jax import read_video
+from wan_jax import WanPipeline, read_video
 from wan_jax.cli import main
+from wan_jax.config import ImageEncoderConfig
 from wan_jax.demo import DEMO, random_pipeline, write_demo
 from wan_jax.errors import InputError
 from wan_jax.images import ImagePrompt
+from wan_jax.memory import PROFILES, Memory, place
+from wan_jax.models.parameters import named_parameters
 from wan_jax.settings import Settings
 from wan_jax.tokenizer import Tokenizer
 from wan_jax.video import Video
 
 I2V = replace(
     DEMO, name="demo-i2v", denoiser=replace(DEMO.denoiser, in_channels=16 + 4 + 16), conditioning="image_latents"
+)
+WITH_CLIP = replace(
+    I2V,
+    denoiser=replace(I2V.denoiser, image_dim=24),
+    image_encoder=ImageEncoderConfig(image_size=56, dim=24, num_layers=2, num_heads=2, ffn_dim=40),
 )
 TI2V = replace(DEMO, name="demo-ti2v", conditioning="first_frame")
 SMALL = {"size": (48, 32), "frames": 9, "steps": 2}
@@ -90,6 +98,34 @@ def test_an_image_is_encoded_once_and_another_compiles_nothing(i2v, monkeypatch)
     another = i2v("b", image=picture(3), last_image=picture(4), **SMALL)
     assert another.seconds["encode"] > 0
     assert another.seconds["compile"] < 0.05  # looking programs up; compiling one takes a tenth of a second or more
+
+
+def test_the_image_encoder_streams_too(tokenizer):
+    """It waits in host memory as the others."""
+    resident, keeper = random_pipeline(WITH_CLIP, tokenizer, "float32"), Memory(PROFILES["stream"])
+
+    def wait(model):
+        return place(model, dict.fromkeys(named_parameters(model), keeper.waiting()))
+
+    stream = WanPipeline(
+        WITH_CLIP,
+        tokenizer=tokenizer,
+        text_encoder=wait(resident.text_encoder),
+        denoisers={name: wait(denoiser) for name, denoiser in resident.denoisers.items()},
+        vae=wait(resident.vae),
+        image_encoder=wait(resident.image_encoder),
+        memory=keeper,
+    )
+    videos = [pipe("a", image=picture(0), **SMALL) for pipe in (resident, stream)]
+    # XLA:CPU may fuse float32 sums of the two programs in other orders.
+    np.testing.assert_allclose(videos[0].latents, videos[1].latents, rtol=0, atol=1e-4)
+    assert videos[1].seconds["image"] > 0
+    kinds = {array.sharding.memory_kind for array in named_parameters(stream.image_encoder).values()}
+    assert kinds == {"pinned_host"}
+    other = random_pipeline(replace(WITH_CLIP, image_encoder=replace(WITH_CLIP.image_encoder, eps=10.0)), tokenizer)
+    resident.image_encoder = other.image_encoder
+    resident._encoded_images.clear()
+    assert np.abs(resident("a", image=picture(0), **SMALL).latents - videos[0].latents).max() > 1e-4
 
 
 def test_metadata_names_the_images(i2v, tmp_path):

@@ -9,12 +9,10 @@ import torch
 from PIL import Image
 
 from wan_jax import images
-from wan_jax.config import VAEConfig, WanConfig, get_preset
+from wan_jax.config import WanConfig, get_preset
 from wan_jax.errors import InputError
 
-I2V = get_preset("i2v-a14b")
-STRIDE_16 = VAEConfig(dim_mult=(1, 2, 4, 4, 4), temporal_downsample=(False, False, True, True))
-TI2V = dataclasses.replace(get_preset("ti2v-5b"), vae=STRIDE_16)
+I2V, TI2V = get_preset("i2v-a14b"), get_preset("ti2v-5b")
 
 
 def with_area(config: WanConfig, width: int, height: int) -> WanConfig:

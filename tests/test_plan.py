@@ -1,7 +1,7 @@
 """Predictions: the bookkeeping against real arrays, the formulas against measured figures, and what is printed."""
 
-import dataclasses
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +12,7 @@ from flax import nnx
 
 from wan_jax import plan as planning
 from wan_jax.cli import main
-from wan_jax.config import get_preset
+from wan_jax.config import ImageEncoderConfig, get_preset
 from wan_jax.demo import DEMO, random_pipeline
 from wan_jax.diffusion.sampler import plan_steps
 from wan_jax.memory import PROFILES, Memory
@@ -28,6 +28,13 @@ A14B = get_preset("t2v-a14b")
 SIZES = {"480p": (832, 480), "720p": (1280, 720)}
 SMALL = {"size": (48, 32), "frames": 5, "steps": 2, "shift": 5.0}
 GIB = 2**30
+WITH_CLIP = replace(
+    DEMO,
+    denoiser=replace(DEMO.denoiser, in_channels=36, image_dim=24),
+    image_encoder=ImageEncoderConfig(image_size=56, dim=24, num_layers=2, num_heads=2, ffn_dim=40),
+    conditioning="image_latents",
+)
+TI2V = replace(DEMO, conditioning="first_frame")
 
 
 def plan_of(size: str, device_kind: str = "NVIDIA H200") -> Plan:
@@ -64,6 +71,39 @@ def test_weights_are_those_of_the_pipeline(tokenizer_folder):
         assert streamed[stage] == with_layers[stage] - sum(blocks)
     assert plan.predict(PROFILES["resident"]).host_bytes == 0
     assert plan.predict(PROFILES["swap"]).host_bytes == everything
+
+
+def test_stages_of_images(tokenizer_folder):
+    pipeline = random_pipeline(WITH_CLIP, Tokenizer.from_pretrained(tokenizer_folder))
+    plan = Plan(WITH_CLIP, Settings.resolve(WITH_CLIP, **SMALL), "bfloat16")
+    swap = plan.without_scratch(PROFILES["swap"])
+    assert list(swap) == ["text", "image", "encode", "denoise", "decode"]
+    sizes = {
+        "image": sum(array.nbytes for array in named_parameters(pipeline.image_encoder).values()),
+        "encode": sum(array.nbytes for array in named_parameters(pipeline.vae).values()),
+    }
+    text, features = 2 * 512 * 64 * 2, 17 * 24 * 4
+    assert swap["image"] == sizes["image"] + text + features
+    assert swap["encode"] == sizes["encode"] + plan._input_bytes["encode"]
+    assert plan.without_scratch(PROFILES["resident"])["text"] > sum(sizes.values())
+    assert set(plan.estimated_scratch(PROFILES["stream"])) == set(swap)
+
+
+@pytest.mark.parametrize(
+    ("preset", "stages"),
+    [
+        ("t2v-14b", ["text", "denoise", "decode"]),
+        ("i2v-a14b", ["text", "encode", "denoise", "decode"]),
+        ("ti2v-5b", ["text", "encode", "denoise", "decode"]),
+        ("flf2v-14b-720p", ["text", "image", "encode", "denoise", "decode"]),
+    ],
+)
+def test_presets_with_images(preset, stages, capsys):
+    assert main(["plan", "--preset", preset, "--json"]) == 0
+    predictions = json.loads(capsys.readouterr().out)["profiles"]
+    assert [list(each["device_bytes"]) for each in predictions] == [stages] * 3
+    assert main(["plan", "--preset", preset, "--profile", "swap"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[3 : 3 + len(stages)] == stages
 
 
 def test_full_size_weights():
@@ -169,12 +209,9 @@ def test_unknown_device_has_no_seconds():
     assert plan_of("480p", "Toaster").predict(PROFILES["swap"]).seconds == {}
 
 
-IMAGE_DEMO = dataclasses.replace(
-    DEMO, denoiser=dataclasses.replace(DEMO.denoiser, in_channels=36), conditioning="image_latents"
+@pytest.mark.parametrize(
+    ("config", "name"), [(DEMO, "resident"), (DEMO, "stream"), (WITH_CLIP, "resident"), (TI2V, "resident")]
 )
-
-
-@pytest.mark.parametrize(("config", "name"), [(DEMO, "resident"), (DEMO, "stream"), (IMAGE_DEMO, "resident")])
 def test_what_is_planned_is_what_runs(tokenizer_folder, config, name):
     """Programs compiled for a plan, from shapes alone, are those that the pipeline runs: nothing compiles again."""
     settings, profile = Settings.resolve(config, **SMALL), PROFILES[name]
@@ -194,10 +231,12 @@ def test_what_is_planned_is_what_runs(tokenizer_folder, config, name):
     pipeline = random_pipeline(config, Tokenizer.from_pretrained(tokenizer_folder))
     pipeline.memory = Memory(profile)
     pipeline._programs = programs
-    image = np.zeros((32, 48, 3), np.uint8) if config is IMAGE_DEMO else None
-    seconds = pipeline("a red circle", image=image, **SMALL).seconds
-    # Looking programs up takes milliseconds, even on a busy machine; compiling one takes tenths of a second.
-    assert seconds["compile"] < 0.1
+    image = np.zeros((32, 48, 3), np.uint8)
+    runs = {"text": [{}], "image_latents": [{"image": image}], "first_frame": [{"image": image}, {}]}
+    for given in runs[config.conditioning]:
+        seconds = pipeline("a red circle", **given, **SMALL).seconds
+        # Looking programs up takes milliseconds, even on a busy machine; compiling one takes tenths of a second.
+        assert seconds["compile"] < 0.1
 
 
 def test_only_streaming_has_programs_of_its_own(monkeypatch):

@@ -20,6 +20,7 @@ from wan_jax.config import DenoiserConfig, SamplingConfig, TextEncoderConfig, VA
 from wan_jax.demo_tokenizer import train_small_tokenizer
 from wan_jax.generate import generate
 from wan_jax.models.denoiser import Denoiser
+from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.models.parameters import abstract_parameters, named_parameters, random_parameters, with_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
@@ -40,7 +41,7 @@ DEMO = WanConfig(
 
 
 def random_model(make: Callable[..., Any], config: Any, dtype: str, seed: int = 0) -> Any:
-    """A Denoiser, TextEncoder or VAE (`make`) with fixed random weights."""
+    """A Denoiser, TextEncoder, VAE or ImageEncoder (`make`) with fixed random weights."""
 
     def build():
         return make(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
@@ -57,6 +58,7 @@ def random_pipeline(
     progress: bool = False,
 ) -> WanPipeline:
     """A pipeline of any size with fixed random weights."""
+    clip = config.image_encoder
     return WanPipeline(
         config,
         tokenizer=tokenizer,
@@ -65,6 +67,7 @@ def random_pipeline(
             name: random_model(Denoiser, config.denoiser, dtype, 2 + n) for n, name in enumerate(config.experts)
         },
         vae=random_model(VAE, config.vae, vae_dtype, 0),
+        image_encoder=None if clip is None else random_model(ImageEncoder, clip, "float32", 4),
         progress=progress,
     )
 
@@ -78,6 +81,8 @@ def write_demo(destination: Path, layout: Literal["orbax", "diffusers"], config:
         train_small_tokenizer([PROMPT], config.text_encoder.vocab_size, Path(folder))
         pipeline = random_pipeline(config, Tokenizer.from_pretrained(folder))
         models = {"text_encoder": pipeline.text_encoder, "vae": pipeline.vae, **pipeline.denoisers}
+        if pipeline.image_encoder is not None:
+            models["image_encoder"] = pipeline.image_encoder
         components = {name: named_parameters(model) for name, model in models.items()}
         convert(memory_checkpoint(config, components, Path(folder)), destination, to=layout)
 

@@ -31,6 +31,7 @@ from wan_jax.images import ImagePrompt, check_images
 from wan_jax.lora import AdaptedDenoiser, Lora, LoraFile, adapter_bytes, open_loras
 from wan_jax.memory import PROFILES, Memory
 from wan_jax.models.denoiser import Denoiser
+from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.models.parameters import with_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
@@ -52,10 +53,12 @@ class WanPipeline:
 
     Attributes:
         config: what the model is, and its sampling defaults.
-        text_encoder, denoisers, vae: the models; `denoisers` by expert name, with the LoRAs on them.
+        text_encoder, denoisers, vae, image_encoder: the models; `denoisers` by expert name, with the LoRAs on them. Few
+            have an image encoder.
         loras: what `set_loras` put on the denoisers.
         memory: where their weights wait and run.
-        seconds: wall time of the last run by stage: "load", "text", "compile", "encode", "denoise", "decode".
+        seconds: wall time of the last run by stage: "load", "compile", "text", "image", "encode", "denoise",
+            "decode".
         latents: float32 [B, C, F', h, w] of the last run. They are kept as soon as denoising ends, so that nothing is
             lost if decoding or saving fails; None before the first run.
     """
@@ -68,6 +71,7 @@ class WanPipeline:
         text_encoder: TextEncoder,
         denoisers: dict[str, Denoiser],
         vae: VAE,
+        image_encoder: ImageEncoder | None = None,
         memory: Memory | None = None,
         programs: Programs | None = None,
         progress: bool | Bars = False,
@@ -83,10 +87,11 @@ class WanPipeline:
         self._adapted = {name: AdaptedDenoiser(denoiser, self.memory.waiting()) for name, denoiser in denoisers.items()}
         self.text_encoder = text_encoder
         self.vae = vae
+        self.image_encoder = image_encoder
         exact = next(iter(denoisers.values())).dtype == jnp.float32
         self._programs = Programs(exact) if programs is None else programs
         self._encoded_prompts: dict[str, jax.Array] = {}
-        self._encoded_images: dict[tuple[Any, ...], Conditioning] = {}
+        self._encoded_images: dict[tuple[Any, ...], tuple[Conditioning, jax.Array | None]] = {}
         self._lengths_warned_of: set[int] = set()
 
     @classmethod
@@ -103,7 +108,7 @@ class WanPipeline:
 
         Args:
             path_or_id: a local path, or "organisation/name", which huggingface_hub downloads.
-            dtype: "bfloat16" or "float32", for the text encoder and the denoisers.
+            dtype: "bfloat16" or "float32", for the text encoder and the denoisers. An image encoder is always float32.
             vae_dtype: the same for the VAE, which the official code runs in float32. "bfloat16" is faster, takes half
                 the memory, and moves the frames by less than one of their 255 levels on average.
             profile: where the weights are kept (wan_jax/memory.py): "resident", "swap" or "stream"; "auto" takes the
@@ -164,12 +169,15 @@ class WanPipeline:
                 arrays = checkpoint.load(component, dtype, memory.waiting(), progress=report)
             return with_parameters(lambda: make(model_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), arrays)
 
+        clip = config.image_encoder
         pipeline = cls(
             config,
             tokenizer=tokenizer,
             text_encoder=load("text_encoder", TextEncoder, config.text_encoder, dtype),
             denoisers={name: load(name, Denoiser, config.denoiser, dtype) for name in config.experts},
             vae=load("vae", VAE, config.vae, vae_dtype),
+            # In float32: the official code has float16 here, which bfloat16 would not match.
+            image_encoder=None if clip is None else load("image_encoder", ImageEncoder, clip, "float32"),
             memory=memory,
             programs=programs,
             progress=progress,
@@ -318,7 +326,9 @@ class WanPipeline:
         guided = any(scale != 1 for scale in scales.values())
         encoded = self._encode_prompts([*prompts, *[settings.negative_prompt] * (len(prompts) if guided else 0)])
         positive, negative = encoded[: len(prompts)], encoded[len(prompts) :]
-        conditioning = self._encode_images(images, settings)
+        conditioning, features = self._encode_images(images, settings)
+        if features is not None:
+            features = jnp.broadcast_to(features, (len(prompts), *features.shape[1:]))
 
         with (
             self._bars.task("denoise (compiling)", total=schedule.num_steps) as bar,
@@ -330,7 +340,7 @@ class WanPipeline:
             def get_expert(name: str) -> Expert:
                 running.close()  # frees the expert before this one
                 denoiser = running.enter_context(self.memory.on_device(self.denoisers[name]))
-                return Expert.prepare(denoiser, positive, negative if scales[name] != 1 else None)
+                return Expert.prepare(denoiser, positive, negative if scales[name] != 1 else None, features)
 
             def on_step(step: StepReport) -> None:
                 bar.advance(1, f"denoise ({step.expert} expert)")
@@ -472,22 +482,37 @@ class WanPipeline:
                     )[0]
         return jnp.stack([self._encoded_prompts[prompt] for prompt in prompts])
 
-    def _encode_images(self, images: ImagePrompt | None, settings: Settings) -> Conditioning:
-        """What the images give to the denoise loop; what it was for the last few images is remembered."""
+    def _encode_images(self, images: ImagePrompt | None, settings: Settings) -> tuple[Conditioning, jax.Array | None]:
+        """What images give to the denoise loop, and to attention beside the text ([1, image tokens, dim]).
+
+        The results for the last few are remembered.
+        """
+        if images is None and self.config.conditioning == "first_frame":
+            channels, _, height, width = settings.latents_shape(self.config)
+            return FirstFrame.unknown(channels, height, width), None
         if images is None:
-            return TEXT_ONLY
+            return TEXT_ONLY, None
         key = (images.digest, settings.size, settings.frames)
         if key not in self._encoded_images:
             if len(self._encoded_images) >= CACHED_IMAGES:
                 self._encoded_images.pop(next(iter(self._encoded_images)))
-            frames = images.frames(self.config, settings.size, settings.frames)
-            latents = jnp.asarray(self.encode(frames))[None]
-            if self.config.conditioning == "first_frame":
-                self._encoded_images[key] = FirstFrame(latents)
-            else:
-                known = [0] if images.last is None else [0, settings.frames - 1]
-                self._encoded_images[key] = known_frames(latents, known, self.config.vae.temporal_stride)
+            self._encoded_images[key] = self._encode_frames(images, settings), self._encode_for_attention(images)
         return self._encoded_images[key]
+
+    def _encode_frames(self, images: ImagePrompt, settings: Settings) -> Conditioning:
+        latents = jnp.asarray(self.encode(images.frames(self.config, settings.size, settings.frames)))[None]
+        if self.config.conditioning == "first_frame":
+            return FirstFrame(latents, jnp.asarray(True))
+        known = [0] if images.last is None else [0, settings.frames - 1]
+        return known_frames(latents, known, self.config.vae.temporal_stride)
+
+    def _encode_for_attention(self, images: ImagePrompt) -> jax.Array | None:
+        if self.image_encoder is None:
+            return None
+        pixels = jnp.asarray(images.clip_inputs(self.image_encoder.config.image_size))
+        with self.memory.on_device(self.image_encoder) as encoder:
+            features = self._run("image", self._programs.encode_image, encoder, pixels)
+        return features.reshape(1, -1, features.shape[-1])  # of two images, one after the other
 
     def _warn_of_length(self, frames: int) -> None:
         """Says, once for each length, that the model was not trained for so many frames."""

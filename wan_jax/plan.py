@@ -20,13 +20,14 @@ from flax import nnx
 from jax.sharding import Sharding
 
 from wan_jax.config import DenoiserConfig, WanConfig
-from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, KnownFrames
+from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, KnownFrames
 from wan_jax.diffusion.guidance import guidance_by_expert
 from wan_jax.diffusion.sampler import Expert, compile_step, plan_steps
 from wan_jax.diffusion.solvers import Solver, get_solvers
 from wan_jax.errors import InputError
 from wan_jax.memory import PROFILES, Profile, abstract_array, single_device, streams
 from wan_jax.models.denoiser import Context, Denoiser
+from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.models.layers import on_host
 from wan_jax.models.parameters import dotted, named_parameters
 from wan_jax.models.streaming import Cache
@@ -36,7 +37,10 @@ from wan_jax.program import Programs, scratch_bytes
 from wan_jax.settings import DTYPES, PROFILE_NAMES, Settings, check_name
 from wan_jax.vae_estimates import decode_flops, decode_scratch, encode_flops, encode_scratch
 
-MODELS = {"text": "text_encoder", "encode": "vae", "denoise": "denoiser", "decode": "vae"}  # by stage
+# By stage. Models that take images have them all, or all but "image".
+MODELS = {"text": "text_encoder", "image": "image_encoder", "encode": "vae", "denoise": "denoiser", "decode": "vae"}
+
+IMAGE_ENCODER_DTYPE = jnp.dtype(jnp.float32)
 
 # What fragmentation may take of the memory that JAX may use.
 RESERVE = 0.02
@@ -121,6 +125,8 @@ class Plan:
             "denoiser": _shapes(Denoiser, config.denoiser, self.dtype),
             "vae": _shapes(VAE, config.vae, self.vae_dtype),
         }
+        if config.image_encoder is not None:
+            self._models["image_encoder"] = _shapes(ImageEncoder, config.image_encoder, IMAGE_ENCODER_DTYPE)
         self._weights = {
             name: {path: _nbytes(array) for path, array in named_parameters(model).items()}
             for name, model in self._models.items()
@@ -130,7 +136,11 @@ class Plan:
     @property
     def stages(self) -> tuple[str, ...]:
         """Of a run, in order; images are encoded by the models that take them."""
-        return tuple(stage for stage in MODELS if stage != "encode" or self._encoded_frames)
+        return tuple(
+            stage
+            for stage, model in MODELS.items()
+            if model in self._models and (stage != "encode" or self._encoded_frames)
+        )
 
     @property
     def _encoded_frames(self) -> int:
@@ -158,8 +168,8 @@ class Plan:
         }
 
     def _all_weights(self) -> int:
-        counts = {"text_encoder": 1, "denoiser": len(self.config.experts), "vae": 1}
-        return sum(counts[name] * sum(sizes.values()) for name, sizes in self._weights.items())
+        counts = {"denoiser": len(self.config.experts)}
+        return sum(counts.get(name, 1) * sum(sizes.values()) for name, sizes in self._weights.items())
 
     def scratch(self, profile: Profile) -> Mapping[str, int]:
         """Bytes that each stage's program takes beside weights and inputs."""
@@ -184,6 +194,7 @@ class Plan:
         every token; that layer's weights, which the loop slices out; one context, because guidance selects it. A
         streamed layer comes on top.
         Text: the same of 512 tokens, and the scores of all heads in float32, three times.
+        Image: the residual stream, both sides of GELU, the scores of all heads.
         Encode, decode: see vae_estimates.py.
         """
         denoiser, encoder, vae = self.config.denoiser, self.config.text_encoder, self.config.vae
@@ -201,13 +212,17 @@ class Plan:
         sizes = {"text": text, "denoise": denoise, "decode": decode}
         if self._encoded_frames:
             sizes["encode"] = encode_scratch(vae, self.vae_dtype, *self.settings.size, self._encoded_frames)
+        if (clip := self.config.image_encoder) is not None:
+            width = 2 * clip.dim + 2 * clip.ffn_dim + 2 * clip.num_heads * clip.num_tokens
+            sizes["image"] = IMAGE_ENCODER_DTYPE.itemsize * self._image_tokens() * width
         return sizes
 
     def _compiled_scratch(self, profile: Profile) -> dict[str, int]:
-        text_encoder, denoiser, vae = (
-            _placed(model, lambda path: single_device(self.device, profile.on_host(path, running=True)))
-            for model in self._models.values()
-        )
+        models = {
+            name: _placed(model, lambda path: single_device(self.device, profile.on_host(path, running=True)))
+            for name, model in self._models.items()
+        }
+        text_encoder, denoiser, vae = models["text_encoder"], models["denoiser"], models["vae"]
         here = single_device(self.device, on_host=False)
         tokens = jax.ShapeDtypeStruct((1, self.config.denoiser.text_length), jnp.int32)
         text = self._programs.encode_text.scratch_bytes(text_encoder, tokens, tokens)
@@ -232,6 +247,10 @@ class Plan:
             if self._encoded_frames > 1:
                 following_bytes = self._programs.encode_next.scratch_bytes(vae, cache, following)
                 sizes["encode"] = max(sizes["encode"], following_bytes)
+        if (clip := self.config.image_encoder) is not None:
+            shape = (self._image_tokens() // clip.num_tokens, clip.image_size, clip.image_size, 3)
+            images = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here)
+            sizes["image"] = self._programs.encode_image.scratch_bytes(models["image_encoder"], images)
         return sizes
 
     @functools.cached_property
@@ -251,6 +270,8 @@ class Plan:
         if self._encoded_frames:
             cache = jax.eval_shape(_encode_cache, vae, self._frames(1, None))
             sizes["encode"] = text + _nbytes(latents) + _nbytes(cache) + _nbytes(frame)
+        if (clip := self.config.image_encoder) is not None:
+            sizes["image"] = text + IMAGE_ENCODER_DTYPE.itemsize * self._image_tokens() * clip.dim
         return sizes
 
     def _seconds(self, profile: Profile) -> dict[str, float]:
@@ -307,13 +328,22 @@ class Plan:
         return jax.ShapeDtypeStruct((count, height, width, 3), jnp.float32, sharding=sharding)
 
     def _conditioning(self) -> Conditioning:
-        """What the denoise loop is given of the images. (TI2V's latent frame is small, and there may be none.)"""
-        if self.config.conditioning != "image_latents":
+        """What the denoise loop is given of the images."""
+        if self.config.conditioning == "text":
             return TEXT_ONLY
+        if self.config.conditioning == "first_frame":
+            frame: Any = self._latent_frame(None)
+            known: Any = jax.ShapeDtypeStruct((), jnp.bool)
+            return FirstFrame(frame, known)
         channels, *sizes = self.settings.latents_shape(self.config)
         stride = self.config.vae.temporal_stride
         array: Any = jax.ShapeDtypeStruct((1, stride + channels, *sizes), jnp.float32)
         return KnownFrames(array)
+
+    def _image_tokens(self) -> int:
+        """Rows of image features that the denoiser attends to."""
+        assert self.config.image_encoder is not None
+        return self.config.denoiser.image_position_length or self.config.image_encoder.num_tokens
 
     def _context(self, sharding: Sharding | None) -> Context:
         config = self.config.denoiser
@@ -324,7 +354,7 @@ class Plan:
 
         text, image = array(config.text_length), None
         if self.config.image_encoder is not None:
-            image = array(config.image_position_length or self.config.image_encoder.num_tokens)
+            image = array(self._image_tokens())
         return Context(text, text, image, image)
 
     def _context_bytes(self) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.models.streaming import Cache
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
@@ -54,12 +55,17 @@ class Programs:
         vae_precision = None if exact else "tensorfloat32"
         self.decode_first = Program(_decode_first, matmul_precision=vae_precision)
         self.decode_next = Program(_decode_next, matmul_precision=vae_precision, donate_argnums=(1,))
+        self.encode_image = Program(_encode_image)
         self.encode_first = Program(_encode_first, matmul_precision=vae_precision)
         self.encode_next = Program(_encode_next, matmul_precision=vae_precision, donate_argnums=(1,))
 
 
 def _encode_text(encoder: TextEncoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     return encoder(tokens, mask)
+
+
+def _encode_image(encoder: ImageEncoder, images: jax.Array) -> jax.Array:
+    return encoder(images)
 
 
 def _decode_first(vae: VAE, latents: jax.Array) -> tuple[jax.Array, Cache]:

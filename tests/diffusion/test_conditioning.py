@@ -16,6 +16,7 @@ from wan_jax.models.denoiser import Denoiser
 
 SHAPE = (2, 4, 3, 4, 6)  # B z T h w
 STRIDE = 4
+KNOWN = jnp.asarray(True)
 
 compilations: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -54,13 +55,22 @@ def test_known_frames_come_after_the_noise_and_the_mask_first():
 
 def test_first_frame_has_timestep_0():
     latents, frame = random(0, *SHAPE), random(1, 1, 4, 1, 4, 6)
-    conditioning = FirstFrame(frame)
+    conditioning = FirstFrame(frame, KNOWN)
     inputs, timesteps = conditioning.inputs(latents, jnp.array([500.0, 20.0]))
     np.testing.assert_array_equal(inputs, latents)
     np.testing.assert_array_equal(timesteps, [[0, 500, 500], [0, 20, 20]])
     restored = conditioning.restore(latents)
     np.testing.assert_array_equal(restored[:, :, :1], np.broadcast_to(frame, (2, 4, 1, 4, 6)))
     np.testing.assert_array_equal(restored[:, :, 1:], latents[:, :, 1:])
+
+
+def test_a_first_frame_that_is_not_known_changes_nothing():
+    latents = random(0, *SHAPE)
+    conditioning = FirstFrame.unknown(*SHAPE[1:2], *SHAPE[3:])
+    inputs, timesteps = conditioning.inputs(latents, jnp.array([500.0, 20.0]))
+    np.testing.assert_array_equal(inputs, latents)
+    np.testing.assert_array_equal(timesteps, [[500] * 3, [20] * 3])
+    np.testing.assert_array_equal(conditioning.restore(latents), latents)
 
 
 def make_expert(in_channels: int) -> Expert:
@@ -110,7 +120,7 @@ def test_loop_equals_the_official_one(known, solver):
     schedule = make_schedule("official", solver, 4, 5.0)
     if known == "first_frame":
         image = random(1, 1, SHAPE[1], 1, *SHAPE[3:])
-        expert, conditioning = make_expert(SHAPE[1]), FirstFrame(image)
+        expert, conditioning = make_expert(SHAPE[1]), FirstFrame(image, KNOWN)
     else:
         image = random(1, 1, 8, *SHAPE[2:])
         expert, conditioning = make_expert(SHAPE[1] + 8), KnownFrames(image)
@@ -123,16 +133,16 @@ def test_loop_equals_the_official_one(known, solver):
         np.testing.assert_array_equal(result[:, :, :1], np.broadcast_to(image, (2, 4, 1, 4, 6)))
 
 
-def test_another_image_compiles_nothing():
+def test_another_image_and_none_compile_nothing():
     expert = make_expert(SHAPE[1])
     schedule, solver = make_schedule("official", "unipc", 3, 5.0), get_solver("unipc")
 
-    def run(image: jax.Array) -> None:
+    def run(conditioning: FirstFrame) -> None:
         noise = random(2, *SHAPE)
         compilations.clear()
-        denoise(noise, schedule, solver, 3.0, None, lambda name: expert, conditioning=FirstFrame(image))
+        denoise(noise, schedule, solver, 3.0, None, lambda name: expert, conditioning=conditioning)
 
-    images = [random(seed, 1, SHAPE[1], 1, *SHAPE[3:]) for seed in (1, 2)]
-    run(images[0])
-    run(images[1])
+    images = [FirstFrame(random(seed, 1, SHAPE[1], 1, *SHAPE[3:]), KNOWN) for seed in (1, 2)]
+    for conditioning in (images[0], images[1], FirstFrame.unknown(SHAPE[1], *SHAPE[3:])):
+        run(conditioning)
     assert compilations == []

@@ -2,7 +2,7 @@
 
     TextOnly      nothing: every frame is made from noise
     KnownFrames   the model reads them beside the noisy latents, as extra channels: I2V, first and last frame
-    FirstFrame    the first latent frame is the image's, without noise, at timestep 0: TI2V
+    FirstFrame    the first latent frame may be the image's, without noise, at timestep 0: TI2V
 
 The loop asks two things of each: what the denoiser gets (`inputs`), and what of the latents is put back after a step
 (`restore`). All are pytrees: other images are other arrays, and compile nothing.
@@ -57,18 +57,24 @@ class KnownFrames:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FirstFrame:
-    """The first latent frame is given and stays as it is."""
+    """The first latent frame, if it is known, stays as it is. Whether it is recompiles nothing."""
 
     latents: jax.Array  # [1 or B, z, 1, h, w] float32
+    known: jax.Array  # bool
+
+    @classmethod
+    def unknown(cls, channels: int, height: int, width: int) -> "FirstFrame":
+        return cls(jnp.zeros((1, channels, 1, height, width)), jnp.asarray(False))
 
     def inputs(self, latents: jax.Array, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Timesteps become [B, T], one for each latent frame."""
-        by_frame = jnp.broadcast_to(timesteps[:, None], (latents.shape[0], latents.shape[2]))
-        return latents, by_frame.at[:, 0].set(0)
+        first = jnp.where(self.known, 0, timesteps)[:, None]
+        others = jnp.broadcast_to(timesteps[:, None], (latents.shape[0], latents.shape[2] - 1))
+        return latents, jnp.concatenate([first, others], axis=1)
 
     def restore(self, latents: jax.Array) -> jax.Array:
         """What the solver remembers of its first frame is left alone: it reaches no other frame."""
-        return latents.at[:, :, :1].set(self.latents)
+        return latents.at[:, :, :1].set(jnp.where(self.known, self.latents, latents[:, :, :1]))
 
 
 TEXT_ONLY = TextOnly()
