@@ -1,6 +1,9 @@
 """The pipeline's own behaviour, on the demo's structure with random weights; parity is in tests/parity/."""
 
+import itertools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -67,6 +70,24 @@ def test_choices_for_each_expert(pipe):
     for changed in ({"steps": (2, 3)}, {"guidance": (3.0, 1.0)}, {"solver": ("euler", "euler")}):
         other = pipe("a red circle", **recipe | {"steps": (3, 2)} | changed)
         assert np.abs(other.latents - video.latents).max() > 1e-3
+
+
+def test_lightx2v_four_steps_written_out(pipe):
+    """x_0 = x - sigma v, then x_0 + sigma_next v; fractional timesteps; two steps of each expert, no guidance."""
+    start = np.random.default_rng(1).standard_normal((1, *SHAPE)).astype(np.float32)
+    recipe = {"steps": 4, "schedule": "lightx2v", "solver": "euler", "shift": 5.0, "guidance": 1.0}
+    video = pipe("a red circle", **SMALL | recipe, initial_latents=start[0])
+
+    text = pipe._encode_prompts(["a red circle"])
+    sigmas = [1.0, 0.9375, 5 / 6, 0.625, 0.0]
+    x = start
+    for index, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
+        denoiser = pipe.denoisers["high_noise" if index < 2 else "low_noise"]
+        run = jax.jit(lambda model, x, t, text: model(x, t, model.encode_context(text)))
+        v = np.asarray(run(denoiser, jnp.asarray(x), jnp.full((1,), 1000 * sigma, jnp.float32), text))
+        x = (x - sigma * v) + following * v
+    # Four steps of float32 roundings, of values up to 4, in another order.
+    np.testing.assert_allclose(video.latents, x[0], atol=2e-5)
 
 
 def test_list_of_prompts(pipe):

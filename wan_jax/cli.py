@@ -5,12 +5,14 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from wan_jax import xla_flags
 from wan_jax.errors import InputError
 from wan_jax.options import Options
+from wan_jax.recipes import RECIPES, get_recipe
 from wan_jax.settings import DTYPES
 
 
@@ -38,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("generate", help="make videos from prompts", allow_abbrev=False)
+    command.add_argument("--recipe", help=f"options to start from: {' | '.join(RECIPES)}", metavar="NAME")
     _add_options(command, [option.name for option in dataclasses.fields(Options)])
     command.set_defaults(run=_generate)
 
@@ -100,29 +103,31 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_options(command: argparse.ArgumentParser, names: Sequence[str]) -> None:
     options = {option.name: option for option in dataclasses.fields(Options)}
+    left_out: Any = argparse.SUPPRESS  # so that a recipe's value holds where the user gives none
     for name in names:
         option = options[name]
-        text, kind = option.metadata["help"], option.metadata["kind"]
+        text, kind, metavar = option.metadata["help"], option.metadata["kind"], option.metadata["metavar"]
         flag = "--" + name.replace("_", "-")
         if name == "prompt":
-            command.add_argument("prompt", nargs="?", help=text, metavar="PROMPT")
+            command.add_argument("prompt", nargs="?", default=left_out, help=text, metavar="PROMPT")
         elif kind is bool:
-            command.add_argument(flag, action="store_true", help=text)
+            command.add_argument(flag, action="store_true", default=left_out, help=text)
         elif kind is tuple:
-            command.add_argument(flag, action="append", default=[], help=text, metavar=option.metadata["metavar"])
+            command.add_argument(flag, action="append", default=left_out, help=text, metavar=metavar)
         else:
-            command.add_argument(flag, type=kind, default=option.default, help=text, metavar=option.metadata["metavar"])
+            command.add_argument(flag, type=kind, default=left_out, help=text, metavar=metavar)
 
 
-def _options(values: argparse.Namespace) -> Options:
+def _options(values: argparse.Namespace, recipe: Mapping[str, Any] = MappingProxyType({})) -> Options:
+    """The options that are given, over those of a recipe."""
     names = {option.name for option in dataclasses.fields(Options)}
     given = {name: value for name, value in vars(values).items() if name in names}
     frozen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return Options(**frozen)
+    return Options(**{**recipe, **frozen})
 
 
 def _generate(values: argparse.Namespace) -> int:
-    return _run(_options(values))
+    return _run(_options(values, get_recipe(values.recipe) if values.recipe is not None else {}))
 
 
 def _sample(values: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -186,8 +191,11 @@ def _plan(values: argparse.Namespace) -> None:
 def _bench(values: argparse.Namespace) -> None:
     from wan_jax.bench import run
 
-    names = ("part", "preset", "size", "frames", "steps", "dtype", "vae_dtype", "repeats", "output", "plot")
-    run(**{name: getattr(values, name) for name in names})
+    options = _options(values)
+    run(
+        **{name: getattr(options, name) for name in ("size", "frames", "steps", "dtype", "vae_dtype")},
+        **{name: getattr(values, name) for name in ("part", "preset", "repeats", "output", "plot")},
+    )
 
 
 def _demo(values: argparse.Namespace) -> None:

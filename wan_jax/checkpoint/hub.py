@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a local path, or a hub id that is downloaded first."""
+"""Where a checkpoint or a LoRA is: a local path, or a hub id that is downloaded first."""
 
 import os
 import re
@@ -9,6 +9,7 @@ from wan_jax.errors import InputError
 # Weights, configs and tokenizers of every layout; not the pictures and demos beside them.
 WANTED_FILES = ("*.json", "*.safetensors", "*.pth", "*.model", "*.txt")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILE = re.compile(rf"({HUB_ID.pattern})/(.+\.safetensors)")
 
 
 def local_checkpoint(path_or_id: str | os.PathLike) -> Path:
@@ -31,3 +32,28 @@ def local_checkpoint(path_or_id: str | os.PathLike) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"checkpoint {name} is no local path and could not be downloaded: {reason}") from error
+
+
+def local_lora(path_or_id: str | os.PathLike) -> Path:
+    """The local file; of "organisation/name/FILE.safetensors" the hub's, downloaded once.
+
+    Raises InputError where there is neither, or the hub cannot be reached.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_file():
+        return path
+    name = os.fspath(path_or_id)
+    match = HUB_FILE.fullmatch(name)
+    if not match or name.startswith("."):
+        raise InputError(
+            f"LoRA {name}: no such file; give a .safetensors file, or the hub's as organisation/name/FILE.safetensors"
+        )
+
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(match[1], match[2]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"LoRA {name} is no local file and could not be downloaded: {reason}") from error

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from wan_jax.checkpoint.hub import local_lora
 from wan_jax.checkpoint.layouts import Row, expand_layers, model_rows
 from wan_jax.checkpoint.lora_names import (
     EXPERT_METADATA,
@@ -222,10 +223,8 @@ def _doubts(file: LoraFile, experts: Sequence[str], config: WanConfig) -> list[s
 
 
 def open_lora(path: str | Path, config: DenoiserConfig) -> LoraFile:
-    """Opens one file for a denoiser. Raises InputError, one line, where it does not fit."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"LoRA {path}: no such file; give a .safetensors file")
+    """Opens one file, here or on the hub, for a denoiser. Raises InputError, one line, where it does not fit."""
+    path = local_lora(path)
     store = SafetensorsFile(path)
     table = modules(expand_layers(model_rows(config), config.num_layers))
     keys, unknown = [], {}
