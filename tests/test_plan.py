@@ -181,9 +181,9 @@ def test_flops_of_the_vae(monkeypatch, preset, direction):
     assert lowered.cost_analysis()["flops"] == pytest.approx(flops, rel=0.1)
 
 
-@pytest.mark.parametrize(("size", "forward", "decode"), [("480p", 2.94, 1.52), ("720p", 11.25, 3.70)])
+@pytest.mark.parametrize(("size", "forward", "decode"), [("480p", 2.46, 1.52), ("720p", 9.21, 3.70)])
 def test_seconds_on_an_h200(size, forward, decode):
-    """Within a tenth of what benchmarks/results/generate_full_size_h200.json says."""
+    """Within a tenth of denoiser_h200_parts.json and generate_full_size_h200.json in benchmarks/results."""
     plan = plan_of(size)
     seconds = plan.predict(PROFILES["resident"]).seconds
     assert seconds["step"] == pytest.approx(2 * forward, rel=0.1)
@@ -192,7 +192,7 @@ def test_seconds_on_an_h200(size, forward, decode):
     swapped, streamed = (plan.predict(PROFILES[name]).seconds for name in ("swap", "stream"))
     assert swapped["step"] == seconds["step"]
     assert seconds["total"] < swapped["total"] < 1.02 * seconds["total"]
-    assert seconds["step"] < streamed["step"] < 1.1 * seconds["step"]
+    assert seconds["step"] < streamed["step"] < 1.12 * seconds["step"]  # measured: 1.105 at 480p
 
 
 def test_guidance_of_one_halves_a_step():

@@ -56,9 +56,9 @@ class Rates:
     copy: float  # bytes per second from pinned host memory
 
 
-# benchmarks/results/generate_full_size_h200.json; an H100 has the same arithmetic units.
-# The rate of copies is that of PCIe 5, of which about 50 GB/s are left for data.
-_HOPPER = Rates(denoiser=575e12, text=260e12, vae=175e12, copy=50e9)
+# benchmarks/results/denoiser_h200_parts.json (denoiser, text), generate_full_size_h200.json (VAE) and profiles_h200.json
+# (copies, over PCIe 5); an H100 has the same arithmetic units.
+_HOPPER = Rates(denoiser=690e12, text=285e12, vae=175e12, copy=55e9)
 RATES: dict[str, Rates] = {"NVIDIA H200": _HOPPER, "NVIDIA H100 80GB HBM3": _HOPPER}
 
 
@@ -287,8 +287,9 @@ class Plan:
         forward = denoiser_flops(self.config.denoiser, self._tokens()) / rates.denoiser
         if profile.layers_on_host:
             streamed = sum(size for path, size in self._weights["denoiser"].items() if streams(path))
-            # Copies hide behind the layer before, but for the first one's.
-            forward = max(forward, streamed / rates.copy) + streamed / self.config.denoiser.num_layers / rates.copy
+            copies = streamed / rates.copy
+            # Half of them hides behind the layer before; measured (benchmarks/NOTES.md).
+            forward = max(forward + copies / 2, copies)
         forwards = sum(1 if scales[name] == 1 else 2 for name in experts)
         weights_per_layer = 2 * encoder.dim * (4 * encoder.num_heads * encoder.head_dim + 3 * encoder.ffn_dim)
         text = 2 * self.config.denoiser.text_length * encoder.num_layers * weights_per_layer / rates.text
