@@ -56,8 +56,8 @@ class Rates:
     copy: float  # bytes per second from pinned host memory
 
 
-# benchmarks/results/denoiser_h200_parts.json (denoiser, text), generate_full_size_h200.json (VAE) and profiles_h200.json
-# (copies, over PCIe 5); an H100 has the same arithmetic units.
+# In benchmarks/results: denoiser_h200_parts.json (denoiser, text), generate_full_size_h200.json (VAE) and
+# profiles_h200.json (copies, over PCIe 5). An H100 has the same arithmetic units.
 _HOPPER = Rates(denoiser=690e12, text=285e12, vae=175e12, copy=55e9)
 RATES: dict[str, Rates] = {"NVIDIA H200": _HOPPER, "NVIDIA H100 80GB HBM3": _HOPPER}
 

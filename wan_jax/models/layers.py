@@ -180,7 +180,7 @@ def scan_layers(
 
     Parameters in host memory (memory kind "pinned_host"), and those of which each device of a mesh has a part ("fsdp"),
     come to the device layer by layer, those that `step` reads. Each copy runs while the layer before it computes, so
-    two layers are whole on the device at a time. Where the parameters lie changes no bit of the result.
+    two layers are whole on the device at a time. Where the parameters lie changes nothing in the arithmetic.
 
     Args:
       step: one layer's work.
