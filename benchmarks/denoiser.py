@@ -260,10 +260,10 @@ def time_forward(
 
 
 def time_vae(run: Run, preset: str, dtype: str) -> None:
-    from wan_jax.bench import bench_vae
+    from wan_jax.bench import bench_decode
 
     for bench in benches(run, preset, "vae", vae_dtype=dtype):
-        bench_vae(bench)
+        bench_decode(bench)
 
 
 def text(run: Run, preset: str) -> None:

@@ -57,7 +57,7 @@ def parameters_of_the_denoiser() -> dict[str, ParameterInfo]:
     [
         ("attention", {"self reference", "self chunked", "cross reference", "cross chunked"}),
         ("text", {"two prompts of 512 tokens"}),
-        ("vae", {"decode bfloat16, chunks of 1"}),
+        ("vae", {"encode bfloat16", "decode bfloat16, chunks of 1"}),
         ("video", {f"video, {stage}" for stage in ("denoise", "compile", "decode", "save", "total")}),
     ],
 )

@@ -6,6 +6,7 @@ the same run: what the device gives at best, at the clock that its power allows.
 """
 
 import json
+import math
 import pathlib
 import statistics
 import tempfile
@@ -35,6 +36,7 @@ from wan_jax.precision import gelu, gelu_in_epilogue
 from wan_jax.program import Programs, scratch_bytes
 from wan_jax.settings import DTYPES, Settings, check_name, parse_size, parse_steps
 from wan_jax.tokenizer import Tokenizer
+from wan_jax.vae_estimates import decode_flops, encode_flops
 from wan_jax.video import VideoWriter
 
 PROMPT = "Two cats in boxing gear and bright gloves fight on a spotlighted stage."
@@ -262,9 +264,46 @@ def bench_text(bench: Bench) -> None:
     bench.report(f"two prompts of {length} tokens", seconds, flops)
 
 
-def bench_vae(bench: Bench, chunk: int = DECODE_CHUNK) -> np.ndarray:
-    """Decoding a video, `chunk` latent frames a step, frames fetched as uint8; returns those."""
+def bench_vae(bench: Bench) -> None:
+    """Both ways of the VAE."""
     model = random_model(VAE, bench.config.vae, bench.vae_dtype)
+    bench_encode(bench, model)
+    bench_decode(bench, model=model)
+
+
+def bench_encode(bench: Bench, model: VAE) -> None:
+    """Encoding a video as image to video does, float32 frames sent as those before are encoded."""
+    programs = Programs(exact=bench.dtype == "float32")
+    (width, height), count = bench.settings.size, bench.settings.frames
+    frames = np.random.default_rng(0).uniform(-1, 1, (count, height, width, 3)).astype(np.float32)
+    stride = bench.config.vae.temporal_stride
+    start = time.perf_counter()
+    _, cache = programs.encode_first(model, jnp.asarray(frames[:1]))
+    step_bytes = programs.encode_first.scratch_bytes(model, jnp.asarray(frames[:1]))
+    if count > 1:
+        step_bytes = programs.encode_next.scratch_bytes(model, cache, jnp.asarray(frames[1 : 1 + stride]))
+    compile_seconds = time.perf_counter() - start
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((model, cache)))
+    del cache
+
+    def encode() -> list[np.ndarray]:
+        latents, cache = programs.encode_first(model, jnp.asarray(frames[:1]))
+        lots = []
+        for index in range(1, count, stride):
+            following, cache = programs.encode_next(model, cache, jnp.asarray(frames[index : index + stride]))
+            lots.append(np.asarray(latents))
+            latents = following
+        return [*lots, np.asarray(latents)]
+
+    seconds = seconds_of(encode, bench.repeats)
+    flops = encode_flops(bench.config.vae, width * height * count)
+    bench.report(f"encode {bench.vae_dtype}", seconds, flops, held + step_bytes, compile_seconds=compile_seconds)
+
+
+def bench_decode(bench: Bench, chunk: int = DECODE_CHUNK, model: VAE | None = None) -> np.ndarray:
+    """Decoding a video, `chunk` latent frames a step, frames fetched as uint8; returns those."""
+    if model is None:
+        model = random_model(VAE, bench.config.vae, bench.vae_dtype)
     programs = Programs(exact=bench.dtype == "float32")
     latents = normal((1, *bench.latents_shape))
     count = latents.shape[2]
@@ -290,7 +329,8 @@ def bench_vae(bench: Bench, chunk: int = DECODE_CHUNK) -> np.ndarray:
 
     seconds = seconds_of(decode, bench.repeats)
     name = f"decode {bench.vae_dtype}, chunks of {chunk}"
-    bench.report(name, seconds, memory=held + step_bytes, compile_seconds=compile_seconds, chunk=chunk)
+    flops = decode_flops(bench.config.vae, math.prod(bench.settings.size) * bench.settings.frames)
+    bench.report(name, seconds, flops, held + step_bytes, compile_seconds=compile_seconds, chunk=chunk)
     return np.concatenate(decode())
 
 
