@@ -205,6 +205,33 @@ def test_guidance_of_one_halves_a_step():
     assert alone.device_bytes["denoise"] < guided.device_bytes["denoise"]
 
 
+def test_each_expert_has_steps_of_its_own(tokenizer_folder):
+    """Two guided steps of UniPC and four of Euler alone: eight forwards, and two programs, which the pipeline runs."""
+    mixed = {
+        "steps": (4, 2),
+        "guidance": (1.0, 4.0),
+        "solver": ("euler", "unipc"),
+        "schedule": ("lightx2v", "official"),
+    }
+    settings = Settings.resolve(A14B, shift=5.0, **mixed)
+    plan = Plan(A14B, settings, "bfloat16")
+    plan.device = SimpleNamespace(device_kind="NVIDIA H200", platform="cpu")
+    guided = plan_of("720p").predict(PROFILES["resident"])
+    seconds = plan.predict(PROFILES["resident"]).seconds
+    assert seconds["denoise"] == pytest.approx(8 / 80 * guided.seconds["denoise"])
+    assert seconds["step"] == pytest.approx(seconds["denoise"] / 6)
+
+    programs = Programs(exact=False)
+    small = SMALL | mixed
+    plan = Plan(DEMO, Settings.resolve(DEMO, **small), "bfloat16", programs=programs)
+    plan.compiled = True
+    plan.predict(PROFILES["resident"])
+    pipeline = random_pipeline(DEMO, Tokenizer.from_pretrained(tokenizer_folder))
+    pipeline._programs = programs
+    # Looking programs up takes milliseconds, even on a busy machine; compiling one takes tenths of a second.
+    assert pipeline("a red circle", **small).seconds["compile"] < 0.1
+
+
 def test_unknown_device_has_no_seconds():
     assert plan_of("480p", "Toaster").predict(PROFILES["swap"]).seconds == {}
 

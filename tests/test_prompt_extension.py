@@ -127,6 +127,7 @@ def test_a_busy_server_is_asked_again():
         (completion(None), 1, "the answer holds no text: None"),
         (completion("  \n"), 1, "the answer is empty"),
         (completion("<think>Hm.</think>"), 1, "the answer is empty"),
+        (completion("<think>The user wants"), 1, "the answer ends within the model's thoughts"),
         (completion("word " * 4000), 1, "the answer has 19999 characters"),
     ],
     ids=str,

@@ -6,7 +6,6 @@ import math
 import os
 import pathlib
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -96,7 +95,7 @@ def generate(options: Options) -> dict[str, Any]:
         with bars.task("videos", total=len(pending)) if batch else contextlib.nullcontext() as bar:
             for job in pending:
                 if bar is not None:
-                    bar.advance(0, f"{job.item.options.output}: {textwrap.shorten(job.prompt, 40)}")
+                    bar.advance(0, f"{job.item.options.output}: {' '.join(job.prompt.split())[:40]}")
                 _make_video(pipeline, job, seconds, batch)
                 if bar is not None:
                     bar.advance()

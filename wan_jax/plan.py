@@ -21,6 +21,7 @@ from jax.sharding import Sharding
 
 from wan_jax.config import DenoiserConfig, WanConfig
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, KnownFrames
+from wan_jax.diffusion.experts import by_expert
 from wan_jax.diffusion.guidance import guidance_by_expert
 from wan_jax.diffusion.sampler import Expert, compile_step, plan_steps
 from wan_jax.diffusion.solvers import Solver, get_solvers
@@ -228,11 +229,12 @@ class Plan:
         text = self._programs.encode_text.scratch_bytes(text_encoder, tokens, tokens)
 
         context = self._context(here)
-        expert = Expert(denoiser, context, context if self._guided() else None)
-        denoise = max(
-            scratch_bytes(compile_step(expert, self.settings.make_schedule(), solver, state, self._conditioning()))
-            for solver, state in self._solver_states().items()
-        )
+        denoise = 0
+        for solver, guided in self._step_kinds:
+            expert = Expert(denoiser, context, context if guided else None)
+            state = jax.eval_shape(solver.init, self._latents())
+            step = compile_step(expert, self.settings.make_schedule(), solver, state, self._conditioning())
+            denoise = max(denoise, scratch_bytes(step))
 
         frame = self._latent_frame(here)
         cache = _on(here, jax.eval_shape(_decode_cache, vae, frame))
@@ -257,9 +259,9 @@ class Plan:
     def _input_bytes(self) -> dict[str, int]:
         """Bytes of what each stage works on: encoded text; contexts and solver state; latents and the VAE's cache."""
         latents = self._latents()
-        state = max(map(_nbytes, self._solver_states().values()))
+        state = max(_nbytes(jax.eval_shape(solver.init, latents)) for solver, _ in self._step_kinds)
         text = 2 * self.config.denoiser.text_length * self.config.denoiser.text_dim * self.dtype.itemsize
-        contexts = self._context_bytes() * (2 if self._guided() else 1)
+        contexts = self._context_bytes() * (2 if any(guided for _, guided in self._step_kinds) else 1)
         vae, frame = self._models["vae"], self._frames(self.config.vae.temporal_stride, None)
         cache = jax.eval_shape(_decode_cache, vae, self._latent_frame(None))
         sizes = {
@@ -305,12 +307,13 @@ class Plan:
             seconds["denoise"] += len(set(experts)) * bytes_of["denoiser"] / rates.copy
         return seconds | {"step": forward * forwards / len(experts), "total": sum(seconds.values())}
 
-    def _guided(self) -> bool:
-        experts = plan_steps(self.settings.make_schedule(), self.settings.boundary)
-        return any(scale != 1 for scale in guidance_by_expert(self.settings.guidance, tuple(set(experts))).values())
-
-    def _solver_states(self) -> dict[Solver, Any]:
-        return {solver: jax.eval_shape(solver.init, self._latents()) for solver in get_solvers(self.settings.solver)}
+    @functools.cached_property
+    def _step_kinds(self) -> set[tuple[Solver, bool]]:
+        """The steps that are compiled: for each expert its solver, and whether it has guidance."""
+        experts = tuple(set(plan_steps(self.settings.make_schedule(), self.settings.boundary)))
+        scales = guidance_by_expert(self.settings.guidance, experts)
+        solvers = by_expert("solver", get_solvers(self.settings.solver), experts)
+        return {(solvers[name], scales[name] != 1) for name in experts}
 
     def _tokens(self) -> int:
         _, *sizes = self.settings.latents_shape(self.config)

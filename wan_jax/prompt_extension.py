@@ -212,7 +212,9 @@ class LocalModel:
         tokenizer, model = self._load()
         if tokenizer.chat_template:
             messages = [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+            )
         else:
             text = f"{system}\n\n{prompt}\n\n"
         tokens = tokenizer(text, return_tensors="pt", add_special_tokens=not tokenizer.chat_template).to(model.device)
@@ -257,6 +259,8 @@ def _content(body: bytes) -> str:
 def _clean(reply: str) -> str:
     """One line, without a reasoning model's thoughts and without quotation marks around the whole."""
     text = re.sub(r"<think>.*?</think>", "", reply, flags=re.DOTALL)
+    if "<think>" in text:
+        raise ExtensionError("the answer ends within the model's thoughts")
     text = " ".join(text.split())
     if match := re.fullmatch(r"[\"“]([^\"“”]*)[\"”]", text):
         text = match[1].strip()
