@@ -456,6 +456,11 @@ def test_experts_of_different_kinds(official):
     assert "the two experts differ: in_channels is 36 and 16" in refusal(official)
 
 
+def test_two_vaes(official):
+    shutil.copy(official / "Wan2.1_VAE.pth", official / "Wan2.2_VAE.pth")
+    assert "both Wan2.1_VAE.pth and Wan2.2_VAE.pth are a VAE; keep the one of this model" in refusal(official)
+
+
 def vae_of_48_channels(tensors):
     tensors["conv2.weight"] = torch.zeros(48, 48, 1, 1, 1)
 

@@ -371,3 +371,7 @@ def test_bad_input_is_named():
         vae.encode_next((), jnp.zeros((1, 3, 16, 16, 3)))
     with pytest.raises(InputError, match="chunk is 0"):
         vae.decode(jnp.zeros((1, 4, 2, 2, 2)), chunk=0)
+    with pytest.raises(InputError, match="divisible by 16"):
+        make_vae(CONFIGS["as_wan22"]).encode(jnp.zeros((1, 5, 32, 24, 3)))
+    with pytest.raises(InputError, match="channels of a stage do not divide by those before it"):
+        vae_config(4, 3, (1, 2, 4), (False, True), decoder_base_dim=4, residual=True)
