@@ -234,7 +234,7 @@ def _spread_step(graphdef, solver, spread, parameters, positive, negative, state
     if spread is None:
         return run(*arguments)
     contexts = spread.context, spread.context
-    known = jax.tree.map(lambda x: spread.batch if len(x) > 1 else PartitionSpec(), conditioning)
+    known = jax.tree.map(lambda x: spread.batch if x.ndim and len(x) > 1 else PartitionSpec(), conditioning)
     in_specs = spread.state_specs(parameters), *contexts, spread.batch, known, PartitionSpec()
     return spread.shard_map(run, in_specs, spread.batch)(*arguments)
 
