@@ -184,6 +184,15 @@ def test_fit_is_what_each_model_was_trained_with():
         np.testing.assert_allclose(images.fit(config, image, (90, 50)), images.normalise(image), atol=1e-6)
 
 
+def test_stretching_is_noticed():
+    image = images.ImagePrompt.read(I2V, pixels(480, 832))
+    assert not image.is_stretched(I2V, image.video_size(I2V))
+    assert not image.is_stretched(I2V, (1280, 720))
+    assert image.is_stretched(I2V, (720, 1280))
+    assert image.is_stretched(I2V, (480, 480))
+    assert not image.is_stretched(TI2V, (480, 480))  # it is cut
+
+
 def test_clip_input():
     image = pixels(100, 150)
     tensor = torch.from_numpy(images.normalise(image)).permute(2, 0, 1)[None]

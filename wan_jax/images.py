@@ -59,6 +59,11 @@ class ImagePrompt:
         height, width, _ = self.first.shape
         return output_size(config, (width, height))
 
+    def is_stretched(self, config: WanConfig, size: tuple[int, int]) -> bool:
+        """Whether `fit` changes the image's shape by more than the sizes of `output_size` do."""
+        height, width, _ = self.first.shape
+        return config.conditioning != "first_frame" and abs(math.log(width / height * size[1] / size[0])) > 0.05
+
     def frames(self, config: WanConfig, size: tuple[int, int], count: int) -> np.ndarray:
         """The video of `count` frames that the VAE encodes: float32 [F, H, W, 3]; grey where nothing is known."""
         if config.conditioning == "first_frame":

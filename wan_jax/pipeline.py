@@ -500,6 +500,8 @@ class WanPipeline:
         return self._encoded_images[key]
 
     def _encode_frames(self, images: ImagePrompt, settings: Settings) -> Conditioning:
+        if images.is_stretched(self.config, settings.size):
+            self._bars.note("the image is stretched to another shape; without a size the video takes the image's")
         latents = jnp.asarray(self.encode(images.frames(self.config, settings.size, settings.frames)))[None]
         if self.config.conditioning == "first_frame":
             return FirstFrame(latents, jnp.asarray(True))

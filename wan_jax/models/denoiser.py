@@ -440,10 +440,10 @@ def add_table(table: nnx.Param, time: jax.Array, tokens: int) -> list[jax.Array]
 
     n divides the S tokens, in runs of equal length. XLA spreads n to S where the values are used, not in memory.
     """
-    shifted = table[...].astype(jnp.float32) + time
+    rows = list(jnp.unstack(table[...].astype(jnp.float32) + time, axis=2))
     if 1 < time.shape[1] < tokens:
-        shifted = jnp.repeat(shifted, tokens // time.shape[1], axis=1)
-    return list(jnp.unstack(shifted, axis=2))
+        rows = [jnp.repeat(row, tokens // time.shape[1], axis=1) for row in rows]
+    return rows
 
 
 def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
