@@ -18,11 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from wan_jax.checkpoint.components import copy_into
 from wan_jax.checkpoint.layouts import denoiser_rows
 from wan_jax.checkpoint.lora import ActiveLora, Change, Lora, LoraFile, OpenLoras, open_loras, total_change
 from wan_jax.checkpoint.lora_export import save_lora
-from wan_jax.checkpoint.tensors import cast
 from wan_jax.config import DenoiserConfig
 from wan_jax.memory import single_device
 from wan_jax.models.adapters import adapt, find_linear
@@ -30,7 +28,7 @@ from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.layers import Adapter
 from wan_jax.models.parameters import named_parameters
 
-__all__ = ["AdaptedDenoiser", "Lora", "LoraFile", "OpenLoras", "adapter_bytes", "open_loras", "save_lora"]
+__all__ = ["AdaptedDenoiser", "Lora", "LoraFile", "OpenLoras", "adapter_bytes", "open_loras", "save_lora", "with_loras"]
 
 # Ranks are filled up to multiples of this with zeros, so that few of them need a program of their own.
 RANK_MULTIPLE = 16
@@ -120,6 +118,13 @@ class AdaptedDenoiser:
         return jax.device_put(host, base.sharding)
 
 
+def with_loras(experts: Mapping[str, AdaptedDenoiser], loras: OpenLoras) -> dict[str, Denoiser]:
+    """All experts with their LoRAs, loaded side by side."""
+    with ThreadPoolExecutor() as threads:
+        adapted = threads.map(lambda name: experts[name].with_loras(loras.by_expert[name]), experts)
+        return dict(zip(experts, adapted, strict=True))
+
+
 @jax.jit
 def _turned(factors: Any) -> Any:
     """As files have factors -> as adapters have them, in float32, so that no file's dtype asks for another step."""
@@ -135,16 +140,15 @@ def read_factors(
     """
     *layers, inputs, outputs = shape
     offsets, total = _columns(parts, loras)
-    dtypes = {lora.file.store.tensors[name].dtype for lora, name in ((loras[p.lora], p.change.names[0]) for p in parts)}
+    dtypes = {loras[part.lora].file.dtype(part.change) for part in parts}
     dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
     down = np.zeros((*layers, total, inputs), dtype)
     up = np.zeros((*layers, outputs, total), dtype)
     scales = np.zeros((len(loras), *layers, total), np.float32)
     for part in parts:
-        one_down, one_up = loras[part.lora].file.factors(part.change)
-        columns = slice(offsets[part.lora], offsets[part.lora] + len(one_down))
-        copy_into(down[part.layer][columns], cast(one_down, dtype))
-        copy_into(up[part.layer][:, columns], cast(one_up, dtype))
+        file, offset = loras[part.lora].file, offsets[part.lora]
+        columns = slice(offset, offset + file.rank(part.change))
+        file.read_factors(part.change, down[part.layer][columns], up[part.layer][:, columns])
         scales[part.lora][part.layer][columns] = part.change.scale
     return down, up, scales
 

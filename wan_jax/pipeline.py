@@ -28,7 +28,7 @@ from wan_jax.diffusion.sampler import Expert, StepReport, denoise, plan_steps
 from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.errors import InputError
 from wan_jax.images import ImagePrompt, check_images
-from wan_jax.lora import AdaptedDenoiser, Lora, LoraFile, adapter_bytes, open_loras
+from wan_jax.lora import AdaptedDenoiser, Lora, LoraFile, adapter_bytes, open_loras, with_loras
 from wan_jax.memory import PROFILES, Memory
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.image_encoder import ImageEncoder
@@ -209,7 +209,7 @@ class WanPipeline:
         # The old adapters go before the new ones come.
         self.loras = ()
         self.denoisers = {name: adapted.base for name, adapted in self._adapted.items()}
-        self.denoisers = {name: adapted.with_loras(opened.by_expert[name]) for name, adapted in self._adapted.items()}
+        self.denoisers = with_loras(self._adapted, opened)
         self.loras = chosen
         return opened.files
 

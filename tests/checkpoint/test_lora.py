@@ -14,7 +14,7 @@ from tests.checkpoint import lora_files
 from tests.checkpoint.lora_files import CONFIG, DIALECTS, MODULES, pairs, save, tensors, write
 from wan_jax.checkpoint.layouts import denoiser_rows, expand_layers
 from wan_jax.checkpoint.lora import ActiveLora, Lora, open_lora, open_loras
-from wan_jax.config import SamplingConfig, WanConfig
+from wan_jax.config import DenoiserConfig, SamplingConfig, WanConfig
 from wan_jax.demo import random_model
 from wan_jax.errors import InputError
 from wan_jax.lora import AdaptedDenoiser, save_lora
@@ -44,7 +44,7 @@ def adapted(base: Denoiser, *loras: ActiveLora) -> Denoiser:
     return AdaptedDenoiser(base, single_device(jax.devices()[0], on_host=False)).with_loras(loras)
 
 
-def effective(model: Denoiser) -> dict[str, np.ndarray]:
+def effective(model: Denoiser, config: DenoiserConfig = CONFIG) -> dict[str, np.ndarray]:
     """Every parameter, layer by layer, as a forward pass uses it."""
     arrays = {name: array for name, array in named_parameters(model).items() if ".adapter." not in name}
     for name in {name.partition(".adapter.")[0] for name in named_parameters(model) if ".adapter." in name}:
@@ -54,10 +54,10 @@ def effective(model: Denoiser) -> dict[str, np.ndarray]:
         merge = MERGE if module.kernel[...].ndim == 2 else MERGE_LAYERS
         arrays[f"{name}.kernel"] = merge(module.adapter, module.kernel[...])
     found = {}
-    for row in denoiser_rows(CONFIG):
+    for row in denoiser_rows(config):
         array = np.asarray(arrays[row.stacked_name])
         if row.per_layer:
-            found |= {row.at(layer).ours: array[layer] for layer in range(CONFIG.num_layers)}
+            found |= {row.at(layer).ours: array[layer] for layer in range(config.num_layers)}
         else:
             found[row.ours] = array
     return found
@@ -450,3 +450,36 @@ def test_what_is_written_reads_back_bit_by_bit(style, rank, alpha, tmp_path):
         assert {"diffusion_model.head.head.alpha", "diffusion_model.blocks.0.ffn.2.lora_up.weight"} < names
     with pytest.raises(InputError, match="unknown style of LoRA files 'kohya'"):
         save_lora(path, adapters, CONFIG, "kohya")
+
+
+def test_attention_to_images_and_convolution_factors(tmp_path):
+    """Wan2.1 image to video has more Linears; a patch embedding's factors may have a convolution's axes."""
+    config = dataclasses.replace(CONFIG, image_dim=20, in_channels=36)
+    base = random_model(Denoiser, config, "float32")
+    random = np.random.default_rng(3)
+    stored, changes = {}, {}
+    modules = {
+        "blocks.1.cross_attn.k_img": (36, 36),
+        "blocks.0.cross_attn.v_img": (36, 36),
+        "img_emb.proj.1": (20, 20),
+        "img_emb.proj.3": (36, 20),
+    }
+    for module, (outputs, inputs) in modules.items():
+        stored[f"diffusion_model.{module}.lora_down.weight"] = torch.from_numpy(random.random((2, inputs), np.float32))
+        stored[f"diffusion_model.{module}.lora_up.weight"] = torch.from_numpy(random.random((outputs, 2), np.float32))
+    down, up = random.random((3, 36, 1, 2, 2), np.float32), random.random((36, 3, 1, 1, 1), np.float32)
+    stored["diffusion_model.patch_embedding.lora_down.weight"] = torch.from_numpy(down)
+    stored["diffusion_model.patch_embedding.lora_up.weight"] = torch.from_numpy(up)
+    changes["patch_embedding.kernel"] = (up.reshape(36, 3) @ down.reshape(3, -1)).T
+    file = open_lora(save(tmp_path / "x.safetensors", stored), config)
+    assert not file.ignored
+    assert len(file.changes["both"]) == 5
+    model = adapted(base, ActiveLora(file, file.changes["both"], 1.0))
+    before, after = effective(base, config), effective(model, config)
+    for module in modules:
+        (row,) = (row for row in expand_layers(denoiser_rows(config), 2) if row.official == f"{module}.weight")
+        name = f"diffusion_model.{module}"
+        factors = (stored[f"{name}.lora_up.weight"] @ stored[f"{name}.lora_down.weight"]).numpy()
+        changes[row.ours] = factors.T
+    for name, array in after.items():
+        np.testing.assert_allclose(array, before[name] + changes.get(name, 0), atol=1e-5)  # sums in another order

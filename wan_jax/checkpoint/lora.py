@@ -6,6 +6,7 @@ alpha / rank is 1 where a file says no alpha. How files name things is in lora_n
 """
 
 import difflib
+import functools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from wan_jax.checkpoint.components import copy_into
 from wan_jax.checkpoint.hub import local_lora
 from wan_jax.checkpoint.layouts import Row, expand_layers, model_rows
 from wan_jax.checkpoint.lora_names import (
@@ -105,12 +107,19 @@ class LoraFile:
     def rank(self, change: Change) -> int:
         return 0 if change.down is None else self.store.tensors[change.down].shape[0]
 
-    def factors(self, change: Change) -> tuple[np.ndarray, np.ndarray]:
-        """(down [rank, inputs], up [outputs, rank]) in the stored dtype."""
+    def dtype(self, change: Change) -> np.dtype:
+        """That of the first tensor, the factors' if there are any."""
+        return self.store.tensors[change.names[0]].dtype
+
+    def read_factors(self, change: Change, down: np.ndarray, up: np.ndarray) -> None:
+        """Fills down [rank, inputs] and up [outputs, rank], arrays or views of one dtype."""
         assert change.down is not None
         assert change.up is not None
-        down, up = self.store.read(change.down), self.store.read(change.up)
-        return down.reshape(len(down), -1), up.reshape(len(up), -1)
+        for name, target in ((change.down, down), (change.up, up)):
+            if target.flags.c_contiguous and target.dtype == self.store.tensors[name].dtype:
+                self.store.read_into(name, target)
+            else:
+                copy_into(target, self.store.read(name, target.dtype).reshape(target.shape))
 
     def sum_of_diffs(self, change: Change) -> np.ndarray:
         """float32, in PyTorch's layout of the parameter."""
@@ -123,7 +132,10 @@ class LoraFile:
         """All of a change, float32, in PyTorch's layout of the parameter."""
         total = self.sum_of_diffs(change)
         if change.down is not None:
-            down, up = (factor.astype(np.float32) for factor in self.factors(change))
+            outputs, *inputs = change.row.shape
+            rank = self.rank(change)
+            down, up = np.empty((rank, math.prod(inputs)), np.float32), np.empty((outputs, rank), np.float32)
+            self.read_factors(change, down, up)
             total += (np.float32(change.scale) * (up @ down)).reshape(total.shape)
         return total
 
@@ -226,7 +238,7 @@ def open_lora(path: str | Path, config: DenoiserConfig) -> LoraFile:
     """Opens one file, here or on the hub, for a denoiser. Raises InputError, one line, where it does not fit."""
     path = local_lora(path)
     store = SafetensorsFile(path)
-    table = modules(expand_layers(model_rows(config), config.num_layers))
+    table = _table(config)
     keys, unknown = [], {}
     for name in store.tensors:
         key = parse_key(name)
@@ -236,7 +248,8 @@ def open_lora(path: str | Path, config: DenoiserConfig) -> LoraFile:
             unknown[name] = without_prefixes(name) if key is None else key.module
     ignored = {}
     if unknown and config.image_dim is None:
-        of_images = _modules_of_images(config) - table.keys()
+        # LightX2V's LoRAs change what models for images have in files for models that do not.
+        of_images = _table(replace(config, image_dim=1280, image_position_length=514)).keys() - table.keys()
         reason = "image conditioning, which this model does not have"
         ignored = {name: reason for name, module in unknown.items() if module in of_images}
     unmatched = {name: module for name, module in unknown.items() if name not in ignored}
@@ -256,10 +269,9 @@ def open_lora(path: str | Path, config: DenoiserConfig) -> LoraFile:
     return file
 
 
-def _modules_of_images(config: DenoiserConfig) -> set[str]:
-    """What a model that attends to images has: LightX2V's LoRAs change it in files for models that do not."""
-    with_images = replace(config, image_dim=1280, image_position_length=514)
-    return set(modules(expand_layers(model_rows(with_images), config.num_layers)))
+@functools.cache
+def _table(config: DenoiserConfig) -> dict[str, dict[Leaf, Row]]:
+    return modules(expand_layers(model_rows(config), config.num_layers))
 
 
 def _changes(

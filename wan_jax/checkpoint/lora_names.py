@@ -77,6 +77,8 @@ OTHER_METHODS = {
     ".lora_magnitude_vector": "DoRA",
     ".lora_mid.": "LoRA for convolutions",
 }
+_ENDING = re.compile(f"({'|'.join(map(re.escape, ENDINGS))})$")  # the search finds the longest that fits
+_PREFIXES = re.compile(f"^({'|'.join(map(re.escape, PREFIXES))})+")
 EXPERT_METADATA = "wan_expert"  # our own key in a file's metadata
 # Words after "high" or "low" that make them mean something else than noise.
 NOT_NOISE = ("res", "resolution", "rank", "quality", "vram", "poly", "light", "key", "angle", "contrast", "detail")
@@ -94,17 +96,15 @@ class Key:
 
 def parse_key(name: str) -> Key | None:
     """None for a name that ends like nothing known."""
-    ending = max((ending for ending in ENDINGS if name.endswith(ending)), key=len, default=None)
-    if ending is None:
+    match = _ENDING.search(name)
+    if match is None:
         return None
-    module = without_prefixes(name.removesuffix(ending))
-    return Key(name, module, ENDINGS[ending], name.startswith(LOW_NOISE_PREFIX))
+    module = without_prefixes(name[: match.start()])
+    return Key(name, module, ENDINGS[match[0]], name.startswith(LOW_NOISE_PREFIX))
 
 
 def without_prefixes(name: str) -> str:
-    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
-        name = name.removeprefix(prefix)
-    return name
+    return _PREFIXES.sub("", name)
 
 
 def modules(rows: Iterable[Row]) -> dict[str, dict[Leaf, Row]]:

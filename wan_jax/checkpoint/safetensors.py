@@ -22,6 +22,7 @@ from wan_jax.checkpoint.tensors import (
     check_description,
     raw_bytes,
     read_exactly,
+    read_into,
     split_by_bytes,
 )
 from wan_jax.errors import InputError
@@ -71,6 +72,10 @@ class SafetensorsFile(TensorStore):
         info = self.tensors[name]
         data = read_exactly(self._descriptor, self._offsets[name], info.nbytes, self.place)
         return cast(data.view(info.dtype).reshape(info.shape), dtype)
+
+    def read_into(self, name: str, target: np.ndarray) -> None:
+        """Reads one tensor into a contiguous array of its dtype and as many elements, without a copy."""
+        read_into(self._descriptor, self._offsets[name], target.reshape(-1).view(np.uint8), self.place)
 
     def _read_header(self) -> tuple[dict[str, TensorInfo], dict[str, int]]:
         file_bytes = os.fstat(self._descriptor).st_size

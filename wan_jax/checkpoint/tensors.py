@@ -85,19 +85,24 @@ def cast(array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
 
 
 def read_exactly(descriptor: int, offset: int, nbytes: int, place: str) -> np.ndarray:
-    """Reads `nbytes` at `offset` into fresh memory (uint8 [nbytes]).
+    """Reads `nbytes` at `offset` into fresh memory (uint8 [nbytes])."""
+    buffer = np.empty(nbytes, np.uint8)
+    read_into(descriptor, offset, buffer, place)
+    return buffer
+
+
+def read_into(descriptor: int, offset: int, buffer: np.ndarray, place: str) -> None:
+    """Fills `buffer` (uint8, contiguous) with what is at `offset`.
 
     pread and not mmap: mapped pages count as resident memory until the kernel takes them back.
     """
-    buffer = np.empty(nbytes, np.uint8)
     view = buffer.data
     done = 0
-    while done < nbytes:
+    while done < len(buffer):
         count = os.preadv(descriptor, [view[done:]], offset + done)  # at most 2 GiB a call
         if count == 0:
-            raise InputError(f"{place}: ends {nbytes - done} bytes early while being read; copy the file again")
+            raise InputError(f"{place}: ends {len(buffer) - done} bytes early while being read; copy the file again")
         done += count
-    return buffer
 
 
 def readable(nbytes: int) -> str:
