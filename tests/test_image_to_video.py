@@ -115,17 +115,15 @@ def test_the_image_encoder_streams_too(tokenizer):
         vae=wait(resident.vae),
         image_encoder=wait(resident.image_encoder),
         memory=keeper,
+        programs=resident._programs,
     )
-    videos = [pipe("a", image=picture(0), **SMALL) for pipe in (resident, stream)]
+    images, settings = ImagePrompt.read(WITH_CLIP, picture(0)), Settings.resolve(WITH_CLIP, **SMALL)
+    latents = [pipe.denoise(["a"], settings, images=images) for pipe in (resident, stream)]
     # XLA:CPU may fuse float32 sums of the two programs in other orders.
-    np.testing.assert_allclose(videos[0].latents, videos[1].latents, rtol=0, atol=1e-4)
-    assert videos[1].seconds["image"] > 0
+    np.testing.assert_allclose(*latents, rtol=0, atol=1e-4)
+    assert stream.seconds["image"] > 0
     kinds = {array.sharding.memory_kind for array in named_parameters(stream.image_encoder).values()}
     assert kinds == {"pinned_host"}
-    other = random_pipeline(replace(WITH_CLIP, image_encoder=replace(WITH_CLIP.image_encoder, eps=10.0)), tokenizer)
-    resident.image_encoder = other.image_encoder
-    resident._encoded_images.clear()
-    assert np.abs(resident("a", image=picture(0), **SMALL).latents - videos[0].latents).max() > 1e-4
 
 
 def test_metadata_names_the_images(i2v, tmp_path):

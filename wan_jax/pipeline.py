@@ -528,7 +528,7 @@ class WanPipeline:
         if self._bars.enabled:
             self._bars.note(message)
         else:
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)  # of the caller of a call
 
     def _run(self, stage: str, program: Program, *args: Any) -> Any:
         """Runs a program to its end, counts the time under `stage` and the time to compile it under "compile"."""
