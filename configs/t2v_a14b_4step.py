@@ -1,8 +1,8 @@
 """Wan2.2-T2V-A14B with LightX2V's distilled LoRAs at 1280x720: four steps, two of each expert, no guidance.
 
-Four forwards instead of eighty. LightX2V's schedule keeps timesteps 1000, 937.5, 833.3 and 625 uncut; with
-`--config.shift=8`, or another number of steps, the grid follows. Other strengths or files:
---config.lora_high='("FILE:0.8",)' --config.lora_low='("FILE",)'.
+Four forwards instead of eighty, at timesteps 1000, 937.5, 833.3 and 625. Other strengths or files, or more steps of one
+expert (low-noise expert first):
+--config.lora_high='("FILE:0.8",)' --config.lora_low='("FILE",)' --config.steps=4,2
 """
 
 from ml_collections import ConfigDict

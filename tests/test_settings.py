@@ -74,6 +74,7 @@ def test_choices_for_each_expert():
     ("choice", "message"),
     [
         ({"steps": (4, 2)}, "steps 4,2 are for two experts but the model has one; give one number"),
+        ({"steps": (2, 2), "schedule": "lightx2v", "solver": "euler"}, "steps 2,2 are for two experts but the model"),
         ({"guidance": (1, 3)}, r"guidance \(1.0, 3.0\) is for two experts but the model has one; give one value"),
         ({"solver": ("euler", "unipc")}, r"solver \(euler, unipc\) is for two experts but the model has one"),
     ],

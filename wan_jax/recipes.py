@@ -17,8 +17,9 @@ from wan_jax.options import Options
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-# LightX2V's own run of its step-distilled models (configs/distill/wan22): two steps on each expert, without guidance.
-_FOUR_STEPS = {"steps": "4", "schedule": "lightx2v", "solver": "euler", "shift": 5.0, "guidance": "1"}
+# LightX2V's own run of its step-distilled models (configs/distill/wan22): two steps of each expert, whatever the shift,
+# without guidance.
+_FOUR_STEPS = {"steps": "2,2", "schedule": "lightx2v", "solver": "euler", "shift": 5.0, "guidance": "1"}
 _LORA = "lightx2v/Wan2.2-Distill-Loras/wan2.2_{}_A14b_{}_noise_lora_rank64_lightx2v_4step_{}.safetensors"
 
 # What differs from the checkpoint's preset. Pairs: low-noise expert, high-noise expert.

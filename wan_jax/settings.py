@@ -91,6 +91,9 @@ class Settings:
         by_expert("guidance", self.guidance, config.experts)
         by_expert("solver", self.solver, config.experts)
         by_expert("schedule", self.schedule, config.experts)
+        if isinstance(self.steps, tuple) and self.boundary is None:
+            low, high = self.steps
+            raise InputError(f"steps {low},{high} are for two experts but the model has one; give one number")
         self.make_schedule()
 
     def make_schedule(self) -> Schedule:
