@@ -1,15 +1,19 @@
 """Functions compiled ahead of time, so that compiling is never counted, or shown, as running."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.models.streaming import Cache
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
+from wan_jax.parallel.spatial import TILES, frame_mesh
+from wan_jax.parallel.spread import Spread
 from wan_jax.xla_flags import TEXT_ENCODER_OPTIONS
 
 
@@ -47,17 +51,22 @@ class Programs:
     """What a pipeline compiles, but for the denoising step (diffusion/sampler.py).
 
     `exact` keeps the float32 of the VAE float32. Beside a bfloat16 denoiser it may use TF32 (on TPUs three passes of
-    bfloat16), as PyTorch's convolutions do by default.
+    bfloat16), as PyTorch's convolutions do by default. With a `spread` all its devices work together on each frame;
+    the VAE's parameters lie whole on each of them (`spread.replicated`), and so do frames and latents.
     """
 
-    def __init__(self, exact: bool):
+    def __init__(self, exact: bool, spread: Spread | None = None):
         self.encode_text = Program(_encode_text, compiler_options=TEXT_ENCODER_OPTIONS)
-        vae_precision = None if exact else "tensorfloat32"
-        self.decode_first = Program(_decode_first, matmul_precision=vae_precision)
-        self.decode_next = Program(_decode_next, matmul_precision=vae_precision, donate_argnums=(1,))
         self.encode_image = Program(_encode_image)
-        self.encode_first = Program(_encode_first, matmul_precision=vae_precision)
-        self.encode_next = Program(_encode_next, matmul_precision=vae_precision, donate_argnums=(1,))
+
+        def vae_program(function: Callable, **jit_options: Any) -> Program:
+            precision = None if exact else "tensorfloat32"
+            return Program(_in_tiles(function, spread), matmul_precision=precision, **jit_options)
+
+        self.decode_first = vae_program(_decode_first)
+        self.decode_next = vae_program(_decode_next, donate_argnums=(1,))
+        self.encode_first = vae_program(_encode_first)
+        self.encode_next = vae_program(_encode_next, donate_argnums=(1,))
 
 
 def _encode_text(encoder: TextEncoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -98,6 +107,24 @@ def _from_pixels(frames: jax.Array) -> jax.Array:
     if frames.dtype == jnp.uint8:
         frames = (frames.astype(jnp.float32) / 255.0 - 0.5) / 0.5
     return frames.astype(jnp.float32)[None]
+
+
+def _in_tiles(function: Callable, spread: Spread | None) -> Callable:
+    """One of the VAE's functions, (vae, [cache,] latents or frames) -> (frames or latents, cache), on all devices."""
+    if spread is None:
+        return function
+
+    @wraps(function)
+    def run(vae: VAE, *arguments: Any) -> Any:
+        *cache, x = arguments
+        height, width = x.shape[-2:] if x.ndim == 5 else (side // vae.config.spatial_stride for side in x.shape[1:3])
+        mesh = frame_mesh(spread.devices, height, width)
+        places = P(), *[TILES] * len(cache), P()
+        return jax.shard_map(function, mesh=mesh, in_specs=places, out_specs=(P(), TILES), check_vma=False)(
+            vae, *arguments
+        )
+
+    return run
 
 
 def scratch_bytes(executable: jax.stages.Compiled) -> int:

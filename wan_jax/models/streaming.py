@@ -10,6 +10,7 @@ from einops import rearrange
 from jax import lax
 
 from wan_jax.errors import InputError
+from wan_jax.parallel.spatial import FrameCut
 
 # Nested tuples of frames [B, 1, H, W, C]: what each temporal convolution left behind, in the order of the network.
 # One array a frame, so that a step can put the new ones into the old one's memory.
@@ -19,10 +20,12 @@ Cache = tuple[Any, ...]
 class History:
     """Hands each temporal convolution what its past left for it, and collects what it leaves for the next call.
 
-    It lives for one pass through the network. Without a cache the input is the first frame, preceded by zeros.
+    It lives for one pass through the network. Without a cache the input is the first frame, preceded by zeros. `cut` is
+    how the frames of this pass are cut over a mesh.
     """
 
-    def __init__(self, cache: Cache | None):
+    def __init__(self, cache: Cache | None, cut: FrameCut):
+        self.cut = cut
         self.is_first_frame = cache is None
         self.previous: Iterator[Any] = iter(cache or ())
         self.collected: list[Any] = []
@@ -48,13 +51,13 @@ class History:
         """function(x, history), run on `frames` frames of x [B, T, ...] at a time, to hold less at once."""
         cache: Any = None if self.is_first_frame else next(self.previous)
         if x.shape[1] <= frames:
-            history = History(cache)
+            history = History(cache, self.cut)
             y = function(x, history)
             self.collected.append(history.cache)
             return y
 
         def step(cache: Cache, x: jax.Array) -> tuple[Cache, jax.Array]:
-            history = History(cache)
+            history = History(cache, self.cut)
             y = function(x, history)
             return history.cache, y
 

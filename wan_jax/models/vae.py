@@ -14,6 +14,7 @@ Inside, activations are channels-last: [batch, time, height, width, channels].
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
 import jax
@@ -30,6 +31,7 @@ from wan_jax.kernels.attention import attention
 from wan_jax.models.folding import average_down, patchify, repeat_up, unpatchify
 from wan_jax.models.layers import Linear
 from wan_jax.models.streaming import Cache, History, overlap_add, scan_over_time, sum_float32
+from wan_jax.parallel.spatial import FrameCut
 from wan_jax.precision import matmul_precision
 
 # How many frames pass the layers of full time resolution at once: memory there is proportional to it.
@@ -46,27 +48,28 @@ class Options(TypedDict):
     rngs: nnx.Rngs
 
 
-def spatial_conv(x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: tuple[int, int]) -> jax.Array:
-    """Convolves every frame: [B, T, H, W, C_in] with [h, w, C_in, C_out]; `padding` is before and after both axes."""
+def spatial_conv(x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]], stride: int = 1) -> jax.Array:
+    """Convolves every frame: [B, T, H, W, C_in] with [h, w, C_in, C_out]; `padding` is before and after H, and W."""
     y = lax.conv_general_dilated(
         rearrange(x, "b t h w c -> (b t) h w c"),
         kernel,
         window_strides=(stride, stride),
-        padding=(padding, padding),
+        padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=matmul_precision(x.dtype),
     )
     return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
 
 
-def time_taps(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+def time_taps(x: jax.Array, kernel: jax.Array, cut: FrameCut) -> list[jax.Array]:
     """Convolves every frame with every time tap: [B, T, H, W, C_in], [taps, h, w, C_in, C_out] -> `taps` results.
 
     Two-dimensional convolutions are as fast as three-dimensional ones on GPUs and quicker to compile. (They cannot
     return float32: XLA:GPU has no mixed-precision convolution and would compute bfloat16 ones in float32.)
     """
     margin = kernel.shape[1] // 2  # kernels are odd
-    return [spatial_conv(x, tap, padding=(margin, margin)) for tap in kernel]
+    x, padding = cut.pad(x, (margin, margin))
+    return [spatial_conv(x, tap, padding) for tap in kernel]
 
 
 class CausalConv(nnx.Module):
@@ -89,7 +92,7 @@ class CausalConv(nnx.Module):
         if self.time_stride > 1:
             frames = self.strided(x, kernel, history)
         else:
-            taps = time_taps(x, kernel)
+            taps = time_taps(x, kernel, history.cut)
             frames, future = overlap_add(taps, history.recall(taps[0], len(taps) - 1) if len(taps) > 1 else ())
             if future:
                 history.remember(tuple(frame.astype(self.dtype) for frame in future))
@@ -106,7 +109,7 @@ class CausalConv(nnx.Module):
         x = jnp.concatenate([*history.recall(x, frames), x], axis=1)
         history.remember(tuple(jnp.split(x[:, -frames:], frames, axis=1)))
         windows = [x[:, tap : tap + length : self.time_stride] for tap in range(kernel.shape[0])]
-        taps = [time_taps(window, kernel[tap, None])[0] for tap, window in enumerate(windows)]
+        taps = [time_taps(window, kernel[tap, None], history.cut)[0] for tap, window in enumerate(windows)]
         return [sum_float32(taps)]
 
 
@@ -119,10 +122,11 @@ class SpatialConv(nnx.Module):
         self.padding = (1, 1) if stride == 1 else (0, 1)
         self.dtype = options["dtype"]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, cut: FrameCut) -> jax.Array:
         """[B, T, H, W, C_in] -> [B, T, H / stride, W / stride, C_out] in `dtype`."""
         kernel = self.kernel[...].astype(self.dtype)
-        y = spatial_conv(x.astype(self.dtype), kernel, stride=self.stride, padding=self.padding)
+        x, padding = cut.pad(x.astype(self.dtype), self.padding)
+        y = spatial_conv(x, kernel, padding, self.stride)
         return y + self.bias[...].astype(self.dtype)
 
 
@@ -179,12 +183,12 @@ class AttentionBlock(nnx.Module):
         self.qkv = Linear(channels, 3 * channels, axes=("conv_in", "conv_out"), **options)
         self.projection = Linear(channels, channels, axes=("conv_in", "conv_out"), **options)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, cut: FrameCut) -> jax.Array:
         """[B, T, H, W, C] -> the same shape."""
         batch, time, height, width, _ = x.shape
         query, key, value = jnp.split(self.qkv(self.norm(x)), 3, axis=-1)
-        key, value = (rearrange(y, "b t h w c -> (b t) (h w) 1 c") for y in (key, value))
-        row_bytes = 4 * batch * time * width * height * width
+        key, value = (rearrange(cut.join(y), "b t h w c -> (b t) (h w) 1 c") for y in (key, value))
+        row_bytes = 4 * batch * time * width * key.shape[1]
         rows = max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or n * row_bytes <= LOGITS_BYTES))
         y = lax.map(
             lambda band: attention(band, key, value, implementation="reference"),
@@ -204,7 +208,7 @@ class Middle(nnx.Module):
 
     def __call__(self, x: jax.Array, history: History) -> jax.Array:
         """[B, T, H, W, C] -> the same shape."""
-        return self.block_2(self.attention(self.block_1(x, history)), history)
+        return self.block_2(self.attention(self.block_1(x, history), history.cut), history)
 
 
 class Downsample(nnx.Module):
@@ -216,7 +220,7 @@ class Downsample(nnx.Module):
 
     def __call__(self, x: jax.Array, history: History) -> jax.Array:
         """[B, T, H, W, C] -> [B, T or T / 2, H / 2, W / 2, C]; the first frame stays one frame."""
-        x = self.conv(x)
+        x = self.conv(x, history.cut)
         if self.time_conv is None:
             return x
         if history.is_first_frame:
@@ -241,7 +245,7 @@ class Upsample(nnx.Module):
             else:
                 x = rearrange(self.time_conv(x, history), "b t h w (two c) -> b (t two) h w c", two=2)
         x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-        return self.conv(x)
+        return self.conv(x, history.cut)
 
 
 class EncoderStage(nnx.Module):
@@ -387,6 +391,9 @@ class VAE(nnx.Module):
     In bfloat16 norms, SiLU, the sums over time taps and those of residual blocks stay float32. The latents'
     distribution is never sampled: encoding gives its mean, as in all Wan pipelines. Whatever does not fit raises
     InputError.
+
+    Inside `jax.shard_map` each device computes its tile of the frames (parallel/spatial.py): what goes in and comes out
+    is whole on all of them, a cache's arrays lie in `spatial.TILES`.
     """
 
     def __init__(self, config: VAEConfig, *, dtype: DTypeLike, param_dtype: DTypeLike | None = None, rngs: nnx.Rngs):
@@ -442,20 +449,22 @@ class VAE(nnx.Module):
                 f"width divisible by {stride}"
             )
         _check_step(cache, frames, self.config.temporal_stride)
-        history = History(cache)
-        moments = self.encoder(patchify(frames, self.config.patch_size), history)
-        moments = self.quant_conv(moments, history)
+        cut = FrameCut.of(frames, stride)
+        history = History(cache, cut)
+        moments = self.encoder(patchify(cut.split(frames), self.config.patch_size), history)
+        moments = cut.join(self.quant_conv(moments, history))
         latents_mean, reciprocal_std = self._normalisation
         return (moments[..., : self.config.z_dim].astype(jnp.float32) - latents_mean) * reciprocal_std, history.cache
 
     def _decode(self, cache: Cache | None, latents: jax.Array) -> tuple[jax.Array, Cache]:
         """One step, channels-last; the first where there is no cache."""
         _check_step(cache, latents, 1)
-        history = History(cache)
+        cut = FrameCut.of(latents)
+        history = History(cache, cut)
         latents_mean, reciprocal_std = self._normalisation
-        latents = latents.astype(jnp.float32) / reciprocal_std + latents_mean
+        latents = cut.split(latents).astype(jnp.float32) / reciprocal_std + latents_mean
         frames = self.decoder(self.post_quant_conv(latents, history), history).astype(jnp.float32)
-        return unpatchify(frames, self.config.patch_size), history.cache
+        return cut.join(unpatchify(frames, self.config.patch_size)), history.cache
 
     def _channels_last(self, latents: jax.Array) -> jax.Array:
         z_dim = self.config.z_dim

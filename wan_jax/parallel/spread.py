@@ -57,6 +57,16 @@ class Spread:
     # Keys and values of all layers, [layers, B, T, heads, head_dim].
     context = P(PIPELINE, DATA, None, TENSOR)
 
+    @property
+    def devices(self) -> list[jax.Device]:
+        """All of them, in the mesh's order."""
+        return self.mesh.devices.flatten().tolist()
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """Where arrays lie that every device has whole."""
+        return NamedSharding(self.mesh, P())
+
     def put_batch(self, array: jax.Array) -> jax.Array:
         """Puts an array with a prompt's axis first where the denoise loop wants it."""
         return jax.device_put(array, NamedSharding(self.mesh, self.batch))
