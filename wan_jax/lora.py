@@ -8,7 +8,7 @@ same bits, strengths are numbers that the compiled step is called with, and file
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -57,13 +57,12 @@ class AdaptedDenoiser:
 
     Args:
       base: stays as it is, and shares its arrays with the models made from it.
-      sharding: where the adapters wait; the models' running place is memory.py's business.
+      place: where an adapter's array of these logical axes, "layers" first where layers are stacked, waits.
     """
 
-    def __init__(self, base: Denoiser, sharding: Sharding):
+    def __init__(self, base: Denoiser, place: Callable[[tuple[str | None, ...]], Sharding]):
         self.base = base
-        self._sharding = sharding
-        self._device = next(iter(sharding.device_set))
+        self._place = place
         self._parameters = named_parameters(base)
         self._files: list[tuple] = []
         self._factors: dict[str, Factors] = {}
@@ -89,13 +88,21 @@ class AdaptedDenoiser:
         return adapt(self.base, adapters, tensors)
 
     def _adapter(self, name: str, factors: Factors, strengths: np.ndarray) -> Adapter:
-        scale = np.tensordot(strengths, factors.scales, 1)
-        axes = find_linear(self.base, linear_of(name)).kernel.get_metadata()["axes"]
-        return Adapter(factors.down, factors.up, jax.device_put(scale, self._sharding), axes=axes)
+        scale = jax.device_put(np.tensordot(strengths, factors.scales, 1), self._places(name)[2])
+        return Adapter(factors.down, factors.up, scale, axes=self._axes(name))
+
+    def _axes(self, name: str) -> tuple[str | None, str | None]:
+        return find_linear(self.base, linear_of(name)).kernel.get_metadata()["axes"]
+
+    def _places(self, name: str) -> tuple[Sharding, Sharding, Sharding]:
+        """Of an adapter's down, up and scale."""
+        layers = ("layers",) if self._parameters[name].ndim == 3 else ()
+        inputs, outputs = self._axes(name)
+        return self._place((*layers, inputs, None)), self._place((*layers, None, outputs)), self._place((*layers, None))
 
     def _load(self, parts: Mapping[str, Sequence[Part]], loras: Sequence[ActiveLora]) -> dict[str, Factors]:
         """Reads the factors of all kernels onto the device."""
-        here = single_device(self._device, on_host=False)
+        here = single_device(next(iter(self._place(()).device_set)), on_host=False)
 
         def read(name: str) -> tuple[jax.Array, jax.Array, np.ndarray]:
             down, up, scales = read_factors(parts[name], loras, self._parameters[name].shape)
@@ -104,8 +111,9 @@ class AdaptedDenoiser:
         with ThreadPoolExecutor() as threads:
             stored = dict(zip(parts, threads.map(read, parts), strict=True))
         turned = _turned({name: (down, up) for name, (down, up, _) in stored.items()})
-        factors = jax.block_until_ready(jax.device_put(turned, self._sharding))
-        return {name: Factors(factors[name][0], factors[name][1], scales) for name, (_, _, scales) in stored.items()}
+        placed = jax.device_put(turned, {name: self._places(name)[:2] for name in parts})
+        jax.block_until_ready(placed)
+        return {name: Factors(placed[name][0], placed[name][1], scales) for name, (_, _, scales) in stored.items()}
 
     def _changed(self, name: str, parts: Sequence[Part], loras: Sequence[ActiveLora]) -> jax.Array:
         """A parameter that is changed whole: the sum in float32, rounded once."""

@@ -84,7 +84,9 @@ class WanPipeline:
         self._tokenizer = tokenizer
         self.denoisers = denoisers
         self.loras: tuple[Lora, ...] = ()
-        self._adapted = {name: AdaptedDenoiser(denoiser, self.memory.waiting()) for name, denoiser in denoisers.items()}
+        self._adapted = {
+            name: AdaptedDenoiser(denoiser, lambda axes: self.memory.waiting()) for name, denoiser in denoisers.items()
+        }
         self.text_encoder = text_encoder
         self.vae = vae
         self.image_encoder = image_encoder

@@ -27,6 +27,7 @@ TWO = WanConfig(name="two", denoiser=CONFIG)
 ONE = WanConfig(name="one", denoiser=CONFIG, sampling=SamplingConfig(boundary=None))
 BLOCK_MODULES = {name: module for name, module in MODULES.items() if name.startswith("blocks.")}
 
+HERE = lambda axes: single_device(jax.devices()[0], on_host=False)  # noqa: E731
 MERGE, MERGE_LAYERS = jax.jit(Adapter.merged), jax.jit(jax.vmap(Adapter.merged))
 
 
@@ -41,7 +42,7 @@ def active(path: str, strength: float = 1.0) -> ActiveLora:
 
 
 def adapted(base: Denoiser, *loras: ActiveLora) -> Denoiser:
-    return AdaptedDenoiser(base, single_device(jax.devices()[0], on_host=False)).with_loras(loras)
+    return AdaptedDenoiser(base, HERE).with_loras(loras)
 
 
 def effective(model: Denoiser, config: DenoiserConfig = CONFIG) -> dict[str, np.ndarray]:
@@ -145,7 +146,7 @@ def test_several_loras_add_up_and_strengths_change_without_reading(base, tmp_pat
     two = save(tmp_path / "2.safetensors", tensors("kohya", second, dtype=torch.bfloat16) | wholes)
     second = {name: tuple(torch.from_numpy(f).bfloat16().float().numpy() for f in fs) for name, fs in second.items()}
     changes = lora_files.formula(first, 1.5), added(lora_files.formula(second), whole_changes)
-    holder = AdaptedDenoiser(base, single_device(jax.devices()[0], on_host=False))
+    holder = AdaptedDenoiser(base, HERE)
     model = holder.with_loras([active(one, 0.7), active(two, -0.4)])
     assert_changed(model, base, added(scaled(changes[0], 0.7), scaled(changes[1], -0.4)))
     # 3 to 5 and 17 to 19 columns, filled up to 32.
@@ -162,7 +163,7 @@ def test_several_loras_add_up_and_strengths_change_without_reading(base, tmp_pat
 
 def test_a_file_that_was_rewritten_is_read_again(tmp_path):
     base = random_model(Denoiser, CONFIG, "float32")
-    holder = AdaptedDenoiser(base, single_device(jax.devices()[0], on_host=False))
+    holder = AdaptedDenoiser(base, HERE)
     for seed in (0, 1):
         path = write(tmp_path / "x.safetensors", "comfyui", pairs(seed=seed))
         model = holder.with_loras([active(path)])
