@@ -40,7 +40,7 @@ from wan_jax.program import Program, Programs
 from wan_jax.progress import Bars
 from wan_jax.settings import DTYPES, PROFILE_NAMES, Settings, check_name
 from wan_jax.tokenizer import Tokenizer
-from wan_jax.video import Video
+from wan_jax.video import Video, check_frames
 
 CACHED_PROMPTS = 64
 CACHED_IMAGES = 8
@@ -412,7 +412,7 @@ class WanPipeline:
         Raises:
             InputError: frames of another shape, dtype or range.
         """
-        frames = self._check_frames(np.asarray(frames))
+        frames = check_frames(np.asarray(frames), self.config.vae)
         stride = self.config.vae.temporal_stride
         lots: list[np.ndarray] = []
         with (
@@ -430,28 +430,6 @@ class WanPipeline:
             lots.append(np.asarray(latents))
             bar.reach(len(lots))
         return np.concatenate(lots, axis=1)
-
-    def _check_frames(self, frames: np.ndarray) -> np.ndarray:
-        """The same frames, uint8 or float32."""
-        stride, multiple = self.config.vae.temporal_stride, self.config.vae.spatial_stride
-        if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-            raise InputError(f"cannot encode frames of shape {frames.shape}; give [frames, height, width, 3]")
-        if (len(frames) - 1) % stride:
-            raise InputError(f"cannot encode {len(frames)} frames; give {stride}n + 1")
-        if frames.shape[1] % multiple or frames.shape[2] % multiple:
-            raise InputError(
-                f"cannot encode frames of {frames.shape[2]}x{frames.shape[1]} pixels; give multiples of {multiple}"
-            )
-        if frames.dtype == np.uint8:
-            return frames
-        if not jnp.issubdtype(frames.dtype, jnp.floating):
-            raise InputError(f"cannot encode frames of {frames.dtype}; give uint8, or floats in [-1, 1]")
-        frames = frames.astype(np.float32, copy=False)
-        # Bicubic interpolation overshoots, but never by as much as a wrong scale.
-        largest = np.max([max(-frame.min(), frame.max()) for frame in frames])
-        if not largest <= 2:
-            raise InputError(f"frames to encode reach {largest:g}; give uint8, or floats in [-1, 1]")
-        return frames
 
     def metadata(self, prompt: str, settings: Settings, images: ImagePrompt | None = None) -> dict[str, Any]:
         """What is written into the video's file."""

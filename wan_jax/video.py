@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from wan_jax.config import VAEConfig
 from wan_jax.errors import InputError
 
 # The official code writes libx264 at imageio's "quality 8", which is this constant rate factor.
@@ -128,6 +129,31 @@ class VideoWriter:
 
 class Abandoned(Exception):
     """Nobody wants the file any more."""
+
+
+def check_frames(frames: np.ndarray, config: VAEConfig) -> np.ndarray:
+    """The same frames, [F, H, W, 3] uint8 or float32; raises InputError for what the VAE cannot encode."""
+    import jax.numpy as jnp  # knows bfloat16
+
+    stride, multiple = config.temporal_stride, config.spatial_stride
+    if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
+        raise InputError(f"cannot encode frames of shape {frames.shape}; give [frames, height, width, 3]")
+    if (len(frames) - 1) % stride:
+        raise InputError(f"cannot encode {len(frames)} frames; give {stride}n + 1")
+    if frames.shape[1] % multiple or frames.shape[2] % multiple:
+        raise InputError(
+            f"cannot encode frames of {frames.shape[2]}x{frames.shape[1]} pixels; give multiples of {multiple}"
+        )
+    if frames.dtype == np.uint8:
+        return frames
+    if not jnp.issubdtype(frames.dtype, jnp.floating):
+        raise InputError(f"cannot encode frames of {frames.dtype}; give uint8, or floats in [-1, 1]")
+    frames = frames.astype(np.float32, copy=False)
+    # Bicubic interpolation overshoots, but never by as much as a wrong scale.
+    largest = np.max([max(-frame.min(), frame.max()) for frame in frames])
+    if not largest <= 2:
+        raise InputError(f"frames to encode reach {largest:g}; give uint8, or floats in [-1, 1]")
+    return frames
 
 
 def check_output(path: str | os.PathLike) -> pathlib.Path:
