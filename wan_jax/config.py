@@ -306,6 +306,27 @@ PRESETS: dict[str, WanConfig] = {
             image_encoder=ImageEncoderConfig(),
             conditioning="image_latents",
         ),
+        # Ours: trained on the procedural world of wan_jax/nano, small enough to ship in the package.
+        WanConfig(
+            name="nano",
+            denoiser=DenoiserConfig(
+                num_layers=5, dim=256, num_heads=4, ffn_dim=384, text_dim=128, text_length=64, freq_dim=64
+            ),
+            text_encoder=TextEncoderConfig(
+                vocab_size=1024, dim=128, num_layers=3, num_heads=4, head_dim=32, ffn_dim=256
+            ),
+            vae=VAEConfig(
+                base_dim=32,
+                dim_mult=(1, 1, 2, 2),
+                num_res_blocks=1,
+                # Training folds the latents' mean and deviation into the 1x1x1 convolutions around them.
+                latents_mean=(0.0,) * 16,
+                latents_std=(1.0,) * 16,
+            ),
+            sampling=SamplingConfig(
+                size=(96, 96), frames=33, steps=20, shift=5.0, guidance=(2.0, 4.0), negative_prompt=""
+            ),
+        ),
     )
 }
 
