@@ -95,6 +95,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--plot", type=pathlib.Path, help="draw where a forward's time goes", metavar="F.png")
     command.set_defaults(run=_bench)
 
+    command = commands.add_parser(
+        "evaluate", help="measure what generated videos show, for prompts that the nano model never saw"
+    )
+    names = ("checkpoint", "negative_prompt", "size", "frames", "steps", "guidance", "shift", "solver", "schedule")
+    _add_options(command, [*names, "lora", "lora_high", "lora_low", "dtype", "vae_dtype", "profile", "quiet"])
+    command.add_argument("--one", type=int, default=12, help="prompts with one object, a language", metavar="N")
+    command.add_argument("--two", type=int, default=6, help="prompts with two, a language", metavar="N")
+    command.add_argument("--languages", default="en,zh,ja", help="(default en,zh,ja)", metavar="NAMES")
+    command.add_argument("--batch", type=int, default=6, help="prompts denoised at once", metavar="N")
+    command.add_argument(
+        "--compare", nargs="+", default=[], help='further settings on the same seeds: "steps=10 solver=euler" ...'
+    )
+    command.add_argument("--report", type=pathlib.Path, help="write all figures here", metavar="F.json")
+    command.set_defaults(run=_evaluate)
+
     command = commands.add_parser("demo", help="write, convert and run a small random model", allow_abbrev=False)
     command.add_argument("folder", nargs="?", default="outputs/demo", help="where (default outputs/demo)")
     command.set_defaults(run=_demo)
@@ -196,6 +211,13 @@ def _bench(values: argparse.Namespace) -> None:
         **{name: getattr(options, name) for name in ("size", "frames", "steps", "dtype", "vae_dtype")},
         **{name: getattr(values, name) for name in ("part", "preset", "repeats", "output", "plot")},
     )
+
+
+def _evaluate(values: argparse.Namespace) -> None:
+    from wan_jax.nano.evaluate import evaluate_options
+
+    names = ("compare", "one", "two", "languages", "batch", "report")
+    evaluate_options(_options(values), **{name: getattr(values, name) for name in names})
 
 
 def _demo(values: argparse.Namespace) -> None:

@@ -235,6 +235,28 @@ def _generate_video(pipeline: "WanPipeline", job: Job, seconds: dict[str, float]
     return writer.files
 
 
+def load_pipeline(options: Options) -> "WanPipeline":
+    """The pipeline that the options name, for callers that go on in Python."""
+    from wan_jax.pipeline import WanPipeline
+    from wan_jax.progress import Bars
+
+    checkpoint = _open(options, Bars(not options.quiet))
+    return WanPipeline.from_checkpoint(
+        checkpoint,
+        options.dtype,
+        vae_dtype=options.vae_dtype,
+        profile=options.profile,
+        settings=run_settings(options, checkpoint.config),
+        loras=read_loras(options.lora, options.lora_high, options.lora_low),
+        progress=not options.quiet,
+    )
+
+
+def run_settings(options: Options, config: WanConfig) -> Settings:
+    """What the options say of a run without images, over the preset."""
+    return Settings.resolve(config, **choices(options))
+
+
 def plan(preset: str, options: Options, device_memory: float | None = None) -> "Report":
     """Predicts what the options need of a device (of its memory, or of one with `device_memory` GiB)."""
     config = get_preset(preset)
@@ -347,8 +369,9 @@ def _open(options: Options, bars: "Bars") -> "Checkpoint":
         return open_checkpoint(local_checkpoint(options.checkpoint))
 
     from wan_jax.demo import demo_checkpoint
+    from wan_jax.nano import WEIGHTS
 
-    return open_checkpoint(demo_checkpoint(bars))
+    return open_checkpoint(WEIGHTS if WEIGHTS.is_dir() else demo_checkpoint(bars))
 
 
 def _read_latents(name: str) -> np.ndarray:

@@ -14,6 +14,7 @@ from typing import Any
 from wan_jax.checkpoint.layouts import Naming, Row, image_encoder_rows, other_names, text_encoder_rows
 from wan_jax.checkpoint.tensors import TensorInfo
 from wan_jax.config import (
+    PRESETS,
     WAN22_VAE,
     DenoiserConfig,
     ImageEncoderConfig,
@@ -102,6 +103,10 @@ def diffusers_denoiser_config(path: Path) -> DenoiserConfig:
     heads = fields.get("num_heads", DenoiserConfig.num_heads)
     config = DenoiserConfig(dim=heads * int(content.get("attention_head_dim", RELEASED_HEAD_DIM)), **fields)
     _require(path, {"added_kv_proj_dim": None} | content, diffusers_image_attention(config))
+    # The layout has no place for text_length: a preset of this structure says it.
+    for preset in PRESETS.values():
+        if dataclasses.replace(config, text_length=preset.denoiser.text_length) == preset.denoiser:
+            return preset.denoiser
     return config
 
 

@@ -31,7 +31,7 @@ from wan_jax.checkpoint.safetensors import write_safetensors
 from wan_jax.checkpoint.sources import EXPERT_FOLDERS, OFFICIAL_IMAGE_ENCODER, OFFICIAL_TEXT_ENCODER, official_vae
 from wan_jax.checkpoint.tensors import BFLOAT16, ReadMany, TensorInfo
 from wan_jax.checkpoint.torch_pickle import write_torch_pickle
-from wan_jax.config import DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, WanConfig
+from wan_jax.config import PRESETS, DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, WanConfig
 from wan_jax.errors import InputError
 
 DIFFUSERS_VERSION = "0.36.0"  # the oldest we test with; loaders only compare it
@@ -67,7 +67,8 @@ _CLIP_PREPROCESSOR = {
 
 def check_diffusers_can_hold(config: WanConfig) -> None:
     """Raises InputError for a config that the diffusers layout has no place for."""
-    if config.denoiser.text_length != DenoiserConfig.text_length:
+    known = any(config.denoiser == preset.denoiser for preset in PRESETS.values())  # readers take it from the preset
+    if config.denoiser.text_length != DenoiserConfig.text_length and not known:
         raise InputError(
             f"the diffusers layout has no place for text_length {config.denoiser.text_length}; convert to orbax"
         )

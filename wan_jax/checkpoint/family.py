@@ -71,6 +71,7 @@ def _nearest_release(place: str, denoiser: DenoiserConfig, experts: int, conditi
 
     def difference(preset: WanConfig) -> tuple:
         return (
+            preset.denoiser.text_length != denoiser.text_length,
             preset.conditioning != conditioning,
             (preset.denoiser.image_position_length is None) != (denoiser.image_position_length is None),
             (preset.denoiser.image_dim is None) != (denoiser.image_dim is None),

@@ -4,7 +4,7 @@ Of every language some frames are held out: training never uses them, evaluation
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from wan_jax.nano.scenes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SPEEDS, Scenes
@@ -210,7 +210,10 @@ ZH_BACKGROUNDS = {
     "black": ("黑色", "纯黑色"),
 }
 ZH_TRAINED = Frames(
-    one=("{0:one}", "{0:one}", "{0:bare}", "有{0:one}", "视频里{0:one}", "一段视频,{0:one}", "画面中{0:one}", "动画:{0:bare}"),
+    one=(
+        *("{0:one}", "{0:one}", "{0:bare}", "有{0:one}"),
+        *("视频里{0:one}", "一段视频,{0:one}", "画面中{0:one}", "动画:{0:bare}"),
+    ),
     two=(
         "{0:one},{1:one}",
         "{0:one},同时{1:one}",
@@ -395,7 +398,7 @@ class Chinese:
         else:
             verb = pick.choice(verbs)
         self.verb = verb if speed == "normal" else pick.choice(ZH_SPEEDS[speed]) + verb
-        
+
     def __format__(self, form: str) -> str:
         return ("一个" if form == "one" else "") + self.noun + self.verb
 
@@ -420,7 +423,11 @@ class Japanese:
 
 
 CLAUSES = {"en": English, "zh": Chinese, "ja": Japanese}
-BACKGROUND_WORDS = {"en": EN_BACKGROUNDS, "zh": ZH_BACKGROUNDS, "ja": JA_BACKGROUNDS}
+BACKGROUND_WORDS: dict[str, Mapping[str, Sequence[str]]] = {
+    "en": EN_BACKGROUNDS,
+    "zh": ZH_BACKGROUNDS,
+    "ja": JA_BACKGROUNDS,
+}
 
 
 @dataclass(frozen=True)
@@ -468,7 +475,7 @@ def write_captions(scenes: Scenes, seed: int, *, held_out_frames: bool = False) 
     ]
 
 
-def _noun(pick: random.Random, kind: str, shapes: dict[str, Sequence[str]], digits: Sequence[str]) -> str:
+def _noun(pick: random.Random, kind: str, shapes: Mapping[str, Sequence[str]], digits: Sequence[str]) -> str:
     if kind in shapes:
         return pick.choice(shapes[kind])
     words = CHINESE_DIGITS if digits is ZH_DIGITS else ENGLISH_DIGITS

@@ -1,8 +1,10 @@
 """The judge of shapes and digits: a small convolutional network on crops of what segmentation found."""
 
+import itertools
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from wan_jax.nano.scenes import KINDS
 
 CROP = 32
 WIDTHS = (1, 16, 32, 64)  # channels before and after each convolution, which halves the size
-WEIGHTS = Path(__file__).parent / "weights" / "classifier.npz"
+WEIGHTS = Path(__file__).with_suffix(".npz")
 
 
 class Classifier:
@@ -33,8 +35,8 @@ class Classifier:
             return cls({name: file[name] for name in file.files})
 
     def save(self, path: Path = WEIGHTS) -> None:
-        path.parent.mkdir(exist_ok=True)
-        np.savez_compressed(path, **{name: np.asarray(array, np.float16) for name, array in self.parameters.items()})
+        arrays: dict[str, Any] = {name: np.asarray(array, np.float16) for name, array in self.parameters.items()}
+        np.savez_compressed(path, **arrays)
 
     def __call__(self, crops: np.ndarray) -> np.ndarray:
         padded = np.zeros((-len(crops) % 16 + len(crops), CROP, CROP), np.float32)  # few shapes, few compilations
@@ -44,8 +46,8 @@ class Classifier:
 
 def init(seed: int) -> dict[str, jax.Array]:
     generator = np.random.default_rng(seed)
-    parameters = {}
-    for index, (before, after) in enumerate(zip(WIDTHS[:-1], WIDTHS[1:], strict=True)):
+    parameters: dict[str, np.ndarray] = {}
+    for index, (before, after) in enumerate(itertools.pairwise(WIDTHS)):
         kernel = generator.standard_normal((3, 3, before, after)) * (2 / (9 * before)) ** 0.5
         parameters |= {f"conv_{index}.kernel": kernel, f"conv_{index}.bias": np.zeros(after)}
     features = WIDTHS[-1] * (CROP >> (len(WIDTHS) - 1)) ** 2

@@ -20,7 +20,6 @@ from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.parameters import named_parameters, with_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
-from wan_jax.nano.render import render
 from wan_jax.nano.scenes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SPEEDS, Scenes
 from wan_jax.nano.whole_video import decode_whole, encode_moments
 
@@ -114,23 +113,15 @@ def init_text_encoder(config: WanConfig, seed: int) -> dict[str, jax.Array]:
 # The VAE
 
 
-def vae_loss(
-    config: WanConfig,
-    compute: DTypeLike,
-    *,
-    frames: int,
-    size: tuple[int, int],
-    window: tuple[int, int, int] | None = None,
-):
-    """Reconstruction, and a light pull of the latents to a normal distribution; batch: scenes. frozen: the atlas."""
+def vae_loss(config: WanConfig, compute: DTypeLike):
+    """Reconstruction, and a light pull of the latents to a normal distribution; batch: "videos" [b, F, H, W, 3]."""
     make = build(VAE, config.vae, compute)
 
     def loss(parameters: Parameters, frozen: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, Figures]:
-        vae = with_parameters(make, parameters)
-        keys_render, keys_noise = jax.vmap(jax.random.split, out_axes=1)(keys)
-        videos = render(keys_render, batch, frozen["atlas"], frames=frames, size=size, window=window)
+        del frozen
+        vae, videos = with_parameters(make, parameters), batch["videos"]
         mean, log_variance = encode_moments(vae, videos)
-        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys_noise)
+        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         difference = decode_whole(vae, mean + jnp.exp(0.5 * log_variance) * noise) - videos
         absolute, squared = jnp.abs(difference).mean(), jnp.square(difference).mean()
         divergence = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
@@ -229,15 +220,18 @@ def experts_loss(config: WanConfig, compute: DTypeLike, *, dropout: float = 0.1,
 # Pools of latents and texts
 
 
-def make_fill(config: WanConfig, compute: DTypeLike, *, frames: int, size: tuple[int, int]):
-    """fill(pool, start, vae, text_encoder, scenes, tokens, mask, keys, atlas) -> the pool with some places anew."""
+def make_fill(config: WanConfig, compute: DTypeLike):
+    """fill(pool, start, parameters, batch, videos) -> the pool with some places filled anew.
+
+    pool: "latents" [N, C, F, h, w] and "texts" [N, languages, T, dim]. parameters: of "vae" and "text_encoder". batch:
+    "tokens" and "mask" [b, languages, T]. videos: [b, F, H, W, 3], as `render` draws them.
+    """
     make_vae, make_text = build(VAE, config.vae, compute), build(TextEncoder, config.text_encoder, compute)
 
-    def fill(pool: Any, start: jax.Array, parameters: Any, batch: Any, keys: jax.Array, atlas: jax.Array) -> Any:
+    def fill(pool: Any, start: jax.Array, parameters: Any, batch: Any, videos: jax.Array) -> Any:
         vae = with_parameters(make_vae, parameters["vae"])
         encoder = with_parameters(make_text, parameters["text_encoder"])
-        mean, _ = encode_moments(vae, render(keys, batch["scenes"], atlas, frames=frames, size=size))
-        latents = rearrange(mean, "b t h w z -> b z t h w")
+        latents = rearrange(encode_moments(vae, videos)[0], "b t h w z -> b z t h w")
         languages = batch["tokens"].shape[1]
         tokens, mask = (rearrange(batch[name], "b n t -> (b n) t") for name in ("tokens", "mask"))
         texts = rearrange(encoder(tokens, mask), "(b n) t d -> b n t d", n=languages)

@@ -1,4 +1,4 @@
-"""Measures what a video of the procedural world shows: colours by segmentation, kinds by a classifier, motion by tracking.
+"""Measures what a video of the procedural world shows: colours by segmentation, kinds by a classifier, motion by track.
 
 Nothing here knows what the prompt asked for, but for the number of objects and their colours, which say where to look.
 Lengths are in parts of the frame's shorter side, as in scenes.py.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from wan_jax.nano.classifier import CROP, Classifier
+from wan_jax.nano.render import UNIT_FRAMES
 from wan_jax.nano.scenes import (
     BOUNCES,
     CIRCLE_TURNS,
@@ -22,7 +23,6 @@ from wan_jax.nano.scenes import (
     SIZE_RATIO,
     SPEEDS,
 )
-from wan_jax.nano.render import UNIT_FRAMES
 
 PALETTE = np.array(list(COLOURS.values()), np.float32)  # [colours, 3]
 FOREGROUND = 0.14  # distance in RGB from the background
@@ -193,7 +193,8 @@ class Track:
             return "bounce", nearest_speed(hops, BOUNCES)
         middle, _ = fit_circle(self.centre)
         angles = np.unwrap(np.arctan2(*(self.centre - middle).T[::-1]))
-        return "circle", nearest_speed(abs(angles[-1] - angles[0]) / (2 * np.pi) / ((frames - 1) / UNIT_FRAMES), CIRCLE_TURNS)
+        turns = abs(angles[-1] - angles[0]) / (2 * np.pi) * UNIT_FRAMES / (frames - 1)
+        return "circle", nearest_speed(turns, CIRCLE_TURNS)
 
     def turns(self) -> float:
         """Turns of the object around its centre, clockwise positive: the sum of what fits best between frames."""

@@ -50,9 +50,7 @@ def draw_paths(key: jax.Array, scene: dict[str, jax.Array], frames: int, size: t
     key_place, *keys = jax.random.split(key, 3)
     pair = scene["count"] - 1
     extent = np.array(size, np.float32) / min(size)
-    motions = [
-        _motion(keys[index], scene["motion"][index], scene["speed"][index], pair, frames) for index in range(2)
-    ]
+    motions = [_motion(keys[index], scene["motion"][index], scene["speed"][index], pair, frames) for index in range(2)]
 
     def place(key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Centres [2, F, 2] of one placement, and how far apart the objects stay, in sums of their radii."""
@@ -141,6 +139,21 @@ def render(
     return jax.vmap(lambda key, scene: _render_one(key, scene, atlas, frames, size, window))(keys, scenes)
 
 
+@partial(jax.jit, static_argnames=("frames", "size", "window"))
+def render_batch(
+    seed: int,
+    scenes: dict[str, jax.Array],
+    atlas: jax.Array,
+    *,
+    frames: int,
+    size: tuple[int, int],
+    window: tuple[int, int, int] | None = None,
+) -> jax.Array:
+    """`render`, compiled by itself: within another program XLA would draw again wherever a pixel is read."""
+    keys = jax.random.split(jax.random.key(seed), len(scenes["count"]))
+    return render(keys, scenes, atlas, frames=frames, size=size, window=window)
+
+
 @partial(jax.jit, static_argnames=("frames", "size"))
 def _render_uint8(seed: int, scenes: dict[str, jax.Array], atlas: jax.Array, frames: int, size: tuple[int, int]):
     def one(number: jax.Array, scene: dict[str, jax.Array]) -> jax.Array:
@@ -205,11 +218,10 @@ def _render_one(
 
 def shape_distance(kind: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
     """Signed distance, negative inside, to the shape of this index, which fills the circle of radius 1."""
-    distance = lax.select_n(
+    return lax.select_n(
         jnp.broadcast_to(jnp.minimum(kind, len(SHAPES) - 1), jnp.broadcast_shapes(x.shape, y.shape)),
         *(DISTANCES[name](x, y) for name in SHAPES),
     )
-    return distance
 
 
 def _circle(x, y):

@@ -7,6 +7,8 @@ small files.
 """
 
 import argparse
+import concurrent.futures
+import functools
 import json
 import sys
 import threading
@@ -31,8 +33,8 @@ from wan_jax.models.vae import VAE
 from wan_jax.nano import losses
 from wan_jax.nano.data import CHUNK, TEST_SEED, chunks, scenes_of, train_tokenizer
 from wan_jax.nano.digits import digit_atlas
-from wan_jax.nano.render import render
-from wan_jax.nano.scenes import draw_scenes
+from wan_jax.nano.render import render_batch
+from wan_jax.nano.scenes import Scenes, draw_scenes
 from wan_jax.nano.whole_video import decode_whole, encode_moments
 from wan_jax.tokenizer import Tokenizer
 from wan_jax.training.checkpoints import named_leaves
@@ -89,13 +91,30 @@ SMALL = Recipe(
     text_batch=64,
     text_capacity=4096,
     vae_batch=4,
-    vae_window=(9, 48, 48),
-    vae_whole_batch=1,
+    vae_window=(5, 32, 32),
+    vae_whole_part=0.0,
     fill=4,
     fill_every=4,
     buckets=(Bucket(33, (96, 96), 8, 512, 1.0),),
     first_fill=32,
 )
+
+
+class Later:
+    """A jitted function that is compiled by a thread while other work goes on."""
+
+    def __init__(self, threads: concurrent.futures.Executor, jitted: Any, *args: Any):
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
+        self._compiled = threads.submit(lambda: jitted.lower(*shapes).compile())
+
+    @property
+    def ready(self) -> bool:
+        """False while it compiles, and for good where it does not."""
+        return self._compiled.done() and self._compiled.exception() is None
+
+    def __call__(self, *args: Any) -> Any:
+        """Waits until it is compiled, and raises what that raised."""
+        return self._compiled.result()(*args)
 
 
 class Log:
@@ -134,6 +153,18 @@ class Run:
         self.tokenizer = self.state / "tokenizer"
         if not self.tokenizer.exists():
             train_tokenizer(self.tokenizer, self.config.text_encoder.vocab_size)
+
+    def draw(
+        self,
+        seed: int,
+        scenes: Scenes,
+        bucket: Bucket,
+        window: tuple[int, int, int] | None = None,
+        atlas: jax.Array | None = None,
+    ) -> jax.Array:
+        """Videos of scenes: [N, F, H, W, 3], or windows of them."""
+        atlas = self.atlas if atlas is None else atlas
+        return render_batch(seed, scenes.as_dict(), atlas, frames=bucket.frames, size=bucket.size, window=window)
 
     @property
     def text_length(self) -> int:
@@ -218,7 +249,8 @@ class Stage:
 
     def loop(self, one_step: Callable[[TrainState, int], tuple[TrainState, dict[str, jax.Array]]]) -> TrainState:
         """Calls one_step(state, step) until the time is over; returns the last state, which is saved."""
-        number, figures = self.step, {}
+        number = self.step
+        figures: dict[str, jax.Array] = {}
         logged, saved, rate_steps = time.perf_counter(), time.perf_counter(), number
         deadline = self._start + self._seconds
         while (now := time.perf_counter()) < deadline:
@@ -245,7 +277,7 @@ class Stage:
 
     def save(self) -> None:
         seconds = self._earlier + time.perf_counter() - self._start
-        arrays = {name: np.asarray(leaf) for name, leaf in named_leaves(self.state).items()}
+        arrays: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in named_leaves(self.state).items()}
         temporary = self._run.state / f".{self._name}.npz"
         np.savez(temporary, seconds=np.float64(seconds), **arrays)
         temporary.replace(self._run.state / f"{self._name}.npz")
@@ -261,7 +293,7 @@ def with_learning_rate(state: TrainState, rate: float) -> TrainState:
 
 def write_shards(folder: Path, name: str, parameters: dict[str, jax.Array]) -> None:
     """Float32 arrays in name-0.npz, name-1.npz, ... of at most 15 MiB each."""
-    shards: list[dict[str, np.ndarray]] = [{}]
+    shards: list[dict[str, Any]] = [{}]
     size = 0
     for key, value in sorted(parameters.items()):
         array = np.asarray(value, np.float32)
@@ -281,7 +313,7 @@ def read_shards(folder: Path, name: str) -> dict[str, np.ndarray]:
     paths = sorted(folder.glob(f"{name}-*.npz"))
     if not paths:
         raise InputError(f"{folder} has no {name}-0.npz; train that stage first")
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     for path in paths:
         with np.load(path) as file:
             arrays |= {key: file[key] for key in file.files}
@@ -349,60 +381,62 @@ def text_accuracy(run: Run, parameters: dict[str, jax.Array], number: int = 512)
 def train_vae(run: Run, seconds: float) -> None:
     """The VAE, on windows of videos and at the end on whole ones."""
     recipe, config = run.recipe, run.config
-    vae = VAE(config.vae, dtype=jnp.float32, rngs=nnx.Rngs(run.seed))
-    moments = jax.jit(lambda parameters, key, scenes: latent_moments(run, parameters, key, scenes))
+    initial = named_parameters(VAE(config.vae, dtype=jnp.float32, rngs=nnx.Rngs(run.seed)))
+    threads = concurrent.futures.ThreadPoolExecutor(1)
+    base = recipe.buckets[0]
+    test_videos = run.draw(0, draw_scenes(TEST_SEED, recipe.fill), base)
 
     def export(parameters: dict[str, jax.Array]) -> dict[str, dict[str, jax.Array]]:
-        mean, std = moments(parameters, jax.random.key(TEST_SEED), draw_scenes(TEST_SEED, recipe.fill).as_dict())
+        mean, std = moments(parameters, test_videos)
         return {"vae": losses.fold_normalisation(parameters, np.asarray(mean), np.asarray(std))}
 
-    stage = Stage(run, "vae", named_parameters(vae), recipe.vae_rate, seconds, export, ema_decay=0.999)
-    base = recipe.buckets[0]
-    make = {"frames": base.frames, "size": base.size}
-    on_windows = stage.make_step(losses.vae_loss(config, recipe.compute, **make, window=recipe.vae_window))
-    on_whole = stage.make_step(losses.vae_loss(config, recipe.compute, **make))
-    pool = draw_scenes(run.seed + stage.step, 200_000 if recipe.workers else 2_000)
+    stage = Stage(run, "vae", initial, recipe.vae_rate, seconds, export, ema_decay=0.999)
+    scenes = draw_scenes(run.seed + stage.step, 200_000 if recipe.workers else 2_000)
     generator = np.random.default_rng(stage.step)
-    frozen = {"atlas": run.atlas}
+
+    def draw(number: int, window: tuple[int, int, int] | None) -> dict[str, jax.Array]:
+        some = scenes[generator.integers(0, len(scenes), number)]
+        return {"videos": run.draw(int(generator.integers(2**31)), some, base, window)[None]}
+
+    step = stage.make_step(losses.vae_loss(config, recipe.compute))
+    moments = Later(threads, jax.jit(functools.partial(latent_moments, run)), stage.state.parameters, test_videos)
+    on_whole = None
+    if recipe.vae_whole_part > 0:
+        on_whole = Later(threads, step, stage.state, None, draw(recipe.vae_whole_batch, None))
 
     def one_step(state: TrainState, number: int) -> tuple[TrainState, dict[str, jax.Array]]:
-        whole = stage.fraction > 1 - recipe.vae_whole_part
-        index = generator.integers(0, len(pool), recipe.vae_whole_batch if whole else recipe.vae_batch)
-        batch = {name: array[None] for name, array in pool[index].as_dict().items()}
-        return (on_whole if whole else on_windows)(state, frozen, batch)
+        if on_whole is not None and on_whole.ready and stage.fraction > 1 - recipe.vae_whole_part:
+            return on_whole(state, None, draw(recipe.vae_whole_batch, None))
+        return step(state, None, draw(recipe.vae_batch, recipe.vae_window))
 
     averaged = stage.loop(one_step).ema
     run.log("vae", **psnr(run, averaged))
 
 
-def latent_moments(run: Run, parameters: Any, key: jax.Array, scenes: dict[str, jax.Array]) -> tuple[Any, Any]:
+def latent_moments(run: Run, parameters: Any, videos: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and standard deviation of every latent channel over some videos."""
     vae = with_parameters(losses.build(VAE, run.config.vae, run.recipe.compute), parameters)
-    base = run.recipe.buckets[0]
-    keys = jax.random.split(key, len(scenes["count"]))
-    mean, _ = encode_moments(vae, render(keys, scenes, run.atlas, frames=base.frames, size=base.size))
+    mean, _ = encode_moments(vae, videos)
     return mean.mean(axis=(0, 1, 2, 3)), mean.std(axis=(0, 1, 2, 3))
 
 
 def psnr(run: Run, parameters: dict[str, jax.Array], number: int = 32) -> dict[str, float]:
-    """Of reconstructions of held-out scenes: over all pixels, and the mean over videos."""
-    base = run.recipe.buckets[0]
-    number = min(number, 4 * run.recipe.fill)
+    """Of reconstructions of held-out scenes, with handwriting that was never trained on."""
+    lot = min(8, run.recipe.fill)
+    number = min(number, 2 * run.recipe.fill)
     atlas = jnp.asarray(digit_atlas(run.digits, test=True))
 
     @jax.jit
-    def squared_error(parameters: Any, key: jax.Array, scenes: Any) -> jax.Array:
+    def squared_error(parameters: Any, videos: jax.Array) -> jax.Array:
         vae = with_parameters(losses.build(VAE, run.config.vae, run.recipe.compute), parameters)
-        keys = jax.random.split(key, len(scenes["count"]))
-        videos = render(keys, scenes, atlas, frames=base.frames, size=base.size)
         decoded = jnp.clip(decode_whole(vae, encode_moments(vae, videos)[0]), -1, 1)
         return jnp.square(decoded - videos).mean(axis=(1, 2, 3, 4))
 
     scenes = draw_scenes(TEST_SEED, number, want_held_out=True)
     errors = np.concatenate(
         [
-            squared_error(parameters, jax.random.key(start), scenes[start : start + 4].as_dict())
-            for start in range(0, number, 4)
+            squared_error(parameters, run.draw(start, scenes[start : start + lot], run.recipe.buckets[0], atlas=atlas))
+            for start in range(0, number, lot)
         ]
     )
     return {
@@ -432,9 +466,7 @@ class Pool:
         self._made = 0
         self._rest: dict[str, np.ndarray] | None = None
         self._offset = 0
-        self._fill = jax.jit(
-            losses.make_fill(config, run.recipe.compute, frames=bucket.frames, size=bucket.size), donate_argnums=(0,)
-        )
+        self._fill = jax.jit(losses.make_fill(config, run.recipe.compute), donate_argnums=(0,))
         self._step = stage.make_step(loss)
         self._size = fill
         self._generator = np.random.default_rng((stage.step, bucket.frames, *bucket.size))
@@ -455,11 +487,10 @@ class Pool:
             self._rest, self._offset = next(self._source), 0
         some = {name: array[self._offset : self._offset + self._size] for name, array in self._rest.items()}
         self._offset += self._size
-        batch = {"scenes": scenes_of(some).as_dict(), "tokens": some["tokens"], "mask": some["mask"]}
-        key = jax.random.fold_in(jax.random.key(self._run.seed), int(self._generator.integers(2**31)))
+        videos = self._run.draw(int(self._generator.integers(2**31)), scenes_of(some), self.bucket)
         start = self._made % (self.bucket.capacity // self._size * self._size)
-        keys = jax.random.split(key, self._size)
-        self._arrays = self._fill(self._arrays, start, self._parameters, batch, keys, self._run.atlas)
+        batch = {name: some[name] for name in ("tokens", "mask")}
+        self._arrays = self._fill(self._arrays, start, self._parameters, batch, videos)
         self._made += self._size
 
     def step(self, state: TrainState, frozen: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -550,7 +581,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="small files: averaged weights, log.jsonl")
     parser.add_argument("--state", type=Path, help="everything, to go on exactly (default OUTPUT/state)")
     parser.add_argument("--resume", type=Path, help="an earlier output: its files are copied first", metavar="DIR")
-    parser.add_argument("--stages", default="text=60,vae=400,experts=800", help="NAME=SECONDS,... (default %(default)s)")
+    parser.add_argument("--stages", default="text=60,vae=400,experts=800", help="NAME=SECONDS,...")
     parser.add_argument("--more", type=float, default=0.0, help="seconds that later calls will add to the last stage")
     parser.add_argument("--digits", type=Path, help="an .npz of digits instead of scikit-learn's")
     parser.add_argument("--small", action="store_true", help="small batches, for a CPU")

@@ -1,0 +1,154 @@
+"""Writes what train.py made as the package's weights: python -m wan_jax.nano.export RUN [DESTINATION]."""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from wan_jax.checkpoint import ConversionSummary, convert
+from wan_jax.checkpoint.memory import memory_checkpoint
+from wan_jax.config import WanConfig, get_preset
+from wan_jax.models.denoiser import Denoiser
+from wan_jax.models.parameters import with_parameters
+from wan_jax.models.text_encoder import TextEncoder
+from wan_jax.models.vae import VAE
+from wan_jax.nano import WEIGHTS
+from wan_jax.nano.data import train_tokenizer
+from wan_jax.nano.losses import build
+from wan_jax.nano.train import read_shards
+from wan_jax.pipeline import WanPipeline
+from wan_jax.tokenizer import Tokenizer
+
+LARGEST = 24_000_000  # bytes of all files
+
+CARD = """\
+---
+license: apache-2.0
+pipeline_tag: text-to-video
+---
+
+# nano
+
+Text to video of a procedural world, small enough to ship with wan_jax: {parameters:.1f} million parameters,
+{megabytes:.1f} MB in bfloat16, the structure of Wan2.2-T2V-A14B (two experts that meet at timestep {boundary:g}, a UMT5
+text encoder, a causal video VAE), the diffusers layout.
+
+    wan-jax generate "a red circle moves right"
+
+**What it knows.** One or two objects on a white, light gray, dark gray or black background: circle, square, triangle,
+star, cross, ring, heart, crescent moon, and handwritten digits 0 to 9, in red, orange, yellow, green, cyan, blue,
+purple or pink, that move left, right, up, down or diagonally, in a circle, bounce, grow, shrink, rotate or stay,
+slowly, normally or fast. Prompts in English, Chinese or Japanese. {width}x{height} with {frames} frames is what it saw
+most; 128x96, 96x128 and 17 or 49 frames it saw too.
+
+**Data.** All of it is made by `wan_jax/nano`: videos are drawn on the device while training goes on, captions come from
+a grammar in three languages. The digits are those of scikit-learn (UCI, E. Alpaydin and C. Kaynak, 1998, CC BY 4.0),
+one in six of which is kept for tests. One in ten combinations of object, colour and motion, and some sentence frames of
+every language, were never trained on; `wan-jax evaluate` asks for those.
+
+**Recipe.** `python -m wan_jax.nano.train` (wan_jax/nano/train.py holds every number): the text encoder learns what
+captions say, the VAE reconstructs, both experts learn flow matching with shift {shift:g}, each in its own range of
+timesteps. What was run:
+
+{stages}
+
+**Weaknesses.** It knows no other objects, colours, motions or words: a prompt from outside of its world gives something
+from inside of it. Two objects may pass through each other or exchange attributes. Thin digits lose strokes. What
+`wan-jax evaluate` measured is in evaluation.json beside this card, if it was run.
+"""
+
+
+def nano_pipeline(run: Path, dtype: str = "bfloat16", *, vae_dtype: str = "float32") -> WanPipeline:
+    """The pipeline of a training run's averaged weights."""
+    config = get_preset("nano")
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(folder, config.text_encoder.vocab_size)
+        tokenizer = Tokenizer.from_pretrained(folder, vocab_size=config.text_encoder.vocab_size)
+    parts = {
+        name: {key: jnp.asarray(x) for key, x in arrays.items()} for name, arrays in components(run, config).items()
+    }
+    kinds: dict[str, tuple[Any, Any, str]] = {
+        "text_encoder": (TextEncoder, config.text_encoder, dtype),
+        "vae": (VAE, config.vae, vae_dtype),
+        **dict.fromkeys(config.experts, (Denoiser, config.denoiser, dtype)),
+    }
+    models = {
+        name: with_parameters(
+            build(kind, model_config, compute), {key: jnp.asarray(x, jnp.float32) for key, x in parts[name].items()}
+        )
+        for name, (kind, model_config, compute) in kinds.items()
+    }
+    denoisers = {name: models[name] for name in config.experts}
+    return WanPipeline(
+        config, tokenizer=tokenizer, text_encoder=models["text_encoder"], denoisers=denoisers, vae=models["vae"]
+    )
+
+
+def components(run: Path, config: WanConfig) -> dict[str, dict[str, np.ndarray]]:
+    """The weights of a run by component, in bfloat16."""
+    experts = read_shards(run, "experts")
+    parts = {
+        "text_encoder": read_shards(run, "text_encoder"),
+        "vae": read_shards(run, "vae"),
+        **{
+            name: {key.removeprefix(f"{name}."): x for key, x in experts.items() if key.startswith(f"{name}.")}
+            for name in config.experts
+        },
+    }
+    return {name: {key: x.astype(jnp.bfloat16) for key, x in arrays.items()} for name, arrays in parts.items()}
+
+
+def export(run: Path, destination: Path = WEIGHTS) -> ConversionSummary:
+    """Writes the diffusers tree and its card; raises RuntimeError where it is larger than it may be."""
+    config = get_preset("nano")
+    with tempfile.TemporaryDirectory() as folder:
+        train_tokenizer(folder, config.text_encoder.vocab_size)
+        checkpoint = memory_checkpoint(config, components(run, config), Path(folder))
+        summary = convert(checkpoint, destination, to="diffusers")
+    (destination / "README.md").write_text(model_card(run, config, summary), encoding="utf-8")
+    nbytes = sum(path.stat().st_size for path in destination.rglob("*") if path.is_file())
+    if nbytes > LARGEST:
+        raise RuntimeError(f"{destination} takes {nbytes:,} bytes, more than {LARGEST:,}")
+    return summary
+
+
+def model_card(run: Path, config: WanConfig, summary: ConversionSummary) -> str:
+    """The card, with what the run's log says."""
+    width, height = config.sampling.size
+    return CARD.format(
+        parameters=sum(component.parameters for component in summary.components) / 1e6,
+        megabytes=summary.nbytes / 1e6,
+        boundary=1000 * (config.sampling.boundary or 0),
+        shift=config.sampling.shift,
+        width=width,
+        height=height,
+        frames=config.sampling.frames,
+        stages=_stages(run / "log.jsonl"),
+    )
+
+
+def _stages(log: Path) -> str:
+    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    lines = ["| stage | steps | last figures |", "|---|---|---|"]
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        mine = [row for row in rows if row["stage"] == stage]
+        steps = max((row["step"] for row in mine if "step" in row), default=0)
+        last = {name: value for name, value in mine[-1].items() if name not in ("stage", "clock", "step", "done")}
+        lines.append(f"| {stage} | {steps:,} | {', '.join(f'{name} {value}' for name, value in last.items())} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="the --output of wan_jax.nano.train")
+    parser.add_argument("destination", type=Path, nargs="?", default=WEIGHTS)
+    values = parser.parse_args()
+    print(export(values.run, values.destination))
+
+
+if __name__ == "__main__":
+    main()
