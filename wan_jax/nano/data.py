@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ def scenes_of(chunk: dict[str, np.ndarray]) -> Scenes:
 
 def chunks(
     start: int, tokenizer_folder: str | Path, length: int, workers: int, number: int = CHUNK
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray], None, None]:
     """Chunks start, start + 1, ..., without end, in order; `workers` processes keep some ready (0: made when asked)."""
     if workers == 0:
         while True:

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from wan_jax import xla_flags
 from wan_jax.diffusion.noise import initial_noise
@@ -267,6 +268,7 @@ def evaluate(
     *,
     batch: int = 8,
     output: Path | None = None,
+    sheet: Path | None = None,
     show: Callable[[str], None] = print,
 ) -> list[Evaluation]:
     """Evaluates settings, the first of which the others are compared with.
@@ -276,6 +278,7 @@ def evaluate(
       prompts: see `make_prompts`.
       batch: prompts denoised at once.
       output: where the JSON goes; it is written again after each setting.
+      sheet: a .png that shows frames of the first setting's videos, a row each.
       show: called with each table.
     """
     if not prompts:
@@ -292,6 +295,8 @@ def evaluate(
         show(str(evaluations[-1]))
         if len(evaluations) == 1:
             first_videos = videos
+            if sheet is not None:
+                save_sheet(sheet, videos[:: max(1, len(videos) // 48)])
         else:
             comparisons.append(Comparison(evaluations[0], evaluations[-1], psnr(first_videos, videos)))
             show(str(comparisons[-1]))
@@ -305,10 +310,18 @@ def evaluate(
     return evaluations
 
 
+def save_sheet(path: Path, videos: Sequence[np.ndarray], frames: int = 5, columns: int = 3) -> None:
+    """One picture: of each video some frames, evenly spaced, side by side."""
+    rows = [np.concatenate(video[np.linspace(0, len(video) - 1, frames).astype(int)], axis=1) for video in videos]
+    rows += [np.zeros_like(rows[0])] * (-len(rows) % columns)
+    sheet = np.concatenate([np.concatenate(rows[n::columns], axis=0) for n in range(columns)], axis=1)
+    Image.fromarray(sheet).save(path, optimize=True)
+
+
 def overridden(options: Options, text: str) -> Options:
     """The options with some set anew: "steps=10 guidance=2,4". Raises InputError."""
     kinds = {option.name: option.metadata["kind"] for option in dataclasses.fields(Options)}
-    values = {}
+    values: dict[str, Any] = {}
     for part in text.split():
         name, equals, value = part.partition("=")
         name = name.removeprefix("--").replace("-", "_")
@@ -333,6 +346,7 @@ def evaluate_options(
     batch: int,
     report: Path | None,
     run: Path | None = None,
+    sheet: Path | None = None,
 ) -> list[Evaluation]:
     """What `wan-jax evaluate` does: the options, then the options with each of `compare`.
 
@@ -357,7 +371,7 @@ def evaluate_options(
 
     prompts = make_prompts(one, two, languages.split(","))
     runs = [(text or "as given", functools.partial(prepare, text)) for text in ("", *compare)]
-    return evaluate(runs, prompts, batch=batch, output=report)
+    return evaluate(runs, prompts, batch=batch, output=report, sheet=sheet)
 
 
 def main() -> None:
@@ -371,6 +385,7 @@ def main() -> None:
     parser.add_argument("--languages", default=",".join(LANGUAGES))
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--sheet", type=Path)
     values = vars(parser.parse_args())
     xla_flags.configure()
     xla_flags.use_compile_cache()

@@ -13,7 +13,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,10 @@ import optax
 from einops import rearrange
 from flax import nnx
 
+from wan_jax import xla_flags
 from wan_jax.config import WanConfig, get_preset
 from wan_jax.errors import InputError, unknown_name
+from wan_jax.kernels.attention import attention
 from wan_jax.models.parameters import named_parameters, with_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
@@ -170,7 +172,7 @@ class Run:
     def text_length(self) -> int:
         return self.config.denoiser.text_length
 
-    def chunks(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+    def chunks(self, start: int) -> Generator[dict[str, np.ndarray], None, None]:
         return chunks(start, self.tokenizer, self.text_length, self.recipe.workers, self.recipe.chunk)
 
     def weights(self, name: str) -> dict[str, jax.Array]:
@@ -248,12 +250,12 @@ class Stage:
         return jax.jit(make_step(loss, self._optimizer, self._ema_decay), donate_argnums=(0,))
 
     def loop(self, one_step: Callable[[TrainState, int], tuple[TrainState, dict[str, jax.Array]]]) -> TrainState:
-        """Calls one_step(state, step) until the time is over; returns the last state, which is saved."""
-        number = self.step
+        """Calls one_step(state, step) until the time is over, at least once; returns the last state, which is saved."""
+        first = number = self.step
         figures: dict[str, jax.Array] = {}
         logged, saved, rate_steps = time.perf_counter(), time.perf_counter(), number
         deadline = self._start + self._seconds
-        while (now := time.perf_counter()) < deadline:
+        while (now := time.perf_counter()) < deadline or number == first:
             fraction = self.fraction
             factor = rate_factor(number, fraction)
             self.state, figures = one_step(with_learning_rate(self.state, self._rate * factor), number)
@@ -357,7 +359,7 @@ def train_text(run: Run, seconds: float) -> None:
         return step(state, None, batch)
 
     averaged = stage.loop(one_step).ema
-    source.close()  # type: ignore[attr-defined]
+    source.close()
     run.log("text", **text_accuracy(run, averaged))
 
 
@@ -515,13 +517,17 @@ def train_experts(run: Run, seconds: float) -> None:
     stage = Stage(
         run, "experts", parameters, recipe.expert_rate, seconds, lambda ema: {"experts": ema}, ema_decay=0.9995
     )
-    loss = losses.experts_loss(config, recipe.compute, attention=recipe.attention)
+    implementation = recipe.attention
+    if implementation is None and jax.default_backend() == "gpu":
+        implementation = fastest_attention(config, recipe.compute, recipe.buckets[0])
+    run.log("experts", attention=implementation)
+    loss = losses.experts_loss(config, recipe.compute, attention=implementation)
     tokens, mask = Tokenizer.from_pretrained(run.tokenizer)([config.sampling.negative_prompt], run.text_length)
     encoder = with_parameters(losses.build(TextEncoder, config.text_encoder, recipe.compute), trained["text_encoder"])
     frozen = {"empty": encoder(jnp.asarray(tokens), jnp.asarray(mask))[0].astype(jnp.bfloat16)}
 
     first_chunk = 10_000 + stage.step  # other scenes than in earlier calls
-    source = _locked(run.chunks(first_chunk))
+    source = Shared(run.chunks(first_chunk))
     pools = [Pool(run, bucket, trained, source, stage, loss) for bucket in recipe.buckets]
     pools[0].prepare(stage.state, frozen)
     run.log("experts", prepared=str(pools[0].bucket))
@@ -545,21 +551,58 @@ def train_experts(run: Run, seconds: float) -> None:
         return pool.step(state, frozen)
 
     stage.loop(one_step)
+    source.close()
 
 
-def _locked(iterator: Iterator[Any]) -> Iterator[Any]:
-    """An iterator that several threads may ask."""
-    lock = threading.Lock()
+class Shared:
+    """A generator that several threads may ask."""
 
-    class Locked:
-        def __iter__(self) -> "Locked":
-            return self
+    def __init__(self, generator: Generator[Any, None, None]):
+        self._generator, self._lock = generator, threading.Lock()
 
-        def __next__(self) -> Any:
-            with lock:
-                return next(iterator)
+    def __iter__(self) -> "Shared":
+        return self
 
-    return Locked()
+    def __next__(self) -> Any:
+        with self._lock:
+            return next(self._generator)
+
+    def close(self) -> None:
+        with self._lock:
+            self._generator.close()
+
+
+def fastest_attention(config: WanConfig, dtype: str, bucket: Bucket) -> str | None:
+    """Which implementation trains fastest at a bucket's shapes, of those that run and agree with the reference."""
+    stride, patch = config.vae.spatial_stride, config.denoiser.patch_size
+    length = (bucket.frames - 1) // config.vae.temporal_stride + 1
+    tokens = length * (bucket.size[0] // stride // patch[2]) * (bucket.size[1] // stride // patch[1])
+    shape = (bucket.batch, tokens, config.denoiser.num_heads, config.denoiser.head_dim)
+    heads = [jax.random.normal(jax.random.key(n), shape).astype(dtype) for n in range(3)]
+    results, seconds = {}, {}
+    for name in ("reference", "cudnn", "pallas_gpu"):
+
+        def gradients(query, key, value, name=name):
+            return jax.grad(lambda *some: attention(*some, implementation=name).astype(jnp.float32).var(), (0, 1, 2))(
+                query, key, value
+            )
+
+        try:
+            run = jax.jit(gradients)
+            results[name] = [np.asarray(x, np.float32) for x in run(*heads)]
+            start = time.perf_counter()
+            for _ in range(5):
+                last = run(*heads)
+            jax.block_until_ready(last)
+            seconds[name] = time.perf_counter() - start
+        except Exception as error:  # whatever a backend raises, another one will do
+            print(f"attention {name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+
+    def agrees(name: str) -> bool:
+        pairs = zip(results[name], results["reference"], strict=True)
+        return all(np.linalg.norm(x - y) <= 0.05 * np.linalg.norm(y) for x, y in pairs)
+
+    return min((name for name in results if agrees(name)), key=seconds.__getitem__, default=None)
 
 
 def parse_stages(text: str) -> dict[str, float]:
@@ -588,6 +631,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     values = parser.parse_args()
     stages = parse_stages(values.stages)
+    xla_flags.configure()
     values.output.mkdir(parents=True, exist_ok=True)
     if values.resume is not None and values.resume.resolve() != values.output.resolve():
         for path in values.resume.glob("*.npz"):
@@ -601,6 +645,9 @@ def main() -> None:
         Log(values.output),
         seed=values.seed,
     )
+    # Kept beside the state: the next call compiles nothing anew.
+    jax.config.update("jax_compilation_cache_dir", str((run.state / "compiled").resolve()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     functions = {"text": train_text, "vae": train_vae, "experts": train_experts}
     for name, seconds in stages.items():
         run.more = values.more if name == list(stages)[-1] else 0.0
