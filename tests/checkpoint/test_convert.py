@@ -243,6 +243,8 @@ def test_the_official_layout_refuses_what_it_would_lose(changes):
     with pytest.raises(InputError, match=f"no place for {component}'s {field}"):
         check_official_can_hold(dataclasses.replace(CONFIG, **changes), [component])
     for preset in PRESETS.values():
+        if preset.name == "nano":  # ours, with a normalisation of its own, which only the diffusers layout says
+            continue
         image_encoder = [] if preset.image_encoder is None else ["image_encoder"]
         check_official_can_hold(preset, ["text_encoder", "vae", *image_encoder, *preset.experts])
 
