@@ -114,7 +114,7 @@ def test_parse_steps_and_names():
 
 def test_presets():
     wan21 = {"t2v-14b", "t2v-1.3b", "i2v-14b-480p", "i2v-14b-720p", "flf2v-14b-720p"}
-    assert set(PRESETS) == wan21 | {"t2v-a14b", "i2v-a14b", "ti2v-5b"}
+    assert set(PRESETS) == wan21 | {"t2v-a14b", "i2v-a14b", "ti2v-5b", "nano"}
     assert {name for name, preset in PRESETS.items() if len(preset.experts) == 1} == wan21 | {"ti2v-5b"}
     for preset in PRESETS.values():  # the mask has as many channels as frames in a latent frame
         given = 4 + preset.vae.z_dim if preset.conditioning == "image_latents" else 0

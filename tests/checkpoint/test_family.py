@@ -278,7 +278,10 @@ def infos(config, naming: str = "official") -> dict[str, TensorInfo]:
     return {row.name(naming): TensorInfo(row.shape, BFLOAT16, "") for row in rows}
 
 
-@pytest.mark.parametrize("name", PRESETS)
+RELEASED = [name for name in PRESETS if name != "nano"]  # nano's shapes do not tell its heads and text_length
+
+
+@pytest.mark.parametrize("name", RELEASED)
 def test_presets_are_recognised_by_their_shapes(name):
     preset = PRESETS[name]
     denoiser = infer_denoiser_config("", infos(preset.denoiser))

@@ -131,9 +131,10 @@ def test_released_dimensions_are_inferred_from_shapes_alone():
         rows = expand_layers(model_rows(config), num_layers(config))
         return {row.name(naming): TensorInfo(row.shape, BFLOAT16, "") for row in rows}
 
-    for preset in PRESETS.values():
+    released = [preset for preset in PRESETS.values() if preset.name != "nano"]
+    for preset in released:
         assert infer_denoiser_config("", infos(preset.denoiser, "official")) == preset.denoiser
-    for preset in PRESETS.values():
+    for preset in released:
         assert infer_vae_config("", infos(preset.vae, "official")) == preset.vae
     config = WanConfig()
     for naming in ("official", "diffusers"):
