@@ -8,10 +8,10 @@ import pytest
 from wan_jax.bench import Row, seconds_of
 from wan_jax.cli import main
 from wan_jax.demo import DEMO
+from wan_jax.estimates import denoiser_flops
 from wan_jax.models import parameters
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.parameters import ParameterInfo, random_parameters
-from wan_jax.plan import denoiser_flops
 
 SMALL = ["--preset", "demo", "--size", "48x32", "--frames", "5", "--steps", "2", "--repeats", "2"]
 TOKENS = 2 * 2 * 3

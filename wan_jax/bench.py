@@ -25,18 +25,17 @@ from wan_jax.config import WanConfig, get_preset
 from wan_jax.demo import DEMO, random_model, random_pipeline
 from wan_jax.demo_tokenizer import train_small_tokenizer
 from wan_jax.errors import InputError
+from wan_jax.estimates import decode_flops, denoiser_flops, encode_flops
 from wan_jax.kernels.attention import BACKENDS, attention
 from wan_jax.models.denoiser import Context, Denoiser, rotary_tables, rotate
 from wan_jax.models.layers import layer_norm
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.pipeline import DECODE_CHUNK, peak_bytes
-from wan_jax.plan import denoiser_flops
 from wan_jax.precision import gelu, gelu_in_epilogue
 from wan_jax.program import Programs, scratch_bytes
 from wan_jax.settings import DTYPES, Settings, check_name, parse_size, parse_steps
 from wan_jax.tokenizer import Tokenizer
-from wan_jax.vae_estimates import decode_flops, encode_flops
 from wan_jax.video import VideoWriter
 
 PROMPT = "Two cats in boxing gear and bright gloves fight on a spotlighted stage."

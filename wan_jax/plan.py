@@ -5,7 +5,7 @@ are on the device in a stage, by the abstract trees and the profile; its inputs,
 comes from the compiled program's own analysis where the program that will run can be compiled here, on an accelerator.
 XLA:CPU compiles other programs, which need far more; there a formula takes its place (`estimated_scratch`).
 
-Seconds are arithmetic operations over rates measured on the kind of device at hand (`RATES`).
+Seconds are arithmetic operations over rates measured on the kind of device at hand (`estimates.RATES`).
 """
 
 import functools
@@ -19,13 +19,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Sharding
 
-from wan_jax.config import DenoiserConfig, WanConfig
+from wan_jax.config import WanConfig
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, KnownFrames
 from wan_jax.diffusion.experts import by_expert
 from wan_jax.diffusion.guidance import guidance_by_expert
 from wan_jax.diffusion.sampler import Expert, compile_step, plan_steps
 from wan_jax.diffusion.solvers import Solver, get_solvers
 from wan_jax.errors import InputError
+from wan_jax.estimates import RATES, decode_flops, decode_scratch, denoiser_flops, encode_flops, encode_scratch
 from wan_jax.memory import PROFILES, Profile, abstract_array, single_device, streams
 from wan_jax.models.denoiser import Context, Denoiser
 from wan_jax.models.image_encoder import ImageEncoder
@@ -36,7 +37,6 @@ from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.program import Programs, scratch_bytes
 from wan_jax.settings import DTYPES, PROFILE_NAMES, Settings, check_name
-from wan_jax.vae_estimates import decode_flops, decode_scratch, encode_flops, encode_scratch
 
 # By stage. Models that take images have them all, or all but "image".
 MODELS = {"text": "text_encoder", "image": "image_encoder", "encode": "vae", "denoise": "denoiser", "decode": "vae"}
@@ -45,22 +45,6 @@ IMAGE_ENCODER_DTYPE = jnp.dtype(jnp.float32)
 
 # What fragmentation may take of the memory that JAX may use.
 RESERVE = 0.02
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Measured speeds of one kind of device."""
-
-    denoiser: float  # FLOP/s of a bfloat16 forward, attention included
-    text: float  # FLOP/s of the text encoder
-    vae: float  # FLOP/s of decoding in float32 with TF32
-    copy: float  # bytes per second from pinned host memory
-
-
-# In benchmarks/results: denoiser_h200_parts.json (denoiser, text), generate_full_size_h200.json (VAE) and
-# profiles_h200.json (copies, over PCIe 5). An H100 has the same arithmetic units.
-_HOPPER = Rates(denoiser=690e12, text=285e12, vae=175e12, copy=55e9)
-RATES: dict[str, Rates] = {"NVIDIA H200": _HOPPER, "NVIDIA H100 80GB HBM3": _HOPPER}
 
 
 @dataclass(frozen=True)
@@ -196,7 +180,7 @@ class Plan:
         streamed layer comes on top.
         Text: the same of 512 tokens, and the scores of all heads in float32, three times.
         Image: the residual stream, both sides of GELU, the scores of all heads.
-        Encode, decode: see vae_estimates.py.
+        Encode, decode: see estimates.py.
         """
         denoiser, encoder, vae = self.config.denoiser, self.config.text_encoder, self.config.vae
         item = self.dtype.itemsize
@@ -296,9 +280,10 @@ class Plan:
         weights_per_layer = 2 * encoder.dim * (4 * encoder.num_heads * encoder.head_dim + 3 * encoder.ffn_dim)
         text = 2 * self.config.denoiser.text_length * encoder.num_layers * weights_per_layer / rates.text
         vae = self.config.vae
-        seconds = {"text": text, "denoise": forwards * forward, "decode": decode_flops(vae, pixels) / rates.vae}
+        vae_rate = rates.vae_bfloat16 if self.vae_dtype == jnp.bfloat16 else rates.vae
+        seconds = {"text": text, "denoise": forwards * forward, "decode": decode_flops(vae, pixels) / vae_rate}
         if self._encoded_frames:
-            seconds["encode"] = encode_flops(vae, math.prod(settings.size) * self._encoded_frames) / rates.vae
+            seconds["encode"] = encode_flops(vae, math.prod(settings.size) * self._encoded_frames) / vae_rate
         if profile.idle_on_host:
             seconds["text"] += bytes_of["text_encoder"] / rates.copy
             for stage in {"encode", "decode"} & seconds.keys():
@@ -424,7 +409,7 @@ class Report:
                 "Scratch memory is a formula's, for GPUs: programs compiled for the CPU at hand need other amounts."
             )
         if not self.predictions[0].seconds:
-            lines.append(f"No seconds: wan_jax/plan.py has no measured rates for {plan.device.device_kind!r}.")
+            lines.append(f"No seconds: wan_jax/estimates.py has no measured rates for {plan.device.device_kind!r}.")
         if self.device_memory is None:
             lines.append("How much memory the device has is not known; say it with --device-memory.")
         else:
@@ -481,13 +466,6 @@ def choose_profile(
 def memory_limit(device: jax.Device) -> int | None:
     """Bytes that JAX may use on the device; None where the backend does not say."""
     return (device.memory_stats() or {}).get("bytes_limit")
-
-
-def denoiser_flops(config: DenoiserConfig, tokens: int) -> float:
-    """Floating-point operations of one forward: products of the blocks, and both products of attention."""
-    projections = 2 * tokens * config.dim * (6 * config.dim + 2 * config.ffn_dim)
-    attention = 4 * tokens * (tokens + config.text_length) * config.dim
-    return config.num_layers * (projections + attention)
 
 
 @functools.cache

@@ -1,15 +1,41 @@
-"""What the VAE's steps need, by formula: floating-point operations, and device memory beside weights and cache.
+"""What models need, by formula: floating-point operations, and of the VAE also device memory beside weights and cache.
 
-The operations are those of the convolutions; attention and the 1x1x1 convolutions are 1 % beside them. The memory is
-what XLA:GPU's analysis says of the compiled steps, and a little more: the tests hold the figures.
+The VAE's operations are those of its convolutions; attention and the 1x1x1 convolutions are 1 % beside them. Its memory
+is what XLA:GPU's analysis says of the compiled steps, and a little more: the tests hold the figures.
 """
+
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from wan_jax.config import VAEConfig
+from wan_jax.config import DenoiserConfig, VAEConfig
 
 TAPS = 27  # of a 3x3x3 convolution
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured speeds of one kind of device."""
+
+    denoiser: float  # FLOP/s of a bfloat16 forward, attention included
+    text: float  # FLOP/s of the text encoder
+    vae: float  # FLOP/s of decoding in float32 with TF32
+    vae_bfloat16: float
+    copy: float  # bytes per second from pinned host memory
+
+
+# In benchmarks/results: denoiser_h200_parts.json (denoiser, text, VAE in bfloat16), generate_full_size_h200.json (in
+# float32) and profiles_h200.json (copies, over PCIe 5). An H100 has the same arithmetic units.
+_HOPPER = Rates(denoiser=690e12, text=285e12, vae=175e12, vae_bfloat16=377e12, copy=55e9)
+RATES: dict[str, Rates] = {"NVIDIA H200": _HOPPER, "NVIDIA H100 80GB HBM3": _HOPPER}
+
+
+def denoiser_flops(config: DenoiserConfig, tokens: int) -> float:
+    """Floating-point operations of one forward: products of the blocks, and both products of attention."""
+    projections = 2 * tokens * config.dim * (6 * config.dim + 2 * config.ffn_dim)
+    attention = 4 * tokens * (tokens + config.text_length) * config.dim
+    return config.num_layers * (projections + attention)
 
 
 def decode_flops(config: VAEConfig, pixels: int) -> float:
