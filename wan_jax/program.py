@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from wan_jax.models.image_encoder import ImageEncoder
@@ -51,12 +52,13 @@ class Programs:
     """What a pipeline compiles, but for the denoising step (diffusion/sampler.py).
 
     `exact` keeps the float32 of the VAE float32. Beside a bfloat16 denoiser it may use TF32 (on TPUs three passes of
-    bfloat16), as PyTorch's convolutions do by default. With a `spread` all its devices work together on each frame;
-    the VAE's parameters lie whole on each of them (`spread.replicated`), and so do frames and latents.
+    bfloat16), as PyTorch's convolutions do by default. With a `spread` all its devices work together: on a
+    prompt, each with a part of the encoder (`spread.for_text(config).shardings`), and on a frame, each on a tile; the
+    VAE's parameters lie whole on each of them (`spread.replicated`), and so do frames and latents.
     """
 
     def __init__(self, exact: bool, spread: Spread | None = None):
-        self.encode_text = Program(_encode_text, compiler_options=TEXT_ENCODER_OPTIONS)
+        self.encode_text = Program(_text_encoding(spread), compiler_options=TEXT_ENCODER_OPTIONS)
         self.encode_image = Program(_encode_image)
 
         def vae_program(function: Callable, **jit_options: Any) -> Program:
@@ -69,8 +71,20 @@ class Programs:
         self.encode_next = vae_program(_encode_next, donate_argnums=(1,))
 
 
-def _encode_text(encoder: TextEncoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    return encoder(tokens, mask)
+def _text_encoding(spread: Spread | None) -> Callable:
+    def encode_text(encoder: TextEncoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        if spread is None:
+            return encoder(tokens, mask)
+        graphdef, state = nnx.split(encoder)
+        parts = spread.for_text(encoder.config)
+        encode = parts.shard_map(
+            lambda state, tokens, mask: nnx.merge(graphdef, state)(tokens, mask),
+            (parts.state_specs(state), P(), P()),
+            P(),
+        )
+        return encode(state, tokens, mask)
+
+    return encode_text
 
 
 def _encode_image(encoder: ImageEncoder, images: jax.Array) -> jax.Array:

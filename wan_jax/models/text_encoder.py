@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 
 from wan_jax.config import TextEncoderConfig
 from wan_jax.models.layers import Linear, RMSNorm, scan_layers, stack_layers
+from wan_jax.parallel import collectives
 from wan_jax.precision import matmul_precision, rounded
 
 
@@ -65,7 +66,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[B, T] -> [B, T, dim]."""
-        return self.table[tokens].astype(self.dtype)
+        return collectives.look_up(self.table[...], tokens).astype(self.dtype)
 
 
 class Block(nnx.Module):

@@ -63,6 +63,15 @@ def mean_over_shards(mean: jax.Array, axis: str | None) -> jax.Array:
     return lax.pmean(mean, TENSOR) if axis in TENSOR_AXES and bound(TENSOR) else mean
 
 
+def look_up(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """table[rows], each device along "tensor" having as many rows of a table as the others."""
+    if not bound(TENSOR):
+        return table[rows]
+    here = rows - index(TENSOR) * len(table)
+    is_here = (here >= 0) & (here < len(table))
+    return lax.psum(jnp.where(is_here[..., None], table[jnp.where(is_here, here, 0)], 0), TENSOR)
+
+
 def in_parts(axes: Sequence[str | None]) -> bool:
     """Whether devices have parts of a parameter with these logical axes: along "embed", of all but vectors ("fsdp")."""
     return bool(bound(FSDP)) and len(axes) > 1 and "embed" in axes

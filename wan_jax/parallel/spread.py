@@ -1,5 +1,6 @@
 """A strategy on real devices: where every array of a run lies, and functions that run on all of them."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from wan_jax.config import TextEncoderConfig
 from wan_jax.models.parameters import ParameterInfo
 from wan_jax.parallel import collectives
 from wan_jax.parallel.collectives import DATA, FSDP, PIPELINE, TENSOR, TENSOR_AXES
@@ -27,6 +29,12 @@ class Spread:
         """Raises InputError if there are fewer devices than the strategy needs."""
         return cls(strategy, strategy.make_mesh(devices))
 
+    def for_text(self, config: TextEncoderConfig) -> "Spread":
+        """The same devices for the text encoder: tensor parallelism over as many as divide it, and copies of that."""
+        devices = self.devices
+        parts = math.gcd(len(devices), config.num_heads, config.ffn_dim, config.vocab_size)
+        return Spread.over(Strategy(data=len(devices) // parts, tensor=parts), devices)
+
     def parameter_spec(self, axes: tuple[str | None, ...]) -> P:
         """Of a parameter with these logical axes, "layers" first where layers are stacked.
 
@@ -37,7 +45,7 @@ class Spread:
         def place(axis: str | None) -> str | None:
             if axis == "layers":
                 return PIPELINE
-            if axis in TENSOR_AXES:
+            if axis in (*TENSOR_AXES, "vocab"):
                 return TENSOR
             return FSDP if axis == "embed" and matrix else None
 
