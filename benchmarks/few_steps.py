@@ -162,7 +162,7 @@ def prompt_to_mp4(pipeline: Any, frames: int, size: tuple[int, int], report: Rep
 def guided_steps(pipeline: Any, choices: dict[str, Any], report: Report) -> None:
     from wan_jax.settings import Settings
 
-    settings = Settings.resolve(pipeline.config, **{"steps": 4, **choices})
+    settings = Settings.resolve(pipeline.config, **{"steps": 3, **choices})
     steps = watch_steps(pipeline)
     start = time.perf_counter()
     latents = pipeline.denoise([PROMPT], settings)
@@ -215,14 +215,17 @@ def peer(part: str, demo: bool, report: Report) -> None:
     torch.set_default_dtype(torch.bfloat16)
     torch.set_grad_enabled(False)
     report("versions", {"torch": torch.__version__, "diffusers": diffusers.__version__})
-    with torch.device("cuda" if on_gpu else "cpu"):
-        stride = vae_config.spatial_stride
-        shape = 1, vae_config.z_dim, (count - 1) // vae_config.temporal_stride + 1, height // stride, width // stride
-        latents = torch.randn(shape)
+    device = torch.device("cuda" if on_gpu else "cpu")
+    stride = vae_config.spatial_stride
+    shape = 1, vae_config.z_dim, (count - 1) // vae_config.temporal_stride + 1, height // stride, width // stride
+    latents = torch.randn(shape, device=device)
+    # Made under the device, but called outside: torch.compile does not know its way through that context.
+    with device:
         vae: Any = AutoencoderKLWan(**vae_arguments(vae_config))
-        vae.eval()
-        report("decode", timed(partial(vae.decode, latents, return_dict=False)))
-        del vae
+    vae.eval()
+    report("decode", timed(partial(vae.decode, latents, return_dict=False)))
+    del vae
+    with device:
         model: Any = WanTransformer3DModel(
             num_attention_heads=denoiser.num_heads,
             attention_head_dim=denoiser.head_dim,
@@ -235,12 +238,13 @@ def peer(part: str, demo: bool, report: Report) -> None:
             cross_attn_norm=True,
             rope_max_seq_len=1024,
         )
-        model.eval()
-        if on_gpu:
-            model.set_attention_backend("_native_cudnn")
-            model.compile_repeated_blocks(fullgraph=True)
-        text, timestep = torch.randn(1, 512, denoiser.text_dim), torch.tensor([500.0])
-        report("forward", timed(partial(model, latents, timestep, text, return_dict=False)))
+    model.eval()
+    if on_gpu:
+        model.set_attention_backend("_native_cudnn")
+        model.compile_repeated_blocks(fullgraph=True)
+    text = torch.randn(1, 512, denoiser.text_dim, device=device)
+    timestep = torch.tensor([500.0], device=device)
+    report("forward", timed(partial(model, latents, timestep, text, return_dict=False)))
     if on_gpu:
         report("peak", {"bytes": torch.cuda.max_memory_allocated()})
 
