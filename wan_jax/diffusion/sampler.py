@@ -3,14 +3,17 @@
 The solver, the expert of each step and the guidance are policies that the loop calls. One function is compiled, for one
 step; everything numeric is an argument of it, so that seed, guidance, shift and number of steps never recompile, and
 the second expert runs the executable of the first. jax.jit's own cache keeps the executables.
+
+On a pipeline of devices the function that is compiled is one turn of all stages, and a step of all videos is several.
 """
 
 import itertools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +29,7 @@ from wan_jax.diffusion.schedule import TRAIN_TIMESTEPS, Schedule
 from wan_jax.diffusion.solvers import Solver
 from wan_jax.errors import InputError
 from wan_jax.models.layers import on_host
-from wan_jax.parallel import collectives
+from wan_jax.parallel import collectives, pipeline
 from wan_jax.parallel.collectives import CFG, PIPELINE
 from wan_jax.parallel.spread import Spread, gather_outside_layers
 from wan_jax.precision import gelu_in_epilogue
@@ -165,16 +168,77 @@ def _run_expert(
     compile_seconds = time.perf_counter() - start
     arrays = nnx.state(expert.denoiser), expert.positive, expert.negative
     total = run.first + run.schedule.num_steps
-    for index in steps:
-        start = time.perf_counter()
-        numbers = _step_numbers(run.schedule, run.coefficients, index - run.first)
-        state = step(*arrays, state, conditioning, *numbers, np.float32(scale))
+    carry = jax.tree.map(_zeros, _carry(expert, state))
+    start = time.perf_counter()
+    for numbers, done in _calls(expert, run, steps, len(state.latents)):
+        carry = step(*arrays, carry, conditioning, *numbers, np.float32(scale))
+        if done is None:
+            continue
         # Waiting here makes the reported seconds true and lets Ctrl-C in; it costs far less than a step.
-        jax.block_until_ready(state)
+        jax.block_until_ready(carry)
         if on_step is not None:
-            on_step(StepReport(index, total, name, time.perf_counter() - start, compile_seconds))
-        compile_seconds = 0.0
-    return state
+            on_step(StepReport(done, total, name, time.perf_counter() - start, compile_seconds))
+        start, compile_seconds = time.perf_counter(), 0.0
+    return carry.state if isinstance(carry, Queue) else carry
+
+
+class Queue(NamedTuple):
+    """What the stages of a pipeline hand on from one turn to the next."""
+
+    state: Any  # the solver's, of all videos
+    hidden: Any  # tokens of the video that arrived at each stage
+    velocity: Any  # of the evaluation before
+
+
+def _carry(expert: Expert, state: Any) -> Any:
+    """What the compiled step takes and returns: the state, or a Queue with it and with the shapes of the rest."""
+    spread = _in_stages(expert.spread)
+    if spread is None:
+        return state
+    denoiser: Any = expert.denoiser
+    config, strategy = denoiser.config, spread.strategy
+    _, *shape = state.latents.shape
+    tokens = math.prod(size // patch for size, patch in zip(shape[1:], config.patch_size, strict=True))
+    parts = strategy.ring * strategy.fsdp * strategy.ulysses
+    groups = strategy.data * strategy.cfg
+    return Queue(
+        state,
+        spread.abstract((groups * strategy.pipeline, -(-tokens // parts) * parts, config.dim), spread.stages),
+        spread.abstract((groups, *shape), spread.evaluation),
+    )
+
+
+def _zeros(array: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    return array if isinstance(array, jax.Array) else jnp.zeros(array.shape, array.dtype, device=array.sharding)
+
+
+def _in_stages(spread: Spread | None) -> Spread | None:
+    """The same where it is a pipeline, else None."""
+    return spread if spread is not None and spread.strategy.pipeline > 1 else None
+
+
+def _calls(expert: Expert, run: _Run, steps: Sequence[int], videos: int) -> Iterator[tuple[tuple, int | None]]:
+    """The numbers of each call of the compiled step, and the step that is done with it.
+
+    Those are the solver's coefficients and the timestep; on a pipeline the coefficients of the last stage's video, and
+    a timestep for each stage, its video, whether it evaluates the prompt, and whether the last one's step is done.
+    """
+
+    def numbers(index: int) -> tuple[Any, np.ndarray]:
+        return jax.tree.map(lambda values: values[index], run.coefficients), run.schedule.timesteps[index]
+
+    first, spread = steps[0] - run.first, _in_stages(expert.spread)
+    if spread is None:
+        for index in steps:
+            yield numbers(index - run.first), index
+        return
+    strategy = spread.strategy
+    evaluations = 1 if expert.negative is None or strategy.cfg > 1 else 2
+    for turn in pipeline.turns(len(steps), videos // strategy.data, strategy.pipeline, evaluations):
+        coefficients, _ = numbers(first + turn.steps[-1])
+        timesteps = run.schedule.timesteps[first + turn.steps]
+        done = None if turn.done is None else steps[turn.done]
+        yield (coefficients, (timesteps, turn.videos, turn.is_positive, np.bool_(turn.finishes))), done
 
 
 def compile_step(
@@ -194,20 +258,20 @@ def compile_step(
         The executable; its `memory_analysis()` says what a step needs.
     """
     graphdef, parameters = nnx.split(expert.denoiser)
+    numbers, _ = next(_calls(expert, _Run.starting_at(0, schedule, solver), [0], state.latents.shape[0]))
     # Only a state spread over a mesh asks for its place; any other follows the parameters. Lowered as it is, a state
     # that came out of a step would differ from the first one by being committed to a device, and compile anew.
     state, conditioning = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             x.shape, x.dtype, sharding=x.sharding if isinstance(x.sharding, NamedSharding) else None
         ),
-        (state, conditioning),
+        (_carry(expert, state), conditioning),
     )
     # As shapes with a sharding, arrays in host memory would be taken for arrays on the device and never be fetched.
     arrays = jax.tree.map(
         lambda x: x if on_host(x) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
         (parameters, expert.positive, expert.negative),
     )
-    numbers = _step_numbers(schedule, solver.coefficients(schedule), 0)
     on_nvidia = _on_nvidia(parameters)
     step = _sample_step_on_nvidia if on_nvidia else _sample_step
     with gelu_in_epilogue(on_nvidia):
@@ -223,20 +287,17 @@ def _on_nvidia(arrays: Any) -> bool:
     return device.platform == "gpu" and device.device_kind.startswith("NVIDIA")
 
 
-def _step_numbers(schedule: Schedule, coefficients: Any, index: int) -> tuple[Any, np.ndarray]:
-    """The solver's coefficients and the timestep of one step."""
-    return jax.tree.map(lambda values: values[index], coefficients), schedule.timesteps[index]
-
-
 def _spread_step(graphdef, solver, spread, parameters, positive, negative, state, conditioning, *numbers):
-    run = partial(_step, graphdef, solver)
     arguments = parameters, positive, negative, state, conditioning, numbers
     if spread is None:
-        return run(*arguments)
+        return _step(graphdef, solver, *arguments)
+    step, state_specs = _step, spread.batch
+    if _in_stages(spread) is not None:
+        step, state_specs = _turn, Queue(spread.batch, spread.stages, spread.evaluation)
     contexts = spread.context, spread.context
     known = jax.tree.map(lambda x: spread.batch if x.ndim and len(x) > 1 else PartitionSpec(), conditioning)
-    in_specs = spread.state_specs(parameters), *contexts, spread.batch, known, PartitionSpec()
-    return spread.shard_map(run, in_specs, spread.batch)(*arguments)
+    in_specs = spread.state_specs(parameters), *contexts, state_specs, known, PartitionSpec()
+    return spread.shard_map(partial(step, graphdef, solver), in_specs, state_specs)(*arguments)
 
 
 def _step(graphdef, solver, parameters, positive, negative, state, conditioning, numbers):
@@ -256,17 +317,44 @@ def _step(graphdef, solver, parameters, positive, negative, state, conditioning,
     elif collectives.size(CFG) > 1:
         conditional, unconditional = lax.all_gather(evaluate(lax.axis_index(CFG) == 0), CFG)
         velocity = guide(conditional, unconditional, scale)
-    elif collectives.size(PIPELINE) > 1:
-        # Two videos to the stages, so that fewer of them wait.
-        context = jax.tree.map(lambda *both: jnp.concatenate(both, axis=1), positive, negative)
-        inputs = conditioning.inputs(state.latents, timesteps)
-        both = denoiser(*(jnp.concatenate([x, x]) for x in inputs), context)
-        conditional, unconditional = jnp.split(both, 2)
-        velocity = guide(conditional, unconditional, scale)
     else:
         # A loop of two turns, so that the denoiser is compiled once and its activations exist once.
         conditional, unconditional = lax.map(evaluate, jnp.array([True, False]))
         velocity = guide(conditional, unconditional, scale)
+    return _solve(solver, state, velocity, coefficients, conditioning)
+
+
+def _turn(graphdef, solver, parameters, positive, negative, queue, conditioning, numbers):
+    """Each stage takes a video through its layers, and the last stage's video makes its step if it is due."""
+    coefficients, (timesteps, videos, is_positive, finishes), scale = numbers
+    denoiser = nnx.merge(graphdef, gather_outside_layers(parameters))
+
+    def row(tree: Any, video: jax.Array, axis: int = 0) -> Any:
+        """A video's part; arrays of one row or without rows are for all videos."""
+        return jax.tree.map(lambda x: x if x.ndim == 0 else lax.dynamic_slice_in_dim(x, video, 1, axis), tree)
+
+    stage = lax.axis_index(PIPELINE)
+    video, known, context = videos[stage], row(conditioning, videos[stage]), row(positive, videos[stage], axis=1)
+    if negative is not None:
+        here = is_positive[stage] if collectives.size(CFG) == 1 else lax.axis_index(CFG) == 0
+        context = jax.tree.map(partial(jnp.where, here), context, row(negative, video, axis=1))
+    inputs = known.inputs(row(queue.state.latents, video), timesteps[stage, None])
+    hidden, newest = denoiser.run_stage(queue.hidden, *inputs, context)
+
+    velocity, last = newest, videos[-1]
+    if negative is not None:
+        conditional, unconditional = queue.velocity, newest
+        if collectives.size(CFG) > 1:
+            conditional, unconditional = lax.all_gather(newest, CFG)
+        velocity = guide(conditional, unconditional, scale)
+    before = row(queue.state, last)
+    after = _solve(solver, before, velocity, coefficients, row(conditioning, last))
+    after = jax.tree.map(partial(jnp.where, finishes), after, before)
+    state = jax.tree.map(lambda x, one: lax.dynamic_update_slice_in_dim(x, one, last, 0), queue.state, after)
+    return Queue(state, hidden, newest)
+
+
+def _solve(solver, state, velocity, coefficients, conditioning):
     state = solver.step(state, velocity.astype(jnp.float32), coefficients)
     return state._replace(latents=conditioning.restore(state.latents))
 

@@ -166,14 +166,35 @@ class Denoiser(nnx.Module):
         """Tokens [B, S, dim] through all layers."""
 
         def run_layers(x: jax.Array, rows: tuple[jax.Array, jax.Array], context: Context) -> jax.Array:
-            here = replace(conditions, time=rows[0], modulation=rows[1])
-
-            def layer(x: jax.Array, block: DenoiserBlock, context: Context) -> tuple[jax.Array, None]:
-                return block(x, here, context), None
-
-            return scan_layers(layer, x, self.blocks, context, remat=self.remat)[0]
+            return self.run_layers(x, replace(conditions, time=rows[0], modulation=rows[1]), context)
 
         return pipeline.run_stages(run_layers, x, (conditions.time, conditions.modulation), context)
+
+    def run_layers(self, x: jax.Array, conditions: "Conditions", context: Context) -> jax.Array:
+        """Tokens [B, S, dim] through the layers that this device has."""
+
+        def layer(x: jax.Array, block: DenoiserBlock, context: Context) -> tuple[jax.Array, None]:
+            return block(x, conditions, context), None
+
+        return scan_layers(layer, x, self.blocks, context, remat=self.remat)[0]
+
+    def run_stage(
+        self, arrived: jax.Array, latents: jax.Array, timesteps: jax.Array, context: Context
+    ) -> tuple[jax.Array, jax.Array]:
+        """One turn of a pipeline: each stage takes a video of its own through its layers.
+
+        Args:
+          arrived: [1, S, dim] float32, what the stage before made of this stage's video; nothing on the first.
+          latents, timesteps, context: as in a call, of this stage's video.
+
+        Returns:
+          [1, S, dim], what arrives at this stage for the next turn, and the velocity of the last stage's video, on all.
+        """
+        grid = self.check_shapes(latents, timesteps, context)
+        conditions = self.embed_conditions(timesteps, grid)
+        x = jnp.where(pipeline.is_first_stage(), self.embed(latents, grid), arrived)
+        x = self.run_layers(x, conditions, context)
+        return pipeline.to_next_stage(x), self.unembed(x, conditions, grid)
 
     def unembed(self, x: jax.Array, conditions: "Conditions", grid: tuple[int, int, int]) -> jax.Array:
         """Tokens [B, S, dim] -> velocity [B, out_channels, F, h, w], float32; on a mesh, of all tokens."""

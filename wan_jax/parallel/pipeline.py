@@ -1,14 +1,18 @@
 """Pipeline parallelism: each device has some of the layers, and the videos of a batch go from device to device.
 
 While one stage works on a video, the stage before it works on the next one (Huang et al. 2018, arXiv:1811.06965). With
-m videos, the prompt's and the negative prompt's counting apart, and p stages, a device works m turns of m + p - 1.
+m videos, the prompt's and the negative prompt's counting apart, and p stages, a device works m turns of m + p - 1 in
+one forward pass (`run_stages`). Sampling need not wait for the last stage between its steps: a video that is through
+goes in at the front again while others are on their way, and a device waits p - 1 turns in a whole run (`turns`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from wan_jax.parallel import collectives
@@ -30,7 +34,6 @@ def run_stages(run_layers: Callable[[jax.Array, Any, Any], jax.Array], x: jax.Ar
     stages, stage, videos = collectives.size(PIPELINE), collectives.index(PIPELINE), x.shape[0]
     if stages == 1:
         return run_layers(x, rows, layers)
-    following = [(device, device + 1) for device in range(stages - 1)]
 
     def turn(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         arrived, outputs = carry
@@ -39,15 +42,23 @@ def run_stages(run_layers: Callable[[jax.Array, Any, Any], jax.Array], x: jax.Ar
         def one(axis: int) -> Callable:
             return lambda array: lax.dynamic_slice_in_dim(array, video, 1, axis)
 
-        y = jnp.where(stage == 0, one(0)(x), arrived)
+        y = jnp.where(is_first_stage(), one(0)(x), arrived)
         y = run_layers(y, jax.tree.map(one(0), rows), jax.tree.map(one(1), layers))
         # Early turns write rubbish to place 0, which the last stage's first own turn overwrites.
         outputs = lax.dynamic_update_slice_in_dim(outputs, y, video, 0)
-        return (lax.ppermute(y, PIPELINE, following), outputs), None
+        return (to_next_stage(y), outputs), None
 
-    turns = jnp.arange(videos + stages - 1)
-    (_, outputs), _ = lax.scan(turn, (jnp.zeros_like(x[:1]), jnp.zeros_like(x)), turns)
+    (_, outputs), _ = lax.scan(turn, (jnp.zeros_like(x[:1]), jnp.zeros_like(x)), jnp.arange(videos + stages - 1))
     return outputs
+
+
+def is_first_stage() -> jax.Array | bool:
+    return collectives.index(PIPELINE) == 0
+
+
+def to_next_stage(array: jax.Array) -> jax.Array:
+    """What the stage before has; zeros on the first."""
+    return lax.ppermute(array, PIPELINE, [(stage, stage + 1) for stage in range(collectives.size(PIPELINE) - 1)])
 
 
 def from_last_stage(array: jax.Array) -> jax.Array:
@@ -56,3 +67,32 @@ def from_last_stage(array: jax.Array) -> jax.Array:
         return array
     is_last = collectives.index(PIPELINE) == collectives.size(PIPELINE) - 1
     return lax.psum(jnp.where(is_last, array, jnp.zeros_like(array)), PIPELINE)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What each stage works on at one time; arrays have an entry a stage. A stage with nothing to do does anything."""
+
+    steps: np.ndarray  # of the videos, counted from 0
+    videos: np.ndarray  # int32
+    is_positive: np.ndarray  # bool: the prompt's evaluation, or the negative prompt's
+    finishes: bool  # whether all evaluations of a step are through for the last stage's video
+    done: int | None  # the step that all videos have done with this turn
+
+
+def turns(steps: int, videos: int, stages: int, evaluations: int) -> Iterator[Turn]:
+    """A run of `steps` steps, with `evaluations` of the model (1, or 2 with guidance) for a video's step.
+
+    Videos go round: each enters again when its step before is done. Where there are fewer than the stages need for
+    that, some turns of each round are left empty.
+    """
+    work = videos * evaluations
+    round_length = max(work, stages + evaluations - 1)
+    for turn in range((steps - 1) * round_length + work + stages - 1):
+        step, place = np.divmod(turn - np.arange(stages), round_length)
+        is_busy = (place < work) & (step >= 0) & (step < steps)
+        step, place = np.where(is_busy, step, 0), np.where(is_busy, place, 0)
+        finishes = bool(is_busy[-1]) and place[-1] % evaluations == evaluations - 1
+        done = int(step[-1]) if finishes and place[-1] == work - 1 else None
+        video = (place // evaluations).astype(np.int32)
+        yield Turn(step, video, place % evaluations == 0, finishes, done)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -13,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from wan_jax.config import TextEncoderConfig
 from wan_jax.models.parameters import ParameterInfo
 from wan_jax.parallel import collectives
-from wan_jax.parallel.collectives import DATA, FSDP, PIPELINE, TENSOR, TENSOR_AXES
+from wan_jax.parallel.collectives import CFG, DATA, FSDP, PIPELINE, TENSOR, TENSOR_AXES
+from wan_jax.parallel.sequence import TOKEN_AXES
 from wan_jax.parallel.strategy import Strategy
 
 
@@ -64,6 +66,9 @@ class Spread:
     batch = P(DATA)
     # Keys and values of all layers, [layers, B, T, heads, head_dim].
     context = P(PIPELINE, DATA, None, TENSOR)
+    # One video for each device along these axes: tokens [1, S, dim] on their way through the stages, and a velocity.
+    stages = P((DATA, CFG, PIPELINE), TOKEN_AXES)
+    evaluation = P((DATA, CFG))
 
     @property
     def devices(self) -> list[jax.Device]:
@@ -74,6 +79,10 @@ class Spread:
     def replicated(self) -> NamedSharding:
         """Where arrays lie that every device has whole."""
         return NamedSharding(self.mesh, P())
+
+    def abstract(self, shape: tuple[int, ...], spec: P) -> jax.ShapeDtypeStruct:
+        """A float32 array on the mesh, without its numbers."""
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(self.mesh, spec))
 
     def put_batch(self, array: jax.Array) -> jax.Array:
         """Puts an array with a prompt's axis first where the denoise loop wants it."""
