@@ -70,11 +70,11 @@ class Scenes:
 
 def held_out(kind: np.ndarray, colour: np.ndarray, motion: np.ndarray) -> np.ndarray:
     """Whether training never shows these combinations (arrays of indices of any one shape)."""
-    number = (np.asarray(kind, np.uint32) * len(COLOURS) + colour) * len(MOTIONS) + motion
+    number = np.atleast_1d((np.asarray(kind, np.uint32) * len(COLOURS) + colour) * len(MOTIONS) + motion)
     for factor, shift in ((0x85EBCA6B, 13), (0xC2B2AE35, 16)):  # MurmurHash3's finaliser
-        number = (number ^ (number >> np.uint32(16))) * np.uint32(factor)
+        number = (number.astype(np.uint32) ^ (number >> 16).astype(np.uint32)) * np.uint32(factor)
         number ^= number >> np.uint32(shift)
-    return number % HELD_OUT_PARTS == 0
+    return (number % HELD_OUT_PARTS == 0).reshape(np.shape(kind))
 
 
 def possible(kind: np.ndarray, motion: np.ndarray) -> np.ndarray:

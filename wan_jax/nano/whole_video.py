@@ -20,6 +20,7 @@ from wan_jax.models.vae import (
     EncoderStage,
     Middle,
     ResidualBlock,
+    SpatialConv,
     Upsample,
     spatial_conv,
 )
@@ -65,9 +66,14 @@ def _taps_as_channels(
     x = x.astype(conv.dtype)
     shifted = [x[:, tap : tap + (length - 1) * stride + 1 : stride] for tap in range(kernel.shape[0])]
     y = spatial_conv(
-        jnp.concatenate(shifted, axis=-1), rearrange(kernel, "t h w i o -> h w (t i) o"), padding=(margin, margin)
+        jnp.concatenate(shifted, axis=-1), rearrange(kernel, "t h w i o -> h w (t i) o"), [(margin, margin)] * 2
     )
     return y.astype(jnp.float32) + conv.bias[...].astype(jnp.float32)
+
+
+def _spatial(conv: SpatialConv, x: jax.Array) -> jax.Array:
+    y = spatial_conv(x.astype(conv.dtype), conv.kernel[...].astype(conv.dtype), [conv.padding] * 2, conv.stride)
+    return y + conv.bias[...].astype(conv.dtype)
 
 
 def _before(frames: int) -> list[tuple[int, int]]:
@@ -99,7 +105,7 @@ def _encoder_stage(stage: EncoderStage, x: jax.Array) -> jax.Array:
 
 
 def _downsample(layer: Downsample, x: jax.Array) -> jax.Array:
-    x = layer.conv(x)
+    x = _spatial(layer.conv, x)
     return x if layer.time_conv is None else _strided_conv(layer.time_conv, x)
 
 
@@ -115,4 +121,4 @@ def _upsample(layer: Upsample, x: jax.Array) -> jax.Array:
         doubled = rearrange(_conv(layer.time_conv, x[:, 1:]), "b t h w (two c) -> b (t two) h w c", two=2)
         x = jnp.concatenate([x[:, :1].astype(doubled.dtype), doubled], axis=1)
     x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-    return layer.conv(x)
+    return _spatial(layer.conv, x)
