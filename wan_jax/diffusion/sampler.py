@@ -118,18 +118,11 @@ def denoise(
     Raises:
         InputError: a boundary, solver or guidance that cannot be used, or guidance without a negative context.
     """
-    names = plan_steps(schedule, boundary)
-    experts = tuple(dict.fromkeys(names))
-    scales, solvers = guidance_by_expert(guidance, experts), by_expert("solver", solver, experts)
-    run = _Run.starting_at(0, schedule, solvers[names[0]])
-    state = run.solver.init(conditioning.restore(latents))
-    for name, group in itertools.groupby(range(schedule.num_steps), key=names.__getitem__):
-        steps = list(group)
-        if solvers[name] != run.solver:
-            run = _Run.starting_at(steps[0], schedule, solvers[name])
-            state = run.solver.init(state.latents)
+    legs = plan_legs(schedule, solver, guidance, boundary)
+    state = legs[0].run.solver.init(conditioning.restore(latents))
+    for leg in legs:
         # The call holds the only reference to the expert, so that it is gone before the next one is asked for.
-        state = _run_expert(get_expert(name), name, steps, run, scales[name], state, conditioning, on_step)
+        state = run_leg(leg, get_expert(leg.expert), state, conditioning, on_step)
     return state.latents
 
 
@@ -148,21 +141,49 @@ class _Run:
         return cls(first, rest, solver, solver.coefficients(rest))
 
 
-def _run_expert(
-    expert: Expert,
-    name: str,
-    steps: Sequence[int],
-    run: _Run,
-    scale: float,
-    state: Any,
-    conditioning: Conditioning,
-    on_step: Callable[[StepReport], None] | None,
+@dataclass(frozen=True, eq=False)
+class Leg:
+    """An unbroken run of one expert's steps."""
+
+    expert: str
+    steps: list[int]
+    run: _Run
+    scale: float  # of guidance
+
+
+def plan_legs(
+    schedule: Schedule,
+    solver: Solver | tuple[Solver, Solver],
+    guidance: float | tuple[float, float],
+    boundary: float | None,
+) -> list[Leg]:
+    """What each expert does, in order; arguments and errors as of `denoise`."""
+    names = plan_steps(schedule, boundary)
+    experts = tuple(dict.fromkeys(names))
+    scales, solvers = guidance_by_expert(guidance, experts), by_expert("solver", solver, experts)
+    legs: list[Leg] = []
+    run = _Run.starting_at(0, schedule, solvers[names[0]])
+    for name, group in itertools.groupby(range(schedule.num_steps), key=names.__getitem__):
+        steps = list(group)
+        if solvers[name] != run.solver:
+            run = _Run.starting_at(steps[0], schedule, solvers[name])
+        legs.append(Leg(name, steps, run, scales[name]))
+    return legs
+
+
+def run_leg(
+    leg: Leg, expert: Expert, state: Any, conditioning: Conditioning, on_step: Callable[[StepReport], None] | None
 ) -> Any:
     """Runs consecutive steps of one expert: solver state before them -> solver state after them."""
+    run, scale = leg.run, leg.scale
     if scale == 1:
         expert = replace(expert, negative=None)
     elif expert.negative is None:
-        raise InputError(f"guidance {scale:g} of expert {name!r} needs a negative prompt; give one, or use guidance 1")
+        raise InputError(
+            f"guidance {scale:g} of expert {leg.expert!r} needs a negative prompt; give one, or use guidance 1"
+        )
+    if leg.steps[0] == run.first > 0:
+        state = run.solver.init(state.latents)
     start = time.perf_counter()
     step = compile_step(expert, run.schedule, run.solver, state, conditioning)
     compile_seconds = time.perf_counter() - start
@@ -170,14 +191,14 @@ def _run_expert(
     total = run.first + run.schedule.num_steps
     carry = jax.tree.map(_zeros, _carry(expert, state))
     start = time.perf_counter()
-    for numbers, done in _calls(expert, run, steps, len(state.latents)):
+    for numbers, done in _calls(expert, run, leg.steps, len(state.latents)):
         carry = step(*arrays, carry, conditioning, *numbers, np.float32(scale))
         if done is None:
             continue
         # Waiting here makes the reported seconds true and lets Ctrl-C in; it costs far less than a step.
         jax.block_until_ready(carry)
         if on_step is not None:
-            on_step(StepReport(done, total, name, time.perf_counter() - start, compile_seconds))
+            on_step(StepReport(done, total, leg.expert, time.perf_counter() - start, compile_seconds))
         start, compile_seconds = time.perf_counter(), 0.0
     return carry.state if isinstance(carry, Queue) else carry
 

@@ -5,6 +5,7 @@ for an axis that the mesh does not have, they do nothing. So one model runs on o
 
 Names of mesh axes, one for each kind of parallelism:
 
+    experts    the high-noise expert and the low-noise one, for two videos at once (diffusion/relay.py)
     data       prompts of a batch
     cfg        the prompt and the negative prompt
     pipeline   layers
@@ -22,8 +23,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-DATA, CFG, PIPELINE, FSDP, RING, ULYSSES, TENSOR = "data", "cfg", "pipeline", "fsdp", "ring", "ulysses", "tensor"
-MESH_AXES = (DATA, CFG, PIPELINE, RING, FSDP, ULYSSES, TENSOR)  # slowest first: neighbours exchange the most
+EXPERTS, DATA, CFG, PIPELINE = "experts", "data", "cfg", "pipeline"
+RING, FSDP, ULYSSES, TENSOR = "ring", "fsdp", "ulysses", "tensor"
+MESH_AXES = (EXPERTS, DATA, CFG, PIPELINE, RING, FSDP, ULYSSES, TENSOR)  # slowest first: neighbours exchange the most
 
 # Logical axes of parameters (models/parameters.py) that tensor parallelism splits: a product that contracts one of them
 # is a sum over the shards.

@@ -1,8 +1,8 @@
 """A strategy on real devices: where every array of a run lies, and functions that run on all of them."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -30,6 +30,16 @@ class Spread:
     def over(cls, strategy: Strategy, devices: Any = None) -> "Spread":
         """Raises InputError if there are fewer devices than the strategy needs."""
         return cls(strategy, strategy.make_mesh(devices))
+
+    def by_expert(self, names: Sequence[str]) -> dict[str, "Spread"]:
+        """Where each expert runs: on all devices, or with `experts2` each on its own part of them."""
+        if self.strategy.experts == 1:
+            return dict.fromkeys(names, self)
+        each = replace(self.strategy, experts=1)
+        return {
+            name: Spread.over(each, self.devices[index * each.devices :][: each.devices])
+            for index, name in enumerate(names)
+        }
 
     def for_text(self, config: TextEncoderConfig) -> "Spread":
         """The same devices for the text encoder: tensor parallelism over as many as divide it, and copies of that."""
@@ -84,9 +94,9 @@ class Spread:
         """A float32 array on the mesh, without its numbers."""
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(self.mesh, spec))
 
-    def put_batch(self, array: jax.Array) -> jax.Array:
-        """Puts an array with a prompt's axis first where the denoise loop wants it."""
-        return jax.device_put(array, NamedSharding(self.mesh, self.batch))
+    def put_batch(self, arrays: Any) -> Any:
+        """Puts arrays with a prompt's axis first where the denoise loop wants them."""
+        return jax.device_put(arrays, NamedSharding(self.mesh, self.batch))
 
     def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`function` as every device runs it, on its own part of the arguments."""

@@ -21,6 +21,7 @@ from wan_jax.parallel.collectives import MESH_AXES
 class Strategy:
     """Sizes of the mesh axes; `collectives` says what each does. Devices along `fsdp` share the tokens as Ulysses'."""
 
+    experts: int = 1
     data: int = 1
     cfg: int = 1
     pipeline: int = 1
@@ -79,6 +80,9 @@ class Strategy:
             raise InputError(
                 f"mesh {self}: cfg can be 2, for the prompt and the negative prompt; use data for more prompts"
             )
+        experts = len(config.experts)
+        if self.experts not in (1, experts):
+            raise InputError(f"mesh {self}: {config.name} has {experts} experts; use experts{experts}, or none")
         if prompts % self.data:
             raise InputError(
                 f"mesh {self}: {prompts} prompts do not divide over data{self.data}; use {_legal(prompts)}"

@@ -1,0 +1,77 @@
+"""Two videos at once, one at each expert, where each expert has devices of its own.
+
+While the low-noise expert makes the last steps of one video, the high-noise expert makes the first ones of the next. So
+all devices work and no weights ever move, but for the first video's high noise and the last one's low noise.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning
+from wan_jax.diffusion.sampler import Expert, Leg, StepReport, plan_legs, run_leg
+from wan_jax.diffusion.schedule import Schedule
+from wan_jax.diffusion.solvers import Solver
+
+
+def denoise_in_relay(
+    videos: Sequence[jax.Array],
+    schedule: Schedule,
+    solver: Solver | tuple[Solver, Solver],
+    guidance: float | tuple[float, float],
+    boundary: float | None,
+    get_expert: Callable[[str, int], Expert],
+    on_step: Callable[[int, StepReport], None] | None = None,
+    conditioning: Sequence[Conditioning] | None = None,
+) -> list[jax.Array]:
+    """Turns noise into latents, for each video as `sampler.denoise` does.
+
+    Args:
+        videos: latents of each, float32 [B, C, F, h, w], on any devices; B is 1, or the size of a batch that stays
+            together.
+        schedule, solver, guidance, boundary: see `denoise`.
+        get_expert: gives the expert of a name for a video, the denoiser being the same for all. Its `spread` says where
+            it runs; see `Spread.by_expert`. Called in threads.
+        on_step: called after each step of a video, in the thread of its expert.
+        conditioning: of each video.
+
+    Returns:
+        The latents of each video, in order, on the devices of the last expert.
+    """
+    legs = plan_legs(schedule, solver, guidance, boundary)
+    known = [TEXT_ONLY] * len(videos) if conditioning is None else list(conditioning)
+    # A thread for each expert, which takes the videos in order.
+    threads = {leg.expert: ThreadPoolExecutor(1, thread_name_prefix=leg.expert) for leg in legs}
+
+    is_over = threading.Event()
+
+    def run(leg: Leg, index: int, before: Future | None) -> Any:
+        def after_step(report: StepReport) -> None:
+            if is_over.is_set():
+                raise CancelledError
+            if on_step is not None:
+                on_step(index, report)
+
+        state = None if before is None else before.result()
+        expert = get_expert(leg.expert, index)
+        assert expert.spread is not None
+        here = jax.device_put(known[index], expert.spread.replicated)
+        if state is None:
+            state = leg.run.solver.init(here.restore(expert.spread.put_batch(videos[index])))
+        return run_leg(leg, expert, expert.spread.put_batch(state), here, after_step)
+
+    try:
+        states = []
+        for index in range(len(videos)):
+            future: Future | None = None
+            for leg in legs:
+                future = threads[leg.expert].submit(run, leg, index, future)
+            states.append(future)
+        return [state.result().latents for state in states if state is not None]
+    finally:
+        is_over.set()  # an error or Ctrl-C ends the other expert's work after its step
+        for thread in threads.values():
+            thread.shutdown(cancel_futures=True)
