@@ -14,12 +14,14 @@ from wan_jax.checkpoint import open_checkpoint
 from wan_jax.config import DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig, get_preset
 from wan_jax.demo import random_model
 from wan_jax.errors import InputError
+from wan_jax.generate import load_pipeline
 from wan_jax.models.parameters import named_parameters, with_parameters
 from wan_jax.models.vae import VAE
 from wan_jax.nano import losses, train
 from wan_jax.nano.export import LARGEST, export, nano_pipeline
 from wan_jax.nano.scenes import BACKGROUNDS, KINDS, draw_scenes
 from wan_jax.nano.whole_video import decode_whole, encode_moments
+from wan_jax.options import Options
 
 TINY = WanConfig(
     name="tiny",
@@ -204,7 +206,7 @@ def test_bad_stages(text, message):
     assert train.parse_stages("text=60,vae=4.5") == {"text": 60, "vae": 4.5}
 
 
-def test_export(tmp_path):
+def test_export(tmp_path, monkeypatch):
     """Untrained weights of the real size: the tree opens as the preset, at its size on disk, and runs."""
     config = get_preset("nano")
     run = tmp_path / "run"
@@ -229,3 +231,6 @@ def test_export(tmp_path):
     assert "96x96 with 33 frames" in card
     assert "{" not in card
     assert nano_pipeline(run).config == config
+    # What the package holds is what runs where nothing is named.
+    monkeypatch.setattr("wan_jax.nano.WEIGHTS", tmp_path / "weights")
+    assert load_pipeline(Options(quiet=True)).config.name == "nano"

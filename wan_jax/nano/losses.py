@@ -113,6 +113,15 @@ def init_text_encoder(config: WanConfig, seed: int) -> dict[str, jax.Array]:
 # The VAE
 
 
+def init_vae(config: WanConfig, seed: int) -> dict[str, jax.Array]:
+    """Fresh parameters whose latents carry little noise: they are of use to the decoder from the first step."""
+    parameters = named_parameters(VAE(config.vae, dtype=jnp.float32, rngs=nnx.Rngs(seed)))
+    z_dim = config.vae.z_dim
+    parameters["quant_conv.kernel"] = parameters["quant_conv.kernel"].at[..., z_dim:].multiply(0.1)
+    parameters["quant_conv.bias"] = parameters["quant_conv.bias"].at[z_dim:].set(-5.0)
+    return parameters
+
+
 def vae_loss(config: WanConfig, compute: DTypeLike):
     """Reconstruction, and a light pull of the latents to a normal distribution; batch: "videos" [b, F, H, W, 3]."""
     make = build(VAE, config.vae, compute)

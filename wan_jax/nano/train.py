@@ -13,7 +13,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from einops import rearrange
-from flax import nnx
+from jax.typing import ArrayLike
 
 from wan_jax import xla_flags
 from wan_jax.config import WanConfig, get_preset
 from wan_jax.errors import InputError, unknown_name
 from wan_jax.kernels.attention import attention
-from wan_jax.models.parameters import named_parameters, with_parameters
+from wan_jax.models.parameters import with_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.nano import losses
@@ -70,11 +70,11 @@ class Recipe:
     text_rate: float = 1e-3
     text_capacity: int = 40 * CHUNK  # scenes whose captions are kept
     vae_batch: int = 32
-    vae_rate: float = 1.5e-3
+    vae_rate: float = 6e-4
     vae_window: tuple[int, int, int] = (17, 64, 64)
     vae_whole_part: float = 0.3  # of the time at the end: whole videos
     vae_whole_batch: int = 8
-    expert_rate: float = 1e-3
+    expert_rate: float = 8e-4
     fill: int = 64  # videos rendered and encoded at once
     fill_every: int = 8  # steps between that
     buckets: tuple[Bucket, ...] = (
@@ -176,8 +176,11 @@ class Run:
         return chunks(start, self.tokenizer, self.text_length, self.recipe.workers, self.recipe.chunk)
 
     def weights(self, name: str) -> dict[str, jax.Array]:
-        """Averaged weights of an earlier stage."""
-        return {name: jnp.asarray(array) for name, array in read_shards(self.output, name).items()}
+        """Averaged weights of an earlier stage, from the output or the state; they are in the output then."""
+        folder = self.output if list(self.output.glob(f"{name}-*.npz")) else self.state
+        arrays = read_shards(folder, name)
+        write_shards(self.output, name, arrays)
+        return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
 def optimizer(rate: float) -> optax.GradientTransformation:
@@ -284,7 +287,8 @@ class Stage:
         np.savez(temporary, seconds=np.float64(seconds), **arrays)
         temporary.replace(self._run.state / f"{self._name}.npz")
         for name, parameters in self._export(self.state.ema).items():
-            write_shards(self._run.output, name, parameters)
+            for folder in (self._run.output, self._run.state):
+                write_shards(folder, name, parameters)
 
 
 def with_learning_rate(state: TrainState, rate: float) -> TrainState:
@@ -293,7 +297,7 @@ def with_learning_rate(state: TrainState, rate: float) -> TrainState:
     return replace(state, optimizer=(clip, adamw._replace(hyperparams=hyperparameters)))
 
 
-def write_shards(folder: Path, name: str, parameters: dict[str, jax.Array]) -> None:
+def write_shards(folder: Path, name: str, parameters: Mapping[str, ArrayLike]) -> None:
     """Float32 arrays in name-0.npz, name-1.npz, ... of at most 15 MiB each."""
     shards: list[dict[str, Any]] = [{}]
     size = 0
@@ -347,7 +351,7 @@ def train_text(run: Run, seconds: float) -> None:
 
     def one_step(state: TrainState, number: int) -> tuple[TrainState, dict[str, jax.Array]]:
         capacity = recipe.text_capacity // recipe.chunk
-        if len(memory) < capacity or number % 20 == 0:
+        if len(memory) < capacity or number % 50 == 0:
             memory.append(rows(next(source)))
             del memory[:-capacity]
         parts = [memory[n] for n in generator.integers(0, len(memory), 4)]
@@ -383,7 +387,7 @@ def text_accuracy(run: Run, parameters: dict[str, jax.Array], number: int = 512)
 def train_vae(run: Run, seconds: float) -> None:
     """The VAE, on windows of videos and at the end on whole ones."""
     recipe, config = run.recipe, run.config
-    initial = named_parameters(VAE(config.vae, dtype=jnp.float32, rngs=nnx.Rngs(run.seed)))
+    initial = losses.init_vae(config, run.seed)
     threads = concurrent.futures.ThreadPoolExecutor(1)
     base = recipe.buckets[0]
     test_videos = run.draw(0, draw_scenes(TEST_SEED, recipe.fill), base)
