@@ -50,6 +50,11 @@ class FrameCut:
         )
         return cls((height, width), (rows, columns))
 
+    @property
+    def tiles(self) -> int:
+        """In how many parts a frame is cut."""
+        return collectives.size(*FRAME_AXES.values())
+
     def split(self, x: jax.Array) -> jax.Array:
         """Whole frames [B, T, H, W, C], the same on all devices -> this device's tile."""
         for axis, name in FRAME_AXES.items():
