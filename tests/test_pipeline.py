@@ -78,7 +78,7 @@ def test_lightx2v_four_steps_written_out(pipe):
     recipe = {"steps": 4, "schedule": "lightx2v", "solver": "euler", "shift": 5.0, "guidance": 1.0}
     video = pipe("a red circle", **SMALL | recipe, initial_latents=start[0])
 
-    text = pipe._encode_prompts(["a red circle"])
+    text = pipe.encode_prompts(["a red circle"])
     sigmas = [1.0, 0.9375, 5 / 6, 0.625, 0.0]
     x = start
     for index, (sigma, following) in enumerate(itertools.pairwise(sigmas)):

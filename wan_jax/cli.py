@@ -20,12 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 1 some videos of a file failed, 2 bad input, 130 interrupted."""
     parser = _parser()
     values, rest = parser.parse_known_args(arguments)
-    if rest and values.run is not _sample:
+    if rest and values.run not in RECIPE_COMMANDS:
         parser.error(f"unknown argument {rest[0]!r}; see wan-jax {values.command} --help")
     xla_flags.configure()
     xla_flags.use_compile_cache()
     try:
-        code = _sample(values, rest) if values.run is _sample else values.run(values)
+        code = values.run(values, rest) if values.run in RECIPE_COMMANDS else values.run(values)
     except InputError as error:
         print(f"wan-jax: {error}", file=sys.stderr)
         return 2
@@ -46,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("sample", help="run a recipe: --config FILE [--config.steps=30 ...]", add_help=False)
     command.set_defaults(run=_sample)
+
+    command = commands.add_parser(
+        "train", help="fine-tune by a recipe: --config FILE [--config.lora.rank=32 ...]", add_help=False
+    )
+    command.set_defaults(run=_train)
 
     command = commands.add_parser("extend", help="continue a video from its last frame", allow_abbrev=False)
     command.add_argument("video", help="the video file to continue; models for image to video can", metavar="VIDEO")
@@ -149,6 +154,17 @@ def _sample(values: argparse.Namespace, rest: Sequence[str]) -> int:
     from wan_jax.recipes import load_recipe
 
     return _run(load_recipe(rest))
+
+
+def _train(values: argparse.Namespace, rest: Sequence[str]) -> None:
+    from wan_jax.training.recipe import load_train_recipe
+    from wan_jax.training.run import train
+
+    for path in train(load_train_recipe(rest)):
+        print(path)
+
+
+RECIPE_COMMANDS = (_sample, _train)  # commands whose arguments their recipe knows
 
 
 def _run(options: Options) -> int:

@@ -65,7 +65,7 @@ def generate(options: Options) -> dict[str, Any]:
     bars = Bars(not options.quiet)
     start = time.perf_counter()
     loras = read_loras(options.lora, options.lora_high, options.lora_low)
-    checkpoint = _open(options, bars)
+    checkpoint = open_model(options.checkpoint, bars)
     lora_files = open_loras(loras, checkpoint.config).files
     jobs = []
     for item in items:
@@ -240,7 +240,7 @@ def load_pipeline(options: Options) -> "WanPipeline":
     from wan_jax.pipeline import WanPipeline
     from wan_jax.progress import Bars
 
-    checkpoint = _open(options, Bars(not options.quiet))
+    checkpoint = open_model(options.checkpoint, Bars(not options.quiet))
     return WanPipeline.from_checkpoint(
         checkpoint,
         options.dtype,
@@ -276,7 +276,7 @@ def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
     from wan_jax.progress import Bars
 
     bars = Bars(not options.quiet)
-    checkpoint = _open(options, bars)
+    checkpoint = open_model(options.checkpoint, bars)
     # The experts stay on the host.
     pipeline = WanPipeline.from_checkpoint(
         checkpoint, options.dtype, vae_dtype=options.vae_dtype, profile="swap", progress=not options.quiet
@@ -300,7 +300,7 @@ def extend(video: str, options: Options) -> list[pathlib.Path]:
     from wan_jax.pipeline import WanPipeline
     from wan_jax.progress import Bars
 
-    checkpoint = _open(options, Bars(not options.quiet))
+    checkpoint = open_model(options.checkpoint, Bars(not options.quiet))
     ImagePrompt.read(checkpoint.config, clip.frames[-1])  # raises for a model that takes no image
     own = choices(options) | {"size": clip.size}
     pipeline = WanPipeline.from_checkpoint(
@@ -361,12 +361,13 @@ def read_loras(both: Sequence[str], high: Sequence[str] = (), low: Sequence[str]
     ]
 
 
-def _open(options: Options, bars: "Bars") -> "Checkpoint":
+def open_model(path_or_id: str | None, bars: "Bars") -> "Checkpoint":
+    """The checkpoint that a run names; without a name the model that ships with the package."""
     from wan_jax.checkpoint import open_checkpoint
     from wan_jax.checkpoint.hub import local_checkpoint
 
-    if options.checkpoint is not None:
-        return open_checkpoint(local_checkpoint(options.checkpoint))
+    if path_or_id is not None:
+        return open_checkpoint(local_checkpoint(path_or_id))
 
     from wan_jax.demo import demo_checkpoint
     from wan_jax.nano import WEIGHTS

@@ -90,8 +90,9 @@ class WanPipeline:
         self.text_encoder = text_encoder
         self.vae = vae
         self.image_encoder = image_encoder
-        exact = next(iter(denoisers.values())).dtype == jnp.float32
-        self._programs = Programs(exact) if programs is None else programs
+        if programs is None:
+            programs = Programs(exact=next(iter(denoisers.values())).dtype == jnp.float32)
+        self._programs = programs
         self._encoded_prompts: dict[str, jax.Array] = {}
         self._encoded_images: dict[tuple[Any, ...], tuple[Conditioning, jax.Array | None]] = {}
         self._lengths_warned_of: set[int] = set()
@@ -188,6 +189,21 @@ class WanPipeline:
             pipeline.set_loras(loras)
         pipeline.seconds["load"] = time.perf_counter() - start
         return pipeline
+
+    def with_denoisers(self, denoisers: dict[str, Denoiser]) -> "WanPipeline":
+        """A pipeline with other denoisers, as training has them; all else, and what was encoded, is shared."""
+        other = WanPipeline(
+            self.config,
+            tokenizer=self._tokenizer,
+            text_encoder=self.text_encoder,
+            denoisers=denoisers,
+            vae=self.vae,
+            memory=self.memory,
+            programs=self._programs,
+            progress=self._bars,
+        )
+        other._encoded_prompts = self._encoded_prompts
+        return other
 
     def set_loras(self, loras: Sequence[Lora | str | os.PathLike]) -> tuple[LoraFile, ...]:
         """Puts LoRAs on the experts, in place of those before; an empty list gives back the base, to the bit.
@@ -326,7 +342,7 @@ class WanPipeline:
         experts = list(dict.fromkeys(plan_steps(schedule, settings.boundary)))
         scales = guidance_by_expert(settings.guidance, tuple(experts))
         guided = any(scale != 1 for scale in scales.values())
-        encoded = self._encode_prompts([*prompts, *[settings.negative_prompt] * (len(prompts) if guided else 0)])
+        encoded = self.encode_prompts([*prompts, *[settings.negative_prompt] * (len(prompts) if guided else 0)])
         positive, negative = encoded[: len(prompts)], encoded[len(prompts) :]
         conditioning, features = self._encode_images(images, settings)
         if features is not None:
@@ -448,7 +464,7 @@ class WanPipeline:
                 raise InputError("initial latents hold NaN or infinity; give finite numbers")
         return jnp.broadcast_to(latents, (batch, *shape))
 
-    def _encode_prompts(self, prompts: Sequence[str]) -> jax.Array:
+    def encode_prompts(self, prompts: Sequence[str]) -> jax.Array:
         """Prompts -> [B, text_length, text_dim]; each distinct prompt is encoded once and remembered."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded_prompts]
         if new:

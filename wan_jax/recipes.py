@@ -8,14 +8,18 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from wan_jax.errors import InputError, unknown_name
 from wan_jax.options import Options
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
+
+EXAMPLES = {"sample": "configs/t2v_a14b_480p.py", "train": "configs/train_demo.py"}
+
+Result = TypeVar("Result")
 
 # LightX2V's own run of its step-distilled models (configs/distill/wan22): two steps of each expert, whatever the shift,
 # without guidance.
@@ -78,40 +82,58 @@ def load_recipe(arguments: Sequence[str]) -> Options:
     Raises:
         InputError: no recipe is named, it does not exist, a key is misspelt, or a value has the wrong type.
     """
+    known = [option.name for option in dataclasses.fields(Options)]
+    return read_config("sample", arguments, known, lambda values: Options(**values))
+
+
+def read_config(
+    command: str, arguments: Sequence[str], known: Sequence[str], make: Callable[[dict[str, Any]], Result]
+) -> Result:
+    """Reads the recipe that the arguments of `wan-jax COMMAND` name and makes options of its values.
+
+    Args:
+        command: for messages.
+        arguments: `["--config", FILE, "--config.KEY=VALUE", ...]`.
+        known: the keys that there are, for messages.
+        make: from the config as a (nested) dict; what it raises as AttributeError or TypeError is bad input.
+
+    Raises:
+        InputError: see load_recipe.
+    """
     from absl import flags
     from ml_collections import config_flags
 
-    path = _config_path(arguments)
+    path = _config_path(command, arguments)
     if not os.path.isfile(path):
         raise InputError(f"recipe {path} does not exist; see the files in configs/")
     values = flags.FlagValues()
-    argv = ["wan-jax sample", *arguments]
+    argv = [f"wan-jax {command}", *arguments]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
         rest = values(argv)
         config = values.config
         if rest[1:]:
             raise InputError(f"unknown argument {rest[1]!r}; options of a recipe are written --config.NAME=VALUE")
-        return Options(**config.to_dict())
-    except (flags.Error, AttributeError, TypeError) as error:
-        raise InputError(_one_line(path, error)) from error
+        return make(config.to_dict())
+    except (flags.Error, AttributeError, KeyError, TypeError) as error:
+        raise InputError(_one_line(path, error, known)) from error
 
 
-def _config_path(arguments: Sequence[str]) -> str:
+def _config_path(command: str, arguments: Sequence[str]) -> str:
     for index, argument in enumerate(arguments):
         if argument.startswith("--config="):
             return argument.removeprefix("--config=")
         if argument == "--config" and index + 1 < len(arguments):
             return arguments[index + 1]
-    raise InputError("name a recipe: wan-jax sample --config configs/t2v_a14b_480p.py")
+    raise InputError(f"name a recipe: wan-jax {command} --config {EXAMPLES[command]}")
 
 
-def _one_line(path: str, error: Exception) -> str:
-    cause = error.args[0] if error.args else error
+def _one_line(path: str, error: Exception, known: Sequence[str]) -> str:
+    # A KeyError of a section comes as it is, one of the config itself inside another error.
+    cause = error if isinstance(error, KeyError) or not error.args else error.args[0]
     text = str(cause.args[0]) if isinstance(cause, KeyError) else str(cause)
     unknown = re.search(r"""["'](\w+)["']""", text)
     if isinstance(cause, KeyError) and unknown:  # ml_collections' text begins with the key
-        known = [option.name for option in dataclasses.fields(Options)]
         nearest = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.0)[0]
         return f"recipe {path}: unknown key {unknown[1]!r}; did you mean {nearest!r}?"
     return f"recipe {path}: {' '.join(text.split())}"

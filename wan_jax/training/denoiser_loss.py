@@ -1,0 +1,181 @@
+"""The loss of a denoiser: flow matching, each expert on its own range of noise levels.
+
+    x_sigma = (1 - sigma) x_0 + sigma noise,    loss = mean |v(x_sigma, 1000 sigma, text) - (noise - x_0)|^2
+
+(Lipman et al., Flow Matching, arXiv 2210.02747; Liu et al., Rectified Flow, arXiv 2209.03003). Sigmas are drawn as
+sampling spreads its steps: evenly, or with a logit-normal density (Esser et al., arXiv 2403.03206), then shifted with
+the model's own shift. What falls to an expert is that distribution within its range.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from wan_jax.config import DenoiserConfig, WanConfig
+from wan_jax.diffusion.schedule import TRAIN_TIMESTEPS, shift_sigmas
+from wan_jax.errors import InputError, unknown_name
+from wan_jax.estimates import denoiser_flops
+from wan_jax.models.denoiser import Denoiser
+from wan_jax.models.parameters import with_parameters
+from wan_jax.training.adapters import with_adapters
+
+DISTRIBUTIONS = ("uniform", "logit-normal")
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Which noise levels are trained, and how often the caption is left out."""
+
+    distribution: str = "uniform"  # of sigma before the shift: "uniform" or "logit-normal"
+    logit_mean: float = 0.0  # of "logit-normal"
+    logit_std: float = 1.0
+    shift: float | None = None  # None: the model's own
+    caption_dropout: float = 0.1  # share of examples with the empty prompt, which guidance needs
+    high_noise_share: float | None = None  # of a batch, where both experts train; None: as the sigmas fall
+
+    def __post_init__(self):
+        if self.distribution not in DISTRIBUTIONS:
+            raise unknown_name("distribution of noise levels", self.distribution, DISTRIBUTIONS)
+        if not 0 <= self.caption_dropout <= 1:
+            raise InputError(f"caption_dropout {self.caption_dropout}: must be between 0 and 1")
+        if self.high_noise_share is not None and not 0 < self.high_noise_share < 1:
+            raise InputError(f"high_noise_share {self.high_noise_share}: must lie between 0 and 1")
+        if self.logit_std <= 0 or (self.shift is not None and self.shift <= 0):
+            raise InputError("logit_std and shift must be above 0")
+
+
+def sigma_range(config: WanConfig, expert: str) -> tuple[float, float]:
+    """The noise levels of an expert: timesteps from 1000 boundary up are the high-noise expert's."""
+    boundary = config.sampling.boundary
+    if boundary is None:
+        return 0.0, 1.0
+    return (boundary, 1.0) if expert == "high_noise" else (0.0, boundary)
+
+
+def draw_sigmas(keys: jax.Array, noise: NoiseConfig, shift: float, bounds: tuple[float, float]) -> jax.Array:
+    """Noise levels [b] within `bounds`, one for each key, distributed as `noise` says."""
+    low, high = (shift_sigmas(bound, 1 / shift) for bound in bounds)  # the inverse of a shift is the inverse shift
+    if noise.distribution == "uniform":
+        base = jax.vmap(partial(jax.random.uniform, minval=low, maxval=high))(keys)
+    else:
+        lower, upper = ((_logit(bound) - noise.logit_mean) / noise.logit_std for bound in (low, high))
+        normal = jax.vmap(lambda key: jax.random.truncated_normal(key, lower, upper))(keys)
+        base = jax.nn.sigmoid(noise.logit_mean + noise.logit_std * normal)
+    return jnp.clip(shift_sigmas(base, shift), *bounds)
+
+
+def high_noise_share(config: WanConfig, noise: NoiseConfig) -> float:
+    """The share of all examples that should fall to the high-noise expert."""
+    if noise.high_noise_share is not None:
+        return noise.high_noise_share
+    base = shift_sigmas(config.sampling.boundary, 1 / model_shift(config, noise))
+    if noise.distribution == "uniform":
+        return 1 - base
+    return 0.5 * math.erfc((_logit(base) - noise.logit_mean) / noise.logit_std / math.sqrt(2))
+
+
+def model_shift(config: WanConfig, noise: NoiseConfig) -> float:
+    return config.sampling.shift if noise.shift is None else noise.shift
+
+
+@dataclass(frozen=True)
+class DenoiserLoss:
+    """The loss of one or both experts, for `Trainer`.
+
+    Parameters are {expert: {name: array}}: all of an expert's, or those of its adapters. `frozen` is {"empty_text":
+    [text_length, text_dim]}, and with adapters {"experts": {expert: {name: array}}} beside it. Batches are {"latents":
+    float32 [b, C, F, h, w], "text": [b, text_length, text_dim]}. Where both experts train, the first examples of a
+    batch are the high-noise expert's.
+
+    Attributes:
+      experts: those that train.
+      dtype: of products; parameters are rounded to it first, as sampling has them.
+      remat: see `layers.scan_layers`.
+      lora_scale: alpha / rank; None: the experts themselves are trained.
+    """
+
+    config: WanConfig
+    experts: tuple[str, ...]
+    noise: NoiseConfig
+    dtype: DTypeLike
+    remat: str | None = None
+    lora_scale: float | None = None
+
+    def __call__(
+        self, parameters: Any, frozen: Any, batch: Mapping[str, jax.Array], keys: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        metrics, errors, start = {}, [], 0
+        for expert, count in self.counts(len(keys)).items():
+            rows = slice(start, start + count)
+            denoiser = self.denoiser(expert, parameters, frozen)
+            mine = {name: array[rows] for name, array in batch.items()}
+            errors.append(self.errors(denoiser, expert, mine, frozen["empty_text"], keys[rows]))
+            metrics[f"loss_{expert}"] = errors[-1].mean()
+            start += count
+        return jnp.concatenate(errors).mean(), metrics if len(metrics) > 1 else {}
+
+    def counts(self, size: int) -> dict[str, int]:
+        """How many examples of a microbatch each expert gets; raises InputError where there are too few."""
+        if len(self.experts) == 1:
+            return {self.experts[0]: size}
+        if size < 2:
+            raise InputError("both experts train, so a microbatch needs 2 examples; raise the batch size, or train one")
+        high = min(max(round(size * high_noise_share(self.config, self.noise)), 1), size - 1)
+        return {"high_noise": high, "low_noise": size - high}
+
+    def denoiser(self, expert: str, parameters: Any, frozen: Any) -> Denoiser:
+        """The expert as it is now; gradients with respect to `parameters` go through."""
+
+        def build() -> Denoiser:
+            return Denoiser(self.config.denoiser, dtype=self.dtype, remat=self.remat, rngs=nnx.Rngs(0))
+
+        if self.lora_scale is not None:
+            base = with_parameters(build, frozen["experts"][expert])
+            return with_adapters(base, parameters[expert], self.lora_scale)
+        return with_parameters(build, {name: array.astype(self.dtype) for name, array in parameters[expert].items()})
+
+    def errors(
+        self,
+        denoiser: Denoiser,
+        expert: str,
+        batch: Mapping[str, jax.Array],
+        empty_text: jax.Array,
+        keys: jax.Array,
+    ) -> jax.Array:
+        """The squared error of each example, [b], averaged over its latents."""
+        latents = batch["latents"]
+        sigma_keys, noise_keys, drop_keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(keys)
+        shift = model_shift(self.config, self.noise)
+        sigmas = draw_sigmas(sigma_keys, self.noise, shift, sigma_range(self.config, expert))
+        noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(noise_keys)
+        dropped = jax.vmap(partial(jax.random.bernoulli, p=self.noise.caption_dropout))(drop_keys)
+        text = jnp.where(dropped[:, None, None], empty_text, batch["text"]).astype(self.dtype)
+
+        levels = sigmas[:, None, None, None, None]
+        noisy = (1 - levels) * latents + levels * noise
+        velocity = denoiser(noisy, TRAIN_TIMESTEPS * sigmas, denoiser.encode_context(text))
+        return jnp.mean((velocity - (noise - latents)) ** 2, axis=(1, 2, 3, 4))
+
+
+def training_flops(config: DenoiserConfig, tokens: int, *, weights: bool) -> float:
+    """Floating-point operations that training one example needs; what is computed again does not count.
+
+    Forward, and backward with respect to activations: once more the projections, and twice attention's products (four
+    for its two). With `weights`, the gradients of the weights too: once more the projections.
+    """
+    forward = denoiser_flops(config, tokens)
+    attention = 4.0 * config.num_layers * tokens * (tokens + config.text_length) * config.dim
+    return (3 if weights else 2) * (forward - attention) + 3 * attention
+
+
+def _logit(x: float) -> float:
+    if not 0 < x < 1:  # the ends, but for a rounding
+        return math.copysign(math.inf, x - 0.5)
+    return math.log(x / (1 - x))

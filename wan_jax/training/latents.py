@@ -1,0 +1,157 @@
+"""Latents and texts of a folder of videos: encoded once, kept on disk, loaded in batches."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from wan_jax.errors import InputError
+from wan_jax.models.parameters import named_parameters
+from wan_jax.pipeline import WanPipeline
+from wan_jax.training.videos import Bucket, Example, choose_bucket, fit_to_bucket, read_clip
+from wan_jax.video import temporary_name
+
+FORMAT = 1  # of the cache; another number makes everything anew
+FINGERPRINT_VALUES = 1024
+
+
+@dataclass(frozen=True)
+class Record:
+    """An encoded example: where its arrays are."""
+
+    latents: Path  # float32 [C, F', h, w], the mean that the VAE gives, normalised
+    text: Path  # bfloat16 bits [tokens, text_dim], without the padding
+
+
+def encode_examples(
+    examples: Sequence[Example],
+    buckets: Sequence[Bucket],
+    pipeline: WanPipeline,
+    cache: Path,
+    fps: float,
+    note: Callable[[str], None],
+) -> dict[Bucket, list[Record]]:
+    """Encodes what the cache does not have yet; returns the records by bucket.
+
+    A record's key is made of the video's content, the rate and buckets, and the weights of the model that encodes it. A
+    video that cannot be used is named by `note` and left out, and how many there were.
+
+    Raises InputError where none can be used.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    vae, text_encoder = fingerprint(pipeline.vae), fingerprint(pipeline.text_encoder)
+    records: dict[Bucket, list[Record]] = {}
+    skipped = 0
+    for example in examples:
+        try:
+            bucket, latents = _encode_video(example.file, buckets, pipeline, cache, fps, vae)
+        except InputError as error:
+            skipped += 1
+            note(f"skipped {error}" if str(example.file) in str(error) else f"skipped {example.file}: {error}")
+            continue
+        text = _encode_text(example.caption, pipeline, cache, text_encoder)
+        records.setdefault(bucket, []).append(Record(latents, text))
+    if not records:
+        raise InputError(f"none of the {len(examples)} videos can be used; see the notes above")
+    if skipped:
+        note(f"{skipped} of {len(examples)} videos were skipped")
+    return records
+
+
+def _encode_video(
+    file: Path, buckets: Sequence[Bucket], pipeline: WanPipeline, cache: Path, fps: float, vae: str
+) -> tuple[Bucket, Path]:
+    content = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+    key = _key(FORMAT, content, vae, fps, list(map(str, buckets)))
+    # The name ends in the bucket, so that one that is there need not be decoded.
+    for bucket in buckets:
+        path = cache / f"{key}-{bucket}.npy"
+        if content and path.exists():
+            return bucket, path
+    frames = read_clip(file, fps, max(bucket.frames for bucket in buckets))
+    bucket = choose_bucket(frames, buckets)
+    path = cache / f"{key}-{bucket}.npy"
+    _save(path, pipeline.encode(fit_to_bucket(frames, bucket)))
+    return bucket, path
+
+
+def _encode_text(caption: str, pipeline: WanPipeline, cache: Path, text_encoder: str) -> Path:
+    path = cache / f"{_key(FORMAT, caption, text_encoder, pipeline.config.denoiser.text_length)}.npy"
+    if not path.exists():
+        text = np.asarray(pipeline.encode_prompts([caption]))[0].astype(ml_dtypes.bfloat16)
+        tokens = np.flatnonzero(np.any(text != 0, axis=1))  # rows of padding are zeros
+        length = tokens[-1] + 1 if len(tokens) else 0
+        _save(path, text[:length].view(np.uint16))  # NumPy's files know no bfloat16
+    return path
+
+
+def fingerprint(model: nnx.Module) -> str:
+    """A hash of a model: names, shapes and dtypes of its parameters, and the beginning of each."""
+    digest = hashlib.sha256()
+    for name, array in sorted(named_parameters(model).items()):
+        beginning = array[(0,) * (array.ndim - 1)][:FINGERPRINT_VALUES] if array.ndim else array
+        digest.update(f"{name} {array.shape} {array.dtype}".encode() + np.asarray(beginning).tobytes())
+    return digest.hexdigest()
+
+
+def _key(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with temporary_name(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)
+
+
+class RecordSource:
+    """The records of one bucket, for grain: `source[i]` loads one."""
+
+    def __init__(self, records: Sequence[Record], text_length: int):
+        self._records = records
+        self._text_length = text_length
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        record = self._records[index]
+        text = np.load(record.text).view(ml_dtypes.bfloat16)
+        padding = np.zeros((self._text_length - len(text), text.shape[1]), text.dtype)
+        return {"latents": np.load(record.latents), "text": np.concatenate([text, padding])}
+
+
+class LatentBatches:
+    """Batches {"latents": [B, C, F', h, w], "text": [B, text_length, text_dim]}, each of one bucket, for ever.
+
+    Every example of a bucket comes once before any comes again; buckets take turns in proportion to their examples.
+    The order is a function of the seed. Files are read ahead by threads. See `trainer.Batches`.
+    """
+
+    def __init__(self, records: Mapping[Bucket, Sequence[Record]], batch_size: int, text_length: int, seed: int):
+        datasets = [
+            grain.MapDataset.source(RecordSource(some, text_length)).shuffle(seed=seed).repeat().batch(batch_size)
+            for _, some in sorted(records.items(), key=lambda item: str(item[0]))
+        ]
+        weights = [float(len(some)) for _, some in sorted(records.items(), key=lambda item: str(item[0]))]
+        mixed = datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
+        options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
+        self._iterator: Any = iter(mixed.to_iter_dataset(read_options=options))
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._iterator)
+
+    def get_state(self) -> Any:
+        return self._iterator.get_state()
+
+    def set_state(self, state: Any) -> None:
+        self._iterator.set_state(state)

@@ -1,0 +1,276 @@
+"""One run of `wan-jax train`: from options to a trained checkpoint or LoRA."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from wan_jax import xla_flags
+from wan_jax.bench import matmul_rate
+from wan_jax.checkpoint import Checkpoint, convert
+from wan_jax.checkpoint.layouts import abstract_model
+from wan_jax.checkpoint.lora import Lora
+from wan_jax.checkpoint.memory import memory_checkpoint
+from wan_jax.errors import InputError
+from wan_jax.generate import open_model
+from wan_jax.lora import save_lora
+from wan_jax.memory import PROFILES, Memory, single_device
+from wan_jax.models.denoiser import Denoiser
+from wan_jax.models.parameters import with_parameters
+from wan_jax.models.text_encoder import TextEncoder
+from wan_jax.models.vae import VAE
+from wan_jax.parallel.mesh import ShardingRules, make_mesh
+from wan_jax.parallel.strategy import Strategy
+from wan_jax.pipeline import WanPipeline
+from wan_jax.program import Programs
+from wan_jax.progress import Bars
+from wan_jax.settings import Settings, parse_size
+from wan_jax.tokenizer import Tokenizer
+from wan_jax.training.adapters import adapter_tree, initial_adapters, make_adapters
+from wan_jax.training.denoiser_loss import DenoiserLoss, training_flops
+from wan_jax.training.latents import LatentBatches, encode_examples
+from wan_jax.training.recipe import TrainOptions, check_same_run
+from wan_jax.training.step import TrainState
+from wan_jax.training.trainer import Every, Trainer, show_line
+from wan_jax.training.videos import parse_buckets, read_metadata
+
+RECIPE = "recipe.json"
+
+
+def train(options: TrainOptions) -> list[Path]:
+    """Trains as told and exports; returns what was exported. A run that is in the folder already goes on.
+
+    Everything that can be checked is checked before weights are loaded.
+
+    Raises:
+        InputError: an option that cannot be used, or data of which nothing can.
+    """
+    run = TrainingRun(options)
+    trainer = run.make_trainer()
+    if not options.export_only:
+        trainer.run()
+    elif trainer.step == 0:
+        raise InputError(f"{run.folder}: there is no checkpoint to export yet; train first")
+    return run.export(trainer)
+
+
+class TrainingRun:
+    """The parts of a run, made from its options in the order in which they are needed."""
+
+    def __init__(self, options: TrainOptions):
+        xla_flags.configure()
+        self.options = options
+        self.folder = Path(options.output)
+        self.bars = Bars(not options.quiet)
+        self.checkpoint = open_model(options.checkpoint, self.bars)
+        self.config = self.checkpoint.config
+        if self.config.conditioning == "image_latents":
+            raise InputError(f"{self.config.name} makes videos from images, which this trainer does not do yet")
+        self.experts = self._experts()
+        self.buckets = parse_buckets(options.data.buckets, self.config)
+        self.examples = read_metadata(
+            Path(options.data.folder), None if options.data.metadata is None else Path(options.data.metadata)
+        )
+        self.sample_settings = self._sample_settings()
+        self.mesh = self._mesh()
+        self.tree = abstract_model(self.config.denoiser)
+        self.lora = options.lora.scale is not None
+        self.trained_tree = adapter_tree(self.tree, options.lora) if self.lora else self.tree
+        self.loss = DenoiserLoss(
+            self.config,
+            self.experts,
+            options.noise,
+            jnp.dtype(options.dtype),
+            remat=options.remat,
+            lora_scale=options.lora.scale,
+        )
+        self._remember()
+        self._memory = Memory(PROFILES["swap"])
+        self._frozen: dict[str, Any] = {}
+        self._others: dict[str, Denoiser] = {}  # experts that samples need and that do not train
+
+    def make_trainer(self) -> Trainer:
+        """Encodes the data, loads what is trained, and restores the last checkpoint."""
+        options = self.options
+        self.pipeline = self._load_encoders()
+        cache = self.folder / "cache" if options.data.cache is None else Path(options.data.cache)
+        fps = self.config.sampling.fps if options.data.fps is None else options.data.fps
+        records = encode_examples(self.examples, self.buckets, self.pipeline, cache, fps, self.bars.note)
+        batches = LatentBatches(
+            records, options.data.batch_size, self.config.denoiser.text_length, options.trainer.seed
+        )
+        negative = () if self.sample_settings is None else (self.sample_settings.negative_prompt,)
+        empty, *_ = self.pipeline.encode_prompts(["", *options.samples.prompts, *negative])  # the rest for samples
+        self._frozen["empty_text"] = self._replicate(empty)
+        parameters = self._parameters()
+        every = options.samples.every
+        return Trainer(
+            self.loss,
+            parameters,
+            batches,
+            options.trainer,
+            self.folder,
+            frozen=self._frozen,
+            mesh=self.mesh,
+            flops=self._flops,
+            peak_flops=matmul_rate(),
+            intervals=[] if every is None else [Every(every, self._sample)],
+            show=None if options.quiet else show_line,
+        )
+
+    def export(self, trainer: Trainer) -> list[Path]:
+        """Writes checkpoint-N/ or lora-N-EXPERT-STYLE.safetensors, of step N; files that exist stay."""
+        export, step = self.options.export, trainer.step
+        trained = trainer.averaged if export.weights == "ema" else trainer.state.parameters
+        trained = {expert: {name: np.asarray(x) for name, x in arrays.items()} for expert, arrays in trained.items()}
+        destination = self.folder / f"checkpoint-{step}"
+        if not self.lora:
+            parts = memory_checkpoint(self.config, trained, None).parts
+            checkpoint = dataclasses.replace(self.checkpoint, parts={**self.checkpoint.parts, **parts})
+            return [self._convert(checkpoint, destination)]
+        files = self._export_loras(trained, step)
+        paths = [path for _, path in files]
+        if not export.merged:
+            return paths
+        # Of each expert one of its files, whatever its style: they hold the same.
+        one = len(self.config.experts) == 1
+        loras = [Lora(str(path), 1.0, cast(Any, "both" if one else expert)) for expert, path in dict(files).items()]
+        return [*paths, self._convert(self.checkpoint, destination, loras)]
+
+    def _export_loras(self, trained: Mapping[str, Mapping[str, np.ndarray]], step: int) -> list[tuple[str, Path]]:
+        files = []
+        scale = self.options.lora.scale
+        assert scale is not None
+        model = nnx.eval_shape(self._build)
+        for expert, arrays in trained.items():
+            adapters = make_adapters(model, {name: jnp.asarray(array) for name, array in arrays.items()}, scale)
+            for style in self.options.export.lora_styles.split(","):
+                path = self.folder / f"lora-{step}-{expert}-{style.strip()}.safetensors"
+                one = expert if len(self.config.experts) > 1 else None
+                save_lora(path, adapters, self.config.denoiser, style.strip(), expert=one)  # type: ignore[arg-type]
+                files.append((expert, path))
+        return files
+
+    def _convert(self, checkpoint: Checkpoint, destination: Path, loras: Any = ()) -> Path:
+        if not destination.exists():
+            with self.bars.transfers("export") as report:
+                convert(checkpoint, destination, self.options.export.dtype, progress=report, loras=loras)
+        return destination
+
+    def _experts(self) -> tuple[str, ...]:
+        wanted = self.options.experts
+        if wanted == "all":
+            return self.config.experts
+        if wanted not in self.config.experts:
+            raise InputError(f"{self.config.name} has one expert, no {wanted} one; use experts = 'all'")
+        return (wanted,)
+
+    def _mesh(self) -> jax.sharding.Mesh | None:
+        strategy = Strategy.parse(self.options.mesh)
+        if others := strategy.axes.keys() - {"data", "fsdp"}:
+            raise InputError(f"mesh {strategy}: training spreads over data and fsdp, not {min(others)}")
+        if strategy.devices > len(jax.devices()):
+            raise InputError(f"mesh {strategy}: needs {strategy.devices} devices, there are {len(jax.devices())}")
+        return make_mesh(strategy.axes, jax.devices()[: strategy.devices]) if strategy.axes else None
+
+    def _sample_settings(self) -> Settings | None:
+        samples = self.options.samples
+        if samples.every is None:
+            return None
+        size = None if samples.size is None else parse_size(samples.size)
+        return Settings.resolve(self.config, size=size, frames=samples.frames, steps=samples.steps, seed=samples.seed)
+
+    def _remember(self) -> None:
+        """Writes the options beside the run, or compares them with those that it began with."""
+        path, now = self.folder / RECIPE, dataclasses.asdict(self.options)
+        if path.exists():
+            check_same_run(json.loads(path.read_text()), now, str(self.folder))
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(now, indent=1, ensure_ascii=False) + "\n")
+
+    def _build(self) -> Denoiser:
+        return Denoiser(self.config.denoiser, dtype=self.loss.dtype, rngs=nnx.Rngs(0))
+
+    def _load_encoders(self) -> WanPipeline:
+        """Text encoder and VAE, which wait on the host while the denoiser trains."""
+        checkpoint, config, dtype = self.checkpoint, self.config, self.options.dtype
+        if checkpoint.tokenizer_folder is None:
+            raise InputError(
+                f"{checkpoint.path} holds no tokenizer; put the folder of google/umt5-xxl beside its files"
+            )
+
+        def load(component: str, make: Any, model_config: Any, dtype: str) -> Any:
+            with self.bars.transfers("load") as report:
+                arrays = checkpoint.load(component, dtype, self._memory.waiting(), progress=report)
+            return with_parameters(lambda: make(model_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), arrays)
+
+        return WanPipeline(
+            config,
+            tokenizer=Tokenizer.from_pretrained(checkpoint.tokenizer_folder, vocab_size=config.text_encoder.vocab_size),
+            text_encoder=load("text_encoder", TextEncoder, config.text_encoder, dtype),
+            denoisers={},
+            vae=load("vae", VAE, config.vae, "float32"),
+            memory=self._memory,
+            programs=Programs(exact=dtype == "float32"),
+        )
+
+    def _parameters(self) -> dict[str, dict[str, jax.Array]]:
+        """What is trained, float32, in place; with adapters the base goes to `_frozen`."""
+        if not self.lora:
+            return {expert: self._load(expert, "float32") for expert in self.experts}
+        self._frozen["experts"] = {expert: self._load(expert, self.options.dtype) for expert in self.experts}
+        places = self._places(self.trained_tree)
+        parameters = {}
+        for index, expert in enumerate(self.experts):
+            arrays = initial_adapters(self.trained_tree, seed=self.options.trainer.seed + index)
+            parameters[expert] = {name: jax.device_put(array, places[name]) for name, array in arrays.items()}
+        return parameters
+
+    def _load(self, expert: str, dtype: str) -> dict[str, jax.Array]:
+        with self.bars.transfers("load") as report:
+            return self.checkpoint.load(expert, dtype, self._places(self.tree), progress=report)
+
+    def _places(self, tree: Mapping[str, Any]) -> dict[str, jax.sharding.Sharding]:
+        if self.mesh is None:
+            return dict.fromkeys(tree, single_device(jax.devices()[0], on_host=False))
+        return dict(ShardingRules().shardings(tree, self.mesh))
+
+    def _replicate(self, array: jax.Array) -> jax.Array:
+        if self.mesh is None:
+            return jax.device_put(array, single_device(jax.devices()[0], on_host=False))
+        return jax.device_put(array, jax.sharding.NamedSharding(self.mesh, jax.P()))
+
+    def _flops(self, batch: Mapping[str, Any]) -> float:
+        *sizes, _, frames, height, width = batch["latents"].shape
+        patch = self.config.denoiser.patch_size
+        tokens = frames // patch[0] * (height // patch[1]) * (width // patch[2])
+        return np.prod(sizes) * training_flops(self.config.denoiser, tokens, weights=not self.lora)
+
+    def _sample(self, step: int, state: TrainState) -> None:
+        """Writes samples/step-N-I.mp4, made with the weights that would be exported."""
+        assert self.sample_settings is not None
+        use_average = self.options.export.weights == "ema" and state.ema is not None
+        trained, frozen = state.ema if use_average else state.parameters, self._frozen
+        if self.mesh is not None:  # samples are made on one device
+            here = single_device(jax.devices()[0], on_host=False)
+            trained, frozen = jax.device_put((trained, self._frozen), here)
+        denoisers = {expert: self.loss.denoiser(expert, trained, frozen) for expert in self.experts}
+        for expert in self.config.experts:
+            if expert not in denoisers:
+                if expert not in self._others:
+                    arrays = self.checkpoint.load(expert, self.options.dtype, self._memory.waiting())
+                    self._others[expert] = with_parameters(self._build, arrays)
+                denoisers[expert] = self._others[expert]
+        pipeline, settings = self.pipeline.with_denoisers(denoisers), self.sample_settings
+        choices = {name: getattr(settings, name) for name in ("size", "frames", "steps", "seed")}
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        for index, prompt in enumerate(self.options.samples.prompts):
+            pipeline(prompt, **choices).save(folder / f"step-{step:06}-{index}.mp4")  # type: ignore[union-attr]
