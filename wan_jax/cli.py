@@ -85,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--preset", default="t2v-a14b", help="model (default t2v-a14b)", metavar="NAME")
     _add_options(command, ["size", "frames", "steps", "guidance", "shift", "solver", "schedule"])
-    _add_options(command, ["dtype", "vae_dtype", "profile"])
+    _add_options(command, ["dtype", "vae_dtype", "profile", "mesh"])
+    command.add_argument("--devices", type=int, help="that --mesh auto may use, instead of those here", metavar="N")
     command.add_argument("--device-memory", type=float, help="what fits, instead of this device's", metavar="GIB")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_plan)
@@ -215,7 +216,7 @@ def _info(values: argparse.Namespace) -> None:
 def _plan(values: argparse.Namespace) -> None:
     from wan_jax.generate import plan
 
-    report = plan(values.preset, _options(values), values.device_memory)
+    report = plan(values.preset, _options(values), values.device_memory, values.devices)
     print(json.dumps(report.as_json()) if values.json else report)
 
 

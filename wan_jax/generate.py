@@ -59,6 +59,7 @@ def generate(options: Options) -> dict[str, Any]:
         language_model = open_language_model(options.extend_url, options.extend_model, options.extend_key)
 
     from wan_jax.lora import open_loras
+    from wan_jax.parallel.strategy import Strategy
     from wan_jax.pipeline import WanPipeline, peak_bytes
     from wan_jax.progress import Bars
 
@@ -66,6 +67,8 @@ def generate(options: Options) -> dict[str, Any]:
     start = time.perf_counter()
     loras = read_loras(options.lora, options.lora_high, options.lora_low)
     checkpoint = open_model(options.checkpoint, bars)
+    if options.mesh not in (None, "auto"):
+        Strategy.parse(options.mesh).check(checkpoint.config, prompts=1)
     lora_files = open_loras(loras, checkpoint.config).files
     jobs = []
     for item in items:
@@ -78,7 +81,7 @@ def generate(options: Options) -> dict[str, Any]:
         _extend_prompts(pending, language_model, bars)
 
     seconds = dict.fromkeys(STAGES, 0.0)
-    profile = None
+    profile, mesh = None, None
     if pending:
         largest = max(pending, key=lambda job: math.prod(job.settings.size) * job.settings.frames)
         pipeline = WanPipeline.from_checkpoint(
@@ -86,11 +89,13 @@ def generate(options: Options) -> dict[str, Any]:
             options.dtype,
             vae_dtype=options.vae_dtype,
             profile=options.profile,
+            mesh=options.mesh,
             settings=largest.settings,
             loras=loras,
             progress=bars,
         )
         profile = pipeline.memory.profile.name
+        mesh = None if pipeline.spread is None else str(pipeline.spread.strategy)
         seconds["load"] = time.perf_counter() - start
         with bars.task("videos", total=len(pending)) if batch else contextlib.nullcontext() as bar:
             for job in pending:
@@ -103,6 +108,7 @@ def generate(options: Options) -> dict[str, Any]:
         **_report_settings(options, loras, jobs),
         "loras": [file.as_json() for file in lora_files],
         "profile": profile,
+        "mesh": mesh,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "peak_bytes": peak_bytes(),
         "outputs": [str(path) for job in jobs for path in job.written],
@@ -246,6 +252,7 @@ def load_pipeline(options: Options) -> "WanPipeline":
         options.dtype,
         vae_dtype=options.vae_dtype,
         profile=options.profile,
+        mesh=options.mesh,
         settings=run_settings(options, checkpoint.config),
         loras=read_loras(options.lora, options.lora_high, options.lora_low),
         progress=not options.quiet,
@@ -257,14 +264,23 @@ def run_settings(options: Options, config: WanConfig) -> Settings:
     return Settings.resolve(config, **choices(options))
 
 
-def plan(preset: str, options: Options, device_memory: float | None = None) -> "Report":
-    """Predicts what the options need of a device (of its memory, or of one with `device_memory` GiB)."""
+def plan(preset: str, options: Options, device_memory: float | None = None, devices: int | None = None) -> "Report":
+    """Predicts what the options need of a device (of its memory, or of one with `device_memory` GiB).
+
+    `devices` is how many the mesh "auto" may use, instead of those at hand.
+    """
     config = get_preset(preset)
     settings = Settings.resolve(config, **choices(options))
 
     from wan_jax.plan import report
 
-    return report(config, settings, options.dtype, options.profile, device_memory, options.vae_dtype)
+    if options.mesh is None:
+        return report(config, settings, options.dtype, options.profile, device_memory, options.vae_dtype)
+    from wan_jax.mesh_plan import report_mesh
+
+    return report_mesh(
+        config, settings, options.dtype, options.mesh, device_memory, options.vae_dtype, options.profile, devices
+    )
 
 
 def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
@@ -308,6 +324,7 @@ def extend(video: str, options: Options) -> list[pathlib.Path]:
         options.dtype,
         vae_dtype=options.vae_dtype,
         profile=options.profile,
+        mesh=options.mesh,
         settings=Settings.resolve(checkpoint.config, **own),
         loras=read_loras(options.lora, options.lora_high, options.lora_low),
         progress=not options.quiet,

@@ -47,6 +47,9 @@ class Options:
     profile: str = _option(
         str, f"{' | '.join(PROFILE_NAMES)}: where weights are kept (default auto)", default="auto", metavar="NAME"
     )
+    mesh: str | None = _option(
+        str, "several devices: axes and sizes like cfg2-ulysses2, or auto (default: one device)", metavar="MESH"
+    )
     initial_latents: str | None = _option(str, "start from these float32 [C, F', h, w] latents", metavar="F.npy")
     save_latents: str | None = _option(str, "also write the final float32 [C, F', h, w] latents", metavar="F.npy")
     save_frames: str | None = _option(str, "also write the uint8 [F, H, W, 3] frames", metavar="F.npy")

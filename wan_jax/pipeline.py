@@ -19,22 +19,27 @@ from jax.typing import ArrayLike
 
 from wan_jax import xla_flags
 from wan_jax.checkpoint import Checkpoint, open_checkpoint
+from wan_jax.checkpoint.components import Shardings
 from wan_jax.checkpoint.hub import local_checkpoint
+from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.config import WanConfig
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, known_frames
 from wan_jax.diffusion.guidance import guidance_by_expert
 from wan_jax.diffusion.noise import initial_noise
+from wan_jax.diffusion.relay import denoise_in_relay
 from wan_jax.diffusion.sampler import Expert, StepReport, denoise, plan_steps
 from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.errors import InputError
 from wan_jax.images import ImagePrompt, check_images
 from wan_jax.lora import AdaptedDenoiser, Lora, LoraFile, adapter_bytes, open_loras, with_loras
 from wan_jax.memory import PROFILES, Memory
+from wan_jax.mesh_plan import Mesh, spread_over
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.models.parameters import with_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
+from wan_jax.parallel.spread import Spread
 from wan_jax.plan import choose_profile
 from wan_jax.program import Program, Programs
 from wan_jax.progress import Bars
@@ -57,6 +62,7 @@ class WanPipeline:
             have an image encoder.
         loras: what `set_loras` put on the denoisers.
         memory: where their weights wait and run.
+        spread: over which devices; None for one alone.
         seconds: wall time of the last run by stage: "load", "compile", "text", "image", "encode", "denoise",
             "decode".
         latents: float32 [B, C, F', h, w] of the last run. They are kept as soon as denoising ends, so that nothing is
@@ -73,10 +79,12 @@ class WanPipeline:
         vae: VAE,
         image_encoder: ImageEncoder | None = None,
         memory: Memory | None = None,
+        spread: Spread | None = None,
         programs: Programs | None = None,
         progress: bool | Bars = False,
     ):
         self.config = config
+        self.spread = spread
         self.memory = Memory(PROFILES["resident"]) if memory is None else memory
         self.latents: np.ndarray | None = None
         self.seconds: dict[str, float] = {}
@@ -84,14 +92,19 @@ class WanPipeline:
         self._tokenizer = tokenizer
         self.denoisers = denoisers
         self.loras: tuple[Lora, ...] = ()
+        self._spreads = dict.fromkeys(denoisers) if spread is None else spread.by_expert(list(denoisers))
         self._adapted = {
-            name: AdaptedDenoiser(denoiser, lambda axes: self.memory.waiting()) for name, denoiser in denoisers.items()
+            name: AdaptedDenoiser(
+                denoiser,
+                (lambda axes: self.memory.waiting()) if (on := self._spreads[name]) is None else on.adapter_place,
+            )
+            for name, denoiser in denoisers.items()
         }
         self.text_encoder = text_encoder
         self.vae = vae
         self.image_encoder = image_encoder
         if programs is None:
-            programs = Programs(exact=next(iter(denoisers.values())).dtype == jnp.float32)
+            programs = Programs(exact=next(iter(denoisers.values())).dtype == jnp.float32, spread=spread)
         self._programs = programs
         self._encoded_prompts: dict[str, jax.Array] = {}
         self._encoded_images: dict[tuple[Any, ...], tuple[Conditioning, jax.Array | None]] = {}
@@ -105,6 +118,7 @@ class WanPipeline:
         *,
         vae_dtype: str = "float32",
         profile: str = "auto",
+        mesh: Mesh = None,
         progress: bool = False,
     ) -> "WanPipeline":
         """Loads a checkpoint: ours (Orbax), the official tree, a diffusers tree, ComfyUI files, or a hub id of those.
@@ -115,14 +129,19 @@ class WanPipeline:
             vae_dtype: the same for the VAE, which the official code runs in float32. "bfloat16" is faster, takes half
                 the memory, and moves the frames by less than one of their 255 levels on average.
             profile: where the weights are kept (wan_jax/memory.py): "resident", "swap" or "stream"; "auto" takes the
-                first of them that the device has room for at the preset's size.
+                first of them that the device has room for at the preset's size. On a mesh weights are resident.
+            mesh: how the work is spread over the devices: "cfg2-ulysses2", {"cfg": 2, "ulysses": 2}, or "auto" for what
+                suits the model, their number and their memory (wan_jax/parallel/collectives.py says what the axes are);
+                None for one device.
             progress: show bars and notes on standard error.
 
         Raises:
             InputError: the checkpoint is missing, damaged or of another family; the message names the file or tensor.
         """
         checkpoint = open_checkpoint(local_checkpoint(path_or_id))
-        return cls.from_checkpoint(checkpoint, dtype, vae_dtype=vae_dtype, profile=profile, progress=progress)
+        return cls.from_checkpoint(
+            checkpoint, dtype, vae_dtype=vae_dtype, profile=profile, mesh=mesh, progress=progress
+        )
 
     @classmethod
     def from_checkpoint(
@@ -132,14 +151,15 @@ class WanPipeline:
         *,
         vae_dtype: str = "float32",
         profile: str = "auto",
+        mesh: Mesh = None,
         settings: Settings | None = None,
         loras: Sequence[Lora] = (),
         progress: bool | Bars = False,
     ) -> "WanPipeline":
         """Loads the weights of a checkpoint that is already open; otherwise as `from_pretrained`.
 
-        `settings` is the run that the profile "auto" must have room for, beside `loras` (see `set_loras`), which are
-        verified before any weight is loaded. `progress` may be bars that are shown already.
+        `settings` is the run that the profile or mesh "auto" must have room for, beside `loras` (`set_loras`), which
+        are verified before any weight is loaded. `progress` may be bars that are shown already.
         """
         check_name("dtype", dtype, DTYPES)
         check_name("VAE dtype", vae_dtype, DTYPES)
@@ -157,9 +177,12 @@ class WanPipeline:
         tokenizer = Tokenizer.from_pretrained(checkpoint.tokenizer_folder, vocab_size=config.text_encoder.vocab_size)
 
         adapters = [adapter_bytes(each, config.denoiser) for each in open_loras(loras, config).by_expert.values()]
-        programs = Programs(exact=dtype == "float32")
-        if profile == "auto":
-            run = settings or Settings.resolve(config)
+        run = settings or Settings.resolve(config)
+        spread = spread_over(mesh, config, run, dtype, vae_dtype, profile, max(adapters), bars.note)
+        programs = Programs(exact=dtype == "float32", spread=spread)
+        if spread is not None:
+            chosen = PROFILES["resident"]
+        elif profile == "auto":
             chosen = choose_profile(config, run, dtype, vae_dtype, programs, adapter_bytes=max(adapters))
             if chosen.idle_on_host:
                 bars.note(f"memory profile {chosen.name}: the device has no room for more")
@@ -168,8 +191,12 @@ class WanPipeline:
         memory = Memory(chosen)
 
         def load(component: str, make, model_config, dtype: str):
+            places: Shardings = memory.waiting()
+            if spread is not None:
+                on = spread.by_expert(config.experts).get(component, spread)
+                places = on.places(model_config, abstract_model(model_config))
             with bars.transfers("load") as report:
-                arrays = checkpoint.load(component, dtype, memory.waiting(), progress=report)
+                arrays = checkpoint.load(component, dtype, places, progress=report)
             return with_parameters(lambda: make(model_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), arrays)
 
         clip = config.image_encoder
@@ -182,6 +209,7 @@ class WanPipeline:
             # In float32: the official code has float16 here, which bfloat16 would not match.
             image_encoder=None if clip is None else load("image_encoder", ImageEncoder, clip, "float32"),
             memory=memory,
+            spread=spread,
             programs=programs,
             progress=progress,
         )
@@ -335,6 +363,8 @@ class WanPipeline:
         if not prompts:
             raise InputError("no prompts: give at least one")
         check_images(self.config, images is not None, images is not None and images.last is not None)
+        if self.spread is not None:
+            self.spread.strategy.check(self.config, prompts=len(prompts))
         self._warn_of_length(settings.frames)
         self.seconds = {"load": self.seconds["load"]} if "load" in self.seconds else {}
         latents = self._initial_latents(len(prompts), settings, initial_latents)
@@ -347,37 +377,47 @@ class WanPipeline:
         conditioning, features = self._encode_images(images, settings)
         if features is not None:
             features = jnp.broadcast_to(features, (len(prompts), *features.shape[1:]))
+        # With experts on devices of their own, videos pass from one to the other; batches are as large as "data" asks.
+        in_relay = self.spread is not None and self.spread.strategy.experts > 1
+        batch = self.spread.strategy.data if self.spread is not None and in_relay else len(prompts)
+        if self.spread is not None and not in_relay:
+            latents, conditioning = self.spread.put_batch(latents), self.spread.put_known(conditioning)
 
         with (
-            self._bars.task("denoise (compiling)", total=schedule.num_steps) as bar,
+            self._bars.task("denoise (compiling)", total=schedule.num_steps * len(prompts) // batch) as bar,
             contextlib.ExitStack() as at_the_end,
             contextlib.ExitStack() as running,
         ):
             at_the_end.callback(self.memory.drop_prefetched)
 
-            def get_expert(name: str) -> Expert:
+            def get_expert(name: str, index: int = 0) -> Expert:
+                part = slice(index * batch, (index + 1) * batch)
                 running.close()  # frees the expert before this one
                 denoiser = running.enter_context(self.memory.on_device(self.denoisers[name]))
-                return Expert.prepare(denoiser, positive, negative if scales[name] != 1 else None, features)
+                inputs: list[Any] = [positive, negative if scales[name] != 1 else None, features]
+                inputs = [None if x is None else x[part] for x in inputs]
+                if (spread := self._spreads[name]) is not None:
+                    inputs = spread.put_batch(inputs)
+                return Expert.prepare(denoiser, *inputs[:2], image=inputs[2], spread=spread)
 
             def on_step(step: StepReport) -> None:
                 bar.advance(1, f"denoise ({step.expert} expert)")
-                self._add_seconds("denoise", step.seconds)
+                if not in_relay:
+                    self._add_seconds("denoise", step.seconds)
                 self._add_seconds("compile", step.compile_seconds)
                 for following in experts[experts.index(step.expert) + 1 :]:
                     self.memory.prefetch(self.denoisers[following])
 
-            latents = denoise(
-                latents,
-                schedule,
-                get_solvers(settings.solver),
-                settings.guidance,
-                settings.boundary,
-                get_expert,
-                on_step,
-                conditioning,
-            )
-        self.latents = np.asarray(latents)
+            policies = schedule, get_solvers(settings.solver), settings.guidance, settings.boundary
+            if in_relay:
+                lots = [latents[start : start + batch] for start in range(0, len(prompts), batch)]
+                known = [conditioning] * len(lots)
+                with self._stage("denoise"):
+                    lots = denoise_in_relay(lots, *policies, get_expert, lambda _, step: on_step(step), known)
+                self.latents = np.concatenate([np.asarray(lot) for lot in lots])
+            else:
+                latents = denoise(latents, *policies, get_expert, on_step, conditioning)
+                self.latents = np.asarray(latents) if self.spread is None else self.spread.fetch(latents)
         if not np.isfinite(self.latents).all():
             raise InputError("the denoised latents are not finite: the weights are damaged, or need float32")
         return self.latents
@@ -390,7 +430,7 @@ class WanPipeline:
         Latent frames are decoded `chunk` at a time and leave the device as they are done, while the next are decoded;
         so memory does not grow with the length. `on_frames` is called with each lot, uint8 [n, H, W, 3], in order.
         """
-        latents = jnp.asarray(latents)[None]
+        latents = self._put(np.asarray(latents)[None])
         lots: list[np.ndarray] = []
         with (
             self._bars.task("decode", total=latents.shape[2]) as bar,
@@ -436,9 +476,9 @@ class WanPipeline:
             self.memory.on_device(self.vae) as vae,
             self._stage("encode"),
         ):
-            latents, cache = self._start(self._programs.encode_first, vae, jnp.asarray(frames[:1]))
+            latents, cache = self._start(self._programs.encode_first, vae, self._put(frames[:1]))
             for index in range(1, len(frames), stride):
-                some = jnp.asarray(frames[index : index + stride])
+                some = self._put(frames[index : index + stride])
                 following, cache = self._start(self._programs.encode_next, vae, cache, some)
                 lots.append(np.asarray(latents))  # waits, so that no more frames are on their way to the device
                 bar.reach(len(lots))
@@ -451,7 +491,8 @@ class WanPipeline:
         """What is written into the video's file."""
         names = {} if images is None else images.names
         loras = {"loras": [lora.as_json() for lora in self.loras]} if self.loras else {}
-        return {"prompt": prompt, **names, "model": self.config.name, **loras, **settings.as_json()}
+        mesh = {} if self.spread is None else {"mesh": str(self.spread.strategy)}
+        return {"prompt": prompt, **names, "model": self.config.name, **loras, **mesh, **settings.as_json()}
 
     def _initial_latents(self, batch: int, settings: Settings, given: ArrayLike | None) -> jax.Array:
         shape = settings.latents_shape(self.config)
@@ -473,6 +514,8 @@ class WanPipeline:
                     if len(self._encoded_prompts) >= CACHED_PROMPTS:
                         self._encoded_prompts.pop(next(iter(self._encoded_prompts)))
                     tokens, mask = self._tokenizer([prompt], self.config.denoiser.text_length)
+                    if self.spread is not None:
+                        tokens, mask = self.spread.put_whole((tokens, mask))
                     self._encoded_prompts[prompt] = self._run(
                         "text", self._programs.encode_text, encoder, tokens, mask
                     )[0]
@@ -507,10 +550,14 @@ class WanPipeline:
     def _encode_for_attention(self, images: ImagePrompt) -> jax.Array | None:
         if self.image_encoder is None:
             return None
-        pixels = jnp.asarray(images.clip_inputs(self.image_encoder.config.image_size))
+        pixels = self._put(images.clip_inputs(self.image_encoder.config.image_size))
         with self.memory.on_device(self.image_encoder) as encoder:
             features = self._run("image", self._programs.encode_image, encoder, pixels)
         return features.reshape(1, -1, features.shape[-1])  # of two images, one after the other
+
+    def _put(self, array: ArrayLike) -> jax.Array:
+        """An array where the models that are no denoisers take it."""
+        return jnp.asarray(array) if self.spread is None else self.spread.put_whole(array)
 
     def _warn_of_length(self, frames: int) -> None:
         """Says, once for each length, that the model was not trained for so many frames."""

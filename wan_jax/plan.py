@@ -35,6 +35,7 @@ from wan_jax.models.parameters import dotted, named_parameters
 from wan_jax.models.streaming import Cache
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
+from wan_jax.parallel.strategy import Strategy
 from wan_jax.program import Programs, scratch_bytes
 from wan_jax.settings import DTYPES, PROFILE_NAMES, Settings, check_name
 
@@ -102,6 +103,7 @@ class Plan:
         self.dtype = jnp.dtype(dtype)
         self.vae_dtype = jnp.dtype(vae_dtype)
         self.device = jax.devices()[0] if device is None else device
+        self.strategy = Strategy()  # one device
         self.compiled = self.device.platform != "cpu"  # whether scratch comes from compiled programs
         self._programs = Programs(exact=dtype == "float32") if programs is None else programs
         self._scratch: dict[bool, Mapping[str, int]] = {}
@@ -251,11 +253,11 @@ class Plan:
         sizes = {
             "text": text,
             "denoise": text + contexts + _nbytes(latents) + state + _nbytes(self._conditioning()),
-            "decode": text + _nbytes(latents) + _nbytes(cache),
+            "decode": text + _nbytes(latents) + self._cache_bytes(cache),
         }
         if self._encoded_frames:
             cache = jax.eval_shape(_encode_cache, vae, self._frames(1, None))
-            sizes["encode"] = text + _nbytes(latents) + _nbytes(cache) + _nbytes(frame)
+            sizes["encode"] = text + _nbytes(latents) + self._cache_bytes(cache) + _nbytes(frame)
         if (clip := self.config.image_encoder) is not None:
             sizes["image"] = text + IMAGE_ENCODER_DTYPE.itemsize * self._image_tokens() * clip.dim
         return sizes
@@ -346,6 +348,9 @@ class Plan:
             image = array(self._image_tokens())
         return Context(text, text, image, image)
 
+    def _cache_bytes(self, cache: Cache) -> int:
+        return _nbytes(cache)
+
     def _context_bytes(self) -> int:
         return _nbytes(self._context(None))
 
@@ -375,6 +380,8 @@ class Report:
             "dtype": plan.dtype.name,
             "vae_dtype": plan.vae_dtype.name,
             "device": plan.device.device_kind,
+            "mesh": str(plan.strategy),
+            "devices": plan.strategy.devices,
             "device_memory": self.device_memory,
             "scratch": "compiled" if plan.compiled else "formula",
             "profiles": [each.as_json() | {"fits": self.fits(each)} for each in self.predictions],
@@ -384,10 +391,12 @@ class Report:
     def __str__(self) -> str:
         plan, settings = self.plan, self.plan.settings
         memory = "" if self.device_memory is None else f", {_gib(self.device_memory)} for JAX"
+        count = plan.strategy.devices
+        mesh = f", each of {count} in mesh {plan.strategy}" if count > 1 else ""
         titles = " ".join(f"{stage:>10}" for stage in plan.stages)
         lines = [
             f"{plan.config.name} {settings.size[0]}x{settings.size[1]}, {settings.frames} frames, "
-            f"{settings.make_schedule().num_steps} steps, {plan.dtype.name}; {plan.device.device_kind}{memory}",
+            f"{settings.make_schedule().num_steps} steps, {plan.dtype.name}; {plan.device.device_kind}{memory}{mesh}",
             f"{'profile':<9} {'device peak':>11} {titles} {'pinned host':>12} {'a step':>8} {'a video':>9}",
         ]
         for each in self.predictions:
@@ -400,7 +409,9 @@ class Report:
             lines.append(
                 f"{each.profile:<9} {_gib(each.peak_bytes):>11} {stages} {_gib(each.host_bytes):>12} {times}  {verdict}"
             )
-        if plan.compiled:
+        if count > 1:
+            lines.append("Scratch memory is a formula's; seconds assume the links that wan_jax/mesh_plan.py states.")
+        elif plan.compiled:
             formula = [each.profile for each in self.predictions if not plan.compiles(PROFILES[each.profile])]
             note = f"; for {formula[0]} a formula's, until JAX is 0.11" if formula else ""
             lines.append(f"Scratch memory is that of the programs as compiled for this device{note}.")

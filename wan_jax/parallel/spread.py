@@ -7,11 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
-from wan_jax.config import TextEncoderConfig
+from wan_jax.config import DenoiserConfig, TextEncoderConfig
 from wan_jax.models.parameters import ParameterInfo
 from wan_jax.parallel import collectives
 from wan_jax.parallel.collectives import CFG, DATA, FSDP, PIPELINE, TENSOR, TENSOR_AXES
@@ -24,7 +26,7 @@ class Spread:
     """The arrays of a run and their places on a mesh; hashable, so that compiled functions can depend on it."""
 
     strategy: Strategy
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
 
     @classmethod
     def over(cls, strategy: Strategy, devices: Any = None) -> "Spread":
@@ -41,11 +43,16 @@ class Spread:
             for index, name in enumerate(names)
         }
 
+    @classmethod
+    def planned(cls, strategy: Strategy) -> "Spread":
+        """Without devices: it says how large parts are, and nothing can be put anywhere."""
+        return cls(strategy, strategy.abstract_mesh())
+
     def for_text(self, config: TextEncoderConfig) -> "Spread":
         """The same devices for the text encoder: tensor parallelism over as many as divide it, and copies of that."""
-        devices = self.devices
-        parts = math.gcd(len(devices), config.num_heads, config.ffn_dim, config.vocab_size)
-        return Spread.over(Strategy(data=len(devices) // parts, tensor=parts), devices)
+        parts = math.gcd(self.strategy.devices, config.num_heads, config.ffn_dim, config.vocab_size)
+        strategy = Strategy(data=self.strategy.devices // parts, tensor=parts)
+        return Spread.planned(strategy) if isinstance(self.mesh, AbstractMesh) else Spread.over(strategy, self.devices)
 
     def parameter_spec(self, axes: tuple[str | None, ...]) -> P:
         """Of a parameter with these logical axes, "layers" first where layers are stacked.
@@ -67,6 +74,14 @@ class Spread:
         """Where a transformer's parameters lie, by name: what `Checkpoint.load` takes."""
         return {name: NamedSharding(self.mesh, self.parameter_spec(info.axes)) for name, info in tree.items()}
 
+    def places(self, config: Any, tree: Mapping[str, ParameterInfo]) -> dict[str, NamedSharding]:
+        """Where the parameters of any model lie; `tree` is its abstract tree."""
+        if isinstance(config, DenoiserConfig):
+            return self.shardings(tree)
+        if isinstance(config, TextEncoderConfig):
+            return self.for_text(config).shardings(tree)
+        return dict.fromkeys(tree, self.replicated)
+
     def state_specs(self, state: nnx.State) -> Any:
         """The specs of a transformer's state, as `nnx.split` gives it, for `shard_map`."""
 
@@ -83,6 +98,7 @@ class Spread:
     @property
     def devices(self) -> list[jax.Device]:
         """All of them, in the mesh's order."""
+        assert isinstance(self.mesh, Mesh)
         return self.mesh.devices.flatten().tolist()
 
     @property
@@ -94,14 +110,41 @@ class Spread:
         """A float32 array on the mesh, without its numbers."""
         return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(self.mesh, spec))
 
+    def adapter_place(self, axes: tuple[str | None, ...]) -> NamedSharding:
+        """Where an array of a LoRA with these logical axes lies: beside its kernel's part."""
+        return NamedSharding(self.mesh, self.parameter_spec(axes))
+
     def put_batch(self, arrays: Any) -> Any:
         """Puts arrays with a prompt's axis first where the denoise loop wants them."""
-        return jax.device_put(arrays, NamedSharding(self.mesh, self.batch))
+        sharding = NamedSharding(self.mesh, self.batch)
+        return jax.tree.map(lambda array: put(array, sharding), arrays)
+
+    def put_whole(self, tree: Any) -> Any:
+        """Puts arrays on every device."""
+        return jax.tree.map(lambda array: put(array, self.replicated), tree)
+
+    def put_known(self, conditioning: Any) -> Any:
+        """Puts what is known of the frames: with its prompts, where there is one for each, or on every device."""
+        return jax.tree.map(
+            lambda x: self.put_batch(x) if np.ndim(x) and len(x) > 1 else self.put_whole(x), conditioning
+        )
+
+    def fetch(self, array: jax.Array) -> np.ndarray:
+        """The whole array, on the host of every process."""
+        return np.asarray(jax.device_put(array, self.replicated))
 
     def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`function` as every device runs it, on its own part of the arguments."""
         # Kernels do not say along which axes their results differ, so nothing can be checked.
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def put(array: ArrayLike, sharding: NamedSharding) -> jax.Array:
+    """Puts an array, which every process has, where the sharding says; each process makes its own devices' parts."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    host = np.asarray(array)
+    return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
 
 def gather_outside_layers(state: nnx.State) -> nnx.State:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from wan_jax.config import WanConfig
 from wan_jax.errors import InputError, unknown_name
@@ -69,40 +69,49 @@ class Strategy:
         """The mesh, over the first devices that it needs. Raises InputError if there are fewer."""
         devices = jax.devices() if devices is None else devices
         if len(devices) < self.devices:
-            raise InputError(f"mesh {self}: needs {self.devices} devices, there are {len(devices)}")
+            raise InputError(
+                f"mesh {self}: needs {self.devices} devices and there are {len(devices)}; use a smaller one, or auto"
+            )
         sizes, names = tuple(getattr(self, name) for name in MESH_AXES), MESH_AXES
         return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes), devices=devices[: self.devices])
 
-    def check(self, config: WanConfig, *, prompts: int = 1) -> None:
-        """Raises InputError, naming what would be legal, for a strategy that the model cannot be spread by."""
+    def abstract_mesh(self) -> AbstractMesh:
+        """The mesh without devices, for bookkeeping."""
+        return AbstractMesh(tuple(getattr(self, name) for name in MESH_AXES), MESH_AXES)
+
+    def check(self, config: WanConfig, *, prompts: int | None = None) -> None:
+        """Raises InputError, naming what would be legal, for a strategy that the model cannot be spread by.
+
+        `prompts` is how many videos are made at once; None where that is not known yet.
+        """
         denoiser = config.denoiser
         if self.cfg > 2:
             raise InputError(
-                f"mesh {self}: cfg can be 2, for the prompt and the negative prompt; use data for more prompts"
+                f"mesh {self}: cfg can be 1 or 2, for the prompt and the negative prompt; use data for more prompts"
             )
         experts = len(config.experts)
         if self.experts not in (1, experts):
             raise InputError(f"mesh {self}: {config.name} has {experts} experts; use experts{experts}, or none")
-        if prompts % self.data:
+        if prompts is not None and prompts % self.data:
             raise InputError(
-                f"mesh {self}: {prompts} prompts do not divide over data{self.data}; use {_legal(prompts)}"
+                f"mesh {self}: a batch of {prompts} cannot be divided over data {self.data}; use {_legal(prompts)}, "
+                "or give more prompts at once"
             )
-        exchanged = self.fsdp * self.ulysses
-        for axis, size in (("tensor", self.tensor), ("ulysses and fsdp", exchanged)):
-            heads = denoiser.num_heads if axis == "tensor" else denoiser.num_heads // max(self.tensor, 1)
-            if heads % size:
-                raise InputError(
-                    f"mesh {self}: {heads} heads do not divide over {axis} {size}; use {_legal(heads)}, or ring"
-                )
-        if denoiser.ffn_dim % self.tensor:
-            raise InputError(f"mesh {self}: ffn_dim {denoiser.ffn_dim} does not divide over tensor {self.tensor}")
-        if denoiser.num_layers % self.pipeline:
-            raise InputError(
-                f"mesh {self}: {denoiser.num_layers} layers do not divide into {self.pipeline} stages; "
-                f"use {_legal(denoiser.num_layers)}"
-            )
-        if denoiser.dim % self.fsdp:
-            raise InputError(f"mesh {self}: width {denoiser.dim} does not divide over fsdp {self.fsdp}")
+        heads = denoiser.num_heads
+        self._check_divides("tensor", self.tensor, f"{heads} heads", heads, ", or ring")
+        heads //= self.tensor
+        shared = f"{heads} heads" + (f" on each part of tensor {self.tensor}" if self.tensor > 1 else "")
+        if self.fsdp > 1 and self.ulysses > 1:
+            self._check_divides("fsdp times ulysses", self.fsdp * self.ulysses, shared, heads, ", or ring")
+        for axis in ("fsdp", "ulysses"):
+            self._check_divides(axis, getattr(self, axis), shared, heads, ", or ring")
+        self._check_divides("tensor", self.tensor, f"ffn_dim {denoiser.ffn_dim}", denoiser.ffn_dim)
+        self._check_divides("fsdp", self.fsdp, f"width {denoiser.dim}", denoiser.dim)
+        self._check_divides("pipeline", self.pipeline, f"{denoiser.num_layers} layers", denoiser.num_layers)
+
+    def _check_divides(self, axis: str, size: int, what: str, number: int, instead: str = "") -> None:
+        if number % size:
+            raise InputError(f"mesh {self}: {what} cannot be divided over {axis} {size}; use {_legal(number)}{instead}")
 
 
 def _legal(number: int, most: int = 16) -> str:
