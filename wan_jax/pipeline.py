@@ -394,11 +394,12 @@ class WanPipeline:
                 part = slice(index * batch, (index + 1) * batch)
                 running.close()  # frees the expert before this one
                 denoiser = running.enter_context(self.memory.on_device(self.denoisers[name]))
-                inputs: list[Any] = [positive, negative if scales[name] != 1 else None, features]
+                inputs: Any = [positive, negative if scales[name] != 1 else None, features]
                 inputs = [None if x is None else x[part] for x in inputs]
                 if (spread := self._spreads[name]) is not None:
                     inputs = spread.put_batch(inputs)
-                return Expert.prepare(denoiser, *inputs[:2], image=inputs[2], spread=spread)
+                text, opposite, image = inputs
+                return Expert.prepare(denoiser, text, opposite, image, spread)
 
             def on_step(step: StepReport) -> None:
                 bar.advance(1, f"denoise ({step.expert} expert)")
