@@ -158,6 +158,9 @@ def _sample(values: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _train(values: argparse.Namespace, rest: Sequence[str]) -> None:
+    from wan_jax.training import check_installed
+
+    check_installed()
     from wan_jax.training.recipe import load_train_recipe
     from wan_jax.training.run import train
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from wan_jax.kernels.attention import (
     reference,
     unsupported_by_hopper,
 )
+from wan_jax.kernels.attention.backward import CUDNN_FORWARD, keeps_attention, with_recomputed_gradients
 from wan_jax.kernels.attention.block_lists import from_key_ranges
 
 # Errors as a share of the largest gradient.
@@ -260,3 +262,46 @@ if jax.__version_info__ >= pallas_gpu.JAX_NEEDED:
         x = jax.ShapeDtypeStruct((1, 1000, 2, head_dim), jnp.bfloat16)
         run = jax.jit(lambda x, lists: pallas_gpu.attention(x, x, x, block_lists=lists, return_lse=True))
         assert "mosaic_gpu_v2" in run.trace(x, lists).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def layers_with_kept_attention(x, scales, attend):
+    """As `scanned`; the backward pass keeps what attention computed."""
+
+    def layer(x, scale):
+        y = x * scale.astype(x.dtype)
+        return x + attend(y), None
+
+    step = jax.checkpoint(layer, policy=keeps_attention, prevent_cse=False)
+    return jax.lax.scan(step, x, scales)[0].astype(jnp.float32).sum()
+
+
+def test_kept_attention_is_not_computed_again():
+    """Its forward pass is in the program once; without the policy it would be twice."""
+    calls = []
+
+    def attend(y):
+        calls.append(y)
+        return with_recomputed_gradients(forward, y, y, y, scale=0.1, block_lists=None, return_lse=False)
+
+    def forward(query, key, value, *, scale, block_lists, return_lse):
+        output, lse = attention(query, key, value, scale=scale, return_lse=True, implementation="reference")
+        output = jnp.sinh(output)  # marks the forward pass
+        return (output, lse) if return_lse else output
+
+    x, scales = jnp.ones((1, 30, 1, 64)), jnp.ones(3)
+    program = str(jax.make_jaxpr(jax.grad(layers_with_kept_attention), static_argnums=2)(x, scales, attend))
+    assert program.count("sinh ") == 1
+    assert calls
+
+
+def test_kept_attention_of_cudnn(monkeypatch):
+    """By JAX's own name for the kernel, which is no public one."""
+    fused = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda *arguments, **options: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda *arguments, **options: True)
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 128), jnp.bfloat16)
+    scales = jax.ShapeDtypeStruct((3,), jnp.float32)
+    differentiate = jax.jit(jax.grad(layers_with_kept_attention), static_argnums=2)
+    program = str(differentiate.trace(x, scales, lambda y: cudnn.attention(y, y, y, scale=0.1)).jaxpr)
+    assert program.count(f"{CUDNN_FORWARD}[") == 1
+    assert program.count("dot_product_attention_bwd_wrapper[") == 1

@@ -171,3 +171,9 @@ def test_bad_options(train, options, message, capsys, tmp_path):
 def test_there_is_nothing_to_export_yet(train, capsys):
     assert train(export_only=True) == 2
     assert "no checkpoint to export yet" in capsys.readouterr().err
+
+
+def test_what_training_needs_beside_the_package(train, monkeypatch, capsys):
+    monkeypatch.setattr("wan_jax.training.REQUIREMENTS", ("optax", "grain_of_salt"))
+    assert train() == 2
+    assert "training needs grain_of_salt; pip install 'wan_jax[train]'" in capsys.readouterr().err

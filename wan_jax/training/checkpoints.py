@@ -51,7 +51,7 @@ class Checkpoints:
         self._checkpointer.save_async(step, named_leaves(state), custom_metadata={"data": data}, force=True)
 
     def load(self, step: int, like: Any) -> tuple[Any, Any]:
-        """State and data of a step; `like` is a state of the same run, whose shapes and places the result takes.
+        """State and data of a step; `like` is a state of the same run, or its shapes, with places for the result.
 
         Raises InputError where the checkpoint has other parameters.
         """
@@ -81,7 +81,7 @@ class Checkpoints:
         self._checkpointer.close()
 
 
-def named_leaves(state: Any) -> dict[str, jax.Array]:
+def named_leaves(state: Any) -> dict[str, Any]:
     """A tree's arrays by their paths: what is stored depends on no class of ours or of optax."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

@@ -135,11 +135,12 @@ class LatentBatches:
     """
 
     def __init__(self, records: Mapping[Bucket, Sequence[Record]], batch_size: int, text_length: int, seed: int):
+        in_order = [records[bucket] for bucket in sorted(records, key=str)]
         datasets = [
             grain.MapDataset.source(RecordSource(some, text_length)).shuffle(seed=seed).repeat().batch(batch_size)
-            for _, some in sorted(records.items(), key=lambda item: str(item[0]))
+            for some in in_order
         ]
-        weights = [float(len(some)) for _, some in sorted(records.items(), key=lambda item: str(item[0]))]
+        weights = [float(len(some)) for some in in_order]
         mixed = datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
         options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
         self._iterator: Any = iter(mixed.to_iter_dataset(read_options=options))

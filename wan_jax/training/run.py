@@ -20,9 +20,9 @@ from wan_jax.checkpoint.memory import memory_checkpoint
 from wan_jax.errors import InputError
 from wan_jax.generate import open_model
 from wan_jax.lora import save_lora
-from wan_jax.memory import PROFILES, Memory, single_device
+from wan_jax.memory import PROFILES, Memory, place, single_device
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.parameters import with_parameters
+from wan_jax.models.parameters import named_parameters, with_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.mesh import ShardingRules, make_mesh
@@ -258,10 +258,15 @@ class TrainingRun:
         assert self.sample_settings is not None
         use_average = self.options.export.weights == "ema" and state.ema is not None
         trained, frozen = state.ema if use_average else state.parameters, self._frozen
+        here = single_device(jax.devices()[0], on_host=False)
         if self.mesh is not None:  # samples are made on one device
-            here = single_device(jax.devices()[0], on_host=False)
             trained, frozen = jax.device_put((trained, self._frozen), here)
         denoisers = {expert: self.loss.denoiser(expert, trained, frozen) for expert in self.experts}
+        # Arrays that are where the pipeline runs them are shared with it; it frees only what it copied itself.
+        denoisers = {
+            expert: place(denoiser, dict.fromkeys(named_parameters(denoiser), here))
+            for expert, denoiser in denoisers.items()
+        }
         for expert in self.config.experts:
             if expert not in denoisers:
                 if expert not in self._others:

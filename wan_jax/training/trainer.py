@@ -144,7 +144,12 @@ class Trainer:
             folder / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every
         )
         if (latest := self._checkpoints.latest) is not None:
-            self.state, data = self._checkpoints.load(latest, self.state)
+            shapes = jax.tree.map(
+                lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), self.state
+            )
+            for array in jax.tree.leaves(self.state):  # there is not room for two
+                array.delete()
+            self.state, data = self._checkpoints.load(latest, shapes)
             batches.set_state(data)
             self._print(f"continues {folder} after step {latest}")
         self.step = latest or 0
