@@ -1,0 +1,55 @@
+"""The weights that ship with the package, where they are: their size, and what they can do, on a CPU in seconds."""
+
+import numpy as np
+
+from wan_jax import WanPipeline
+from wan_jax.config import get_preset
+from wan_jax.nano import WEIGHTS
+from wan_jax.nano.classifier import Classifier
+from wan_jax.nano.digits import digit_atlas
+from wan_jax.nano.evaluate import generate_videos, judge, make_prompts, psnr
+from wan_jax.nano.export import LARGEST
+from wan_jax.nano.measure import measure
+from wan_jax.nano.render import render_scenes
+from wan_jax.nano.scenes import COLOURS, KINDS, MOTIONS, draw_scenes
+from wan_jax.settings import Settings
+
+
+def test_the_classifier_ships():
+    assert Classifier.load()(np.zeros((2, 32, 32), np.float32)).shape == (2, len(KINDS))
+
+
+# A tree without trained weights has nothing more to test.
+if WEIGHTS.is_dir():
+
+    def test_size():
+        assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= LARGEST
+        assert (WEIGHTS / "README.md").is_file()
+
+    def test_reconstruction():
+        """Held-out videos through the VAE: at least 32 dB, and the measuring program still sees what they show."""
+        pipe = WanPipeline.from_pretrained(WEIGHTS, "float32")
+        assert pipe.config == get_preset("nano")
+        scenes = draw_scenes(11, 6, pairs=0.0, want_held_out=True)
+        videos = render_scenes(0, scenes, digit_atlas(test=True))
+        latents = np.asarray(pipe.vae.encode(videos.astype(np.float32) / 127.5 - 1))
+        decoded = [pipe.decode(one) for one in latents]
+        print(f"{psnr(list(videos), decoded):.1f} dB")
+        assert psnr(list(videos), decoded) > 32
+        # Normalised latents: the deviation is 1 over many videos, about that over few.
+        assert 0.5 < latents.std() < 2
+        classifier = Classifier.load()
+        for video, colour, motion in zip(decoded, scenes.colour[:, 0], scenes.motion[:, 0], strict=True):
+            (found,) = measure(video, classifier).objects
+            assert (found.colour, found.motion) == (list(COLOURS)[colour], MOTIONS[motion])
+
+    def test_generated_videos():
+        """What nobody trained on, in three languages: most of it is right (chance is below one in eight)."""
+        pipe = WanPipeline.from_pretrained(WEIGHTS, "float32")
+        prompts = make_prompts(4, 0, seed=123)
+        classifier = Classifier.load()
+        videos = generate_videos(pipe, prompts, Settings.resolve(pipe.config), batch=12)
+        verdicts = [judge(prompt, measure(video, classifier)) for prompt, video in zip(prompts, videos, strict=True)]
+        right = {metric: sum(verdict[metric] for verdict in verdicts) for metric in ("object and colour", "motion")}
+        print(right)
+        assert min(right.values()) >= 8
