@@ -74,7 +74,7 @@ def test_photographs_are_turned_as_the_camera_says(tmp_path):
         (Image.new("F", (4, 4)), "32 bits; save it with 8 bits"),
         (7, r"an image is int64 of shape \(\)"),
     ],
-    ids=str,
+    ids=lambda value: None if isinstance(value, np.ndarray | Image.Image) else str(value),
 )
 def test_what_is_no_image(image, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
