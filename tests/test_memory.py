@@ -250,13 +250,13 @@ def test_shapes_in_the_place_of_layers(layers):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_step_is_told_what_is_on_the_host(pipelines, videos, monkeypatch, profile):
     pipeline = pipelines[profile]
-    step, told = sampler._sample_step, []
+    step, told = sampler._sample_step(()), []
 
     def lower(graphdef, solver, spread, parameters, *rest):
         told.append({dotted(path): on_host(variable.get_value()) for path, variable in parameters.flat_state()})
         return step.lower(graphdef, solver, spread, parameters, *rest)
 
-    monkeypatch.setattr(sampler, "_sample_step", SimpleNamespace(lower=lower))
+    monkeypatch.setattr(sampler, "_sample_step", lambda options: SimpleNamespace(lower=lower))
     pipeline("a red circle", **SMALL)
     assert len(told) == 2  # one for each expert
     for parameters in told:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from wan_jax import xla_flags
@@ -90,3 +91,16 @@ def test_the_users_own_values_stay(environment):
 def test_jax_has_not_started_when_the_command_line_sets_them():
     done = subprocess.run([sys.executable, "-c", "import sys, wan_jax.cli; sys.exit('jax' in sys.modules)"])
     assert done.returncode == 0
+
+
+def test_options_of_a_step_on_several_gpus(monkeypatch):
+    """XLA knows them, and none takes the place of what the user says."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    assert xla_flags.step_options({}) == xla_flags.CUBLASLT_OPTIONS
+    options = xla_flags.step_options({"ring": 2})
+    assert options == xla_flags.CUBLASLT_OPTIONS | xla_flags.MESH_OPTIONS | xla_flags.RING_OPTIONS
+    assert xla_flags.step_options({"ring": 2}, processes=2).keys().isdisjoint(xla_flags.RING_OPTIONS)
+    assert xla_flags.step_options({"ulysses": 2}).keys().isdisjoint(xla_flags.RING_OPTIONS)
+    jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()  # raises for an option that is not known
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
+    assert xla_flags.step_options({"ulysses": 2}) == xla_flags.CUBLASLT_OPTIONS

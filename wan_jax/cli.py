@@ -92,11 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_plan)
 
     command = commands.add_parser("bench", help="measure a part of a model", allow_abbrev=False)
-    command.add_argument("part", help="denoiser | attention | text | vae | video", metavar="PART")
+    command.add_argument("part", help="denoiser | attention | text | vae | video | mesh", metavar="PART")
     command.add_argument("--preset", default="t2v-a14b", help="model, or demo (default t2v-a14b)", metavar="NAME")
     command.add_argument("--weights", choices=("random",), default="random", help="speed does not depend on them")
     _add_options(command, ["size", "frames", "steps", "dtype", "vae_dtype"])
     command.add_argument("--repeats", type=int, default=5, help="timed runs, of which the median counts", metavar="N")
+    command.add_argument("--mesh", action="append", default=[], help="for bench mesh; several times", metavar="MESH")
+    command.add_argument("--prompts", type=int, default=1, help="for bench mesh: videos at once", metavar="N")
     command.add_argument("--output", type=pathlib.Path, help="write all figures here", metavar="F.json")
     command.add_argument("--plot", type=pathlib.Path, help="draw where a forward's time goes", metavar="F.png")
     command.set_defaults(run=_bench)
@@ -224,9 +226,20 @@ def _plan(values: argparse.Namespace) -> None:
 
 
 def _bench(values: argparse.Namespace) -> None:
+    options = _options(argparse.Namespace(**{**vars(values), "mesh": None, "prompts": None}))
+    if values.part == "mesh":
+        from wan_jax.bench_mesh import run as run_mesh
+
+        run_mesh(
+            values.mesh,
+            **{name: getattr(options, name) for name in ("size", "frames", "dtype")},
+            **{name: getattr(values, name) for name in ("preset", "prompts", "repeats", "output")},
+        )
+        return
+    if values.mesh:
+        raise InputError("--mesh compares meshes: use it with bench mesh")
     from wan_jax.bench import run
 
-    options = _options(values)
     run(
         **{name: getattr(options, name) for name in ("size", "frames", "steps", "dtype", "vae_dtype")},
         **{name: getattr(values, name) for name in ("part", "preset", "repeats", "output", "plot")},

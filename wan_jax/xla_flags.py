@@ -10,12 +10,13 @@ Left alone after a look at them:
   peak that a process reports is that of compiling the VAE, not of running it. What does not fit is not chosen, so it
   compiles under any limit. Level 0 avoids that, but then cuDNN runs convolutions without workspace.
   (xla_gpu_redzone_scratch_max_megabytes, the bound that older versions had, is gone.)
-- xla_gpu_enable_latency_hiding_scheduler, xla_gpu_enable_pipelined_host_offloading,
+- On one GPU xla_gpu_enable_latency_hiding_scheduler, xla_gpu_enable_pipelined_host_offloading,
   xla_gpu_enable_host_memory_offloading. The copies of streamed layers overlap without them (models/layers.py).
 """
 
 import os
 import pathlib
+from collections.abc import Mapping
 
 # The encoder rounds where the original rounds; XLA may not skip that.
 TEXT_ENCODER_OPTIONS: dict[str, bool | int | str] = {"xla_allow_excess_precision": False}
@@ -23,6 +24,24 @@ TEXT_ENCODER_OPTIONS: dict[str, bool | int | str] = {"xla_allow_excess_precision
 # The denoising step on NVIDIA GPUs: cuBLASLt computes all products, with biases and GELU in their epilogues. Where XLA
 # may also take Triton it leaves GELU to a kernel of its own, 1 % of a forward. Triton won none of these products.
 CUBLASLT_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_enable_triton_gemm": False}
+
+# On several GPUs: the scheduler that starts an exchange as early and waits for it as late as data allow.
+MESH_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_enable_latency_hiding_scheduler": True}
+# Around a ring within one process: the copy engines send keys and values, which NCCL's kernels would do on the
+# multiprocessors that attention wants.
+RING_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_use_memcpy_local_p2p": True}
+
+
+def step_options(axes: Mapping[str, int], processes: int = 1) -> dict[str, bool | int | str]:
+    """Compiler options of the denoising step on NVIDIA GPUs over a mesh with these axes ({}: one GPU).
+
+    Of those for meshes, what the user sets in XLA_FLAGS stays the user's.
+    """
+    options = dict(MESH_OPTIONS) if axes else {}
+    if "ring" in axes and processes == 1:
+        options |= RING_OPTIONS
+    flags = os.environ.get("XLA_FLAGS", "")
+    return CUBLASLT_OPTIONS | {name: value for name, value in options.items() if f"--{name}" not in flags}
 
 
 def configure() -> None:

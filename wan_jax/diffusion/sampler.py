@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -33,7 +33,7 @@ from wan_jax.parallel import collectives, pipeline
 from wan_jax.parallel.collectives import CFG, PIPELINE
 from wan_jax.parallel.spread import Spread, gather_outside_layers
 from wan_jax.precision import gelu_in_epilogue
-from wan_jax.xla_flags import CUBLASLT_OPTIONS
+from wan_jax.xla_flags import step_options
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,7 +294,8 @@ def compile_step(
         (parameters, expert.positive, expert.negative),
     )
     on_nvidia = _on_nvidia(parameters)
-    step = _sample_step_on_nvidia if on_nvidia else _sample_step
+    axes = {} if expert.spread is None else expert.spread.strategy.axes
+    step = _sample_step(tuple(step_options(axes, jax.process_count()).items()) if on_nvidia else ())
     with gelu_in_epilogue(on_nvidia):
         return step.lower(
             graphdef, solver, expert.spread, *arrays, state, conditioning, *numbers, np.float32(1)
@@ -380,9 +381,13 @@ def _solve(solver, state, velocity, coefficients, conditioning):
     return state._replace(latents=conditioning.restore(state.latents))
 
 
-_jit_step = partial(jax.jit, static_argnames=("graphdef", "solver", "spread"), donate_argnames="state")
-_sample_step = _jit_step(_spread_step)
-_sample_step_on_nvidia = _jit_step(_spread_step, compiler_options=CUBLASLT_OPTIONS)
+@cache
+def _sample_step(options: tuple[tuple[str, bool | int | str], ...]) -> Any:
+    """The jitted step with these compiler options."""
+    static = "graphdef", "solver", "spread"
+    return jax.jit(
+        _spread_step, static_argnames=static, donate_argnames="state", compiler_options=dict(options) or None
+    )
 
 
 @partial(jax.jit, static_argnames=("graphdef", "spread"))

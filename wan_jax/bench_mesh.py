@@ -1,0 +1,285 @@
+"""`wan-jax bench mesh`: one forward and one guided step on each mesh, with random weights made on the devices.
+
+seconds     the mean of the steps after the first; of `prompts` videos together
+scaling     against the row "single"
+memory      of the first device: its parts of weights and contexts, and the program's scratch
+exchange    time in which a device sends or receives (NCCL's kernels, and copies from GPU to GPU), and the part of it
+            in which nothing else runs there: means over the devices, in one traced forward, or in a guided step
+            where prompts are apart (cfg) or layers are (pipeline). NCCL's kernels wait for the slowest device, and
+            that counts. GPUs only.
+"""
+
+import json
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from wan_jax.bench import device_facts, get_config, normal
+from wan_jax.config import WanConfig
+from wan_jax.diffusion.sampler import Expert, StepReport, compile_step, denoise
+from wan_jax.diffusion.schedule import make_schedule
+from wan_jax.diffusion.solvers import get_solver
+from wan_jax.errors import InputError
+from wan_jax.models.denoiser import Denoiser
+from wan_jax.models.parameters import abstract_parameters, random_parameters, with_parameters
+from wan_jax.parallel.spread import Spread
+from wan_jax.parallel.strategy import Strategy
+from wan_jax.program import scratch_bytes
+from wan_jax.settings import DTYPES, Settings, check_name, parse_size
+
+GUIDANCE = 4.0
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class MeshBench:
+    """What is measured on every mesh: one expert of a model at one size."""
+
+    config: WanConfig
+    settings: Settings
+    dtype: str
+    prompts: int
+    repeats: int
+
+    def expert(self, spread: Spread | None) -> Expert:
+        """Random weights in their places; the same numbers on every mesh, and on one device (None)."""
+        config = self.config.denoiser
+
+        def build() -> Denoiser:
+            return Denoiser(config, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(0))
+
+        tree = abstract_parameters(build)
+        places = None if spread is None else spread.shardings(tree)
+        model = with_parameters(build, random_parameters(tree, 0, self.dtype, places))
+        shape = self.prompts, config.text_length, config.text_dim
+        texts = [put(normal(shape, self.dtype, seed), spread) for seed in (1, 2)]
+        return Expert.prepare(model, texts[0], texts[1], spread=spread)
+
+    def run(self, expert: Expert, guidance: float, steps: int) -> tuple[list[float], jax.Array]:
+        """Seconds of each step, and the latents."""
+        seconds: list[float] = []
+
+        def on_step(step: StepReport) -> None:
+            seconds.append(step.seconds)
+
+        schedule = make_schedule("official", "euler", steps, 5.0)
+        result = denoise(
+            self.noise(expert), schedule, get_solver("euler"), guidance, None, lambda name: expert, on_step
+        )
+        return seconds, result
+
+    def noise(self, expert: Expert) -> jax.Array:
+        return put(normal((self.prompts, *self.settings.latents_shape(self.config))), expert.spread)
+
+    def measure(self, strategy: Strategy) -> dict[str, Any]:
+        """One row."""
+        spread = Spread.over(strategy) if strategy.devices > 1 else None
+        start = time.perf_counter()
+        expert = jax.block_until_ready(self.expert(spread))
+        row: dict[str, Any] = {"place_seconds": time.perf_counter() - start}
+        apart = strategy.cfg > 1 or strategy.pipeline > 1  # what a forward alone does not fill
+        if not apart:
+            row["compile_forward_seconds"] = self.compile(expert, guided=False)[0]
+            row["forward_runs"] = self.run(expert, 1.0, 1 + self.repeats)[0][1:]
+            row["forward_seconds"] = float(np.mean(row["forward_runs"]))
+        row["compile_step_seconds"], step = self.compile(expert, guided=True)
+        seconds, latents = self.run(expert, GUIDANCE, 1 + self.repeats)
+        row |= {"step_runs": seconds[1:], "step_seconds": float(np.mean(seconds[1:])), "latents": np.asarray(latents)}
+        first = jax.devices()[0]
+        row["weight_bytes"] = sum(
+            shard.data.nbytes
+            for array in jax.tree.leaves(nnx.state(expert.denoiser))
+            for shard in array.addressable_shards
+            if shard.device == first
+        )
+        analysis: Any = step.memory_analysis()
+        row["memory_bytes"] = analysis.argument_size_in_bytes + scratch_bytes(step)
+        if strategy.devices > 1 and first.platform == "gpu":
+            guidance = GUIDANCE if apart else 1.0
+            row |= traced(lambda: jax.block_until_ready(self.run(expert, guidance, 1)[1]))
+            row["traced"] = "guided step" if apart else "forward"
+        return row
+
+    def compile(self, expert: Expert, guided: bool) -> tuple[float, jax.stages.Compiled]:
+        """Seconds, and the program."""
+        start, solver = time.perf_counter(), get_solver("euler")
+        used = expert if guided else Expert(expert.denoiser, expert.positive, None, expert.spread)
+        step = compile_step(used, make_schedule("official", "euler", 1, 5.0), solver, solver.init(self.noise(expert)))
+        return time.perf_counter() - start, step
+
+
+def put(array: jax.Array, spread: Spread | None) -> jax.Array:
+    return array if spread is None else spread.put_batch(array)
+
+
+def default_meshes(config: WanConfig, devices: int) -> list[str]:
+    """One of each kind over all devices, those that the model allows."""
+    found = ["single"]
+    if devices < 2:
+        return found
+    for names in (("ulysses",), ("cfg", "ulysses"), ("ring",), ("tensor",), ("fsdp",), ("pipeline",)):
+        sizes = {"cfg": 2, "ulysses": devices // 2} if len(names) == 2 else {names[0]: devices}
+        strategy = Strategy(**sizes)
+        try:
+            strategy.check(config)
+        except InputError:
+            continue
+        found.append(str(strategy))
+    return found
+
+
+def run(
+    meshes: Sequence[str] = (),
+    *,
+    preset: str = "t2v-a14b",
+    size: str | None = None,
+    frames: int | None = None,
+    dtype: str = "bfloat16",
+    prompts: int = 1,
+    repeats: int = 2,
+    output: pathlib.Path | None = None,
+    on_line: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measures each mesh, prints a table, and returns the report, which `output` (JSON) gets after each row.
+
+    What fails on one mesh is in its row and does not keep the others from being measured.
+
+    Raises:
+        InputError: an option or mesh that cannot be used.
+    """
+    check_name("dtype", dtype, DTYPES)
+    if repeats < 1 or prompts < 1:
+        raise InputError(f"repeats {repeats} and prompts {prompts}: give at least 1")
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"output folder {output.parent} does not exist; make it first")
+    config = get_config(preset)
+    settings = Settings.resolve(config, size=parse_size(size) if size else None, frames=frames)
+    strategies = [Strategy.parse(mesh) for mesh in meshes or default_meshes(config, jax.device_count())]
+    for strategy in strategies:
+        strategy.check(config, prompts=prompts)
+        strategy.make_mesh()
+    width, height = settings.size
+    report: dict[str, Any] = {
+        "benchmark": "mesh",
+        **device_facts(),
+        "devices": jax.device_count(),
+        "preset": config.name,
+        "size": [width, height],
+        "frames": settings.frames,
+        "prompts": prompts,
+        "dtype": dtype,
+        "weights": "random",
+        "rows": [],
+    }
+    on_line(f"{config.name} {width}x{height}, {settings.frames} frames, {dtype}, {prompts} at once; {report['device']}")
+    titles = f"{'mesh':<24} {'forward':>9} {'scaling':>8} {'step':>9} {'scaling':>8} {'memory':>10}"
+    on_line(f"{titles} {'exchange':>9} {'alone':>8}")
+    bench = MeshBench(config, settings, dtype, prompts, repeats)
+    first_latents: np.ndarray | None = None
+    for strategy in strategies:
+        row: dict[str, Any] = {"mesh": str(strategy), "devices": strategy.devices}
+        try:
+            row |= bench.measure(strategy)
+        except Exception as error:
+            row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        latents = row.pop("latents", None)
+        if latents is not None:
+            first_latents = latents if first_latents is None else first_latents
+            distance = np.abs(latents - first_latents).max() / np.abs(first_latents).max()
+            row["difference_to_first"] = float(distance)
+        single: dict[str, Any] = next((each for each in [*report["rows"], row] if each["mesh"] == "single"), {})
+        for part in ("forward", "step"):
+            if f"{part}_seconds" in row and f"{part}_seconds" in single:
+                row[f"{part}_scaling"] = single[f"{part}_seconds"] / row[f"{part}_seconds"]
+        report["rows"].append(row)
+        if output is not None:
+            output.write_text(json.dumps(report, indent=1) + "\n")
+        on_line(format_row(row))
+    return report
+
+
+def format_row(row: dict[str, Any]) -> str:
+    if "error" in row:
+        return f"{row['mesh']:<24} {row['error'][:90]}"
+
+    def number(name: str, width: int, text: str = "{:.4f}", scale: float = 1.0) -> str:
+        return f"{text.format(row[name] / scale) if name in row else '':>{width}}"
+
+    return " ".join(
+        [
+            f"{row['mesh']:<24}",
+            number("forward_seconds", 9),
+            number("forward_scaling", 8, "{:.2f}"),
+            number("step_seconds", 9),
+            number("step_scaling", 8, "{:.2f}"),
+            number("memory_bytes", 10, "{:.2f} GiB", 2**30),
+            number("exchange_seconds", 9),
+            number("exchange_alone_seconds", 8),
+        ]
+    )
+
+
+@dataclass
+class Times:
+    """What one device did in a trace, in nanoseconds."""
+
+    exchanges: list[Interval] = field(default_factory=list)
+    others: list[Interval] = field(default_factory=list)
+
+
+def traced(call: Callable[[], Any]) -> dict[str, float]:
+    """Runs `call` under the profiler; the seconds of exchange that the module's docstring explains."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            call()
+        files = list(pathlib.Path(folder).rglob("*.xplane.pb"))
+        devices: list[Times] = []
+        for plane in jax.profiler.ProfileData.from_file(str(files[0])).planes:
+            if not plane.name.startswith("/device:GPU"):
+                continue
+            times = Times()
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        kind = times.exchanges if is_exchange(event.name) else times.others
+                        kind.append((event.start_ns, event.start_ns + event.duration_ns))
+            if times.others:
+                devices.append(times)
+    if not devices:
+        return {}
+    return {
+        "exchange_seconds": float(np.mean([length(union(each.exchanges)) for each in devices])) / 1e9,
+        "exchange_alone_seconds": float(np.mean([alone(each.exchanges, each.others) for each in devices])) / 1e9,
+    }
+
+
+def is_exchange(kernel: str) -> bool:
+    return "nccl" in kernel.lower() or "MemcpyP2P" in kernel
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same time in intervals that do not overlap."""
+    merged: list[Interval] = []
+    for start, end in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(end, merged[-1][1])
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def length(intervals: Iterable[Interval]) -> float:
+    return sum(end - start for start, end in intervals)
+
+
+def alone(some: Sequence[Interval], others: Sequence[Interval]) -> float:
+    """How long some of `some` run and none of `others`."""
+    return length(union([*some, *others])) - length(union(others))
