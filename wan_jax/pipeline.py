@@ -226,7 +226,9 @@ class WanPipeline:
             text_encoder=self.text_encoder,
             denoisers=denoisers,
             vae=self.vae,
+            image_encoder=self.image_encoder,
             memory=self.memory,
+            spread=self.spread,
             programs=self._programs,
             progress=self._bars,
         )

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from wan_jax.kernels.attention.backward import keeps_attention
 from wan_jax.parallel import collectives
+from wan_jax.parallel.mesh import whole
 from wan_jax.precision import matmul_precision, rounded
 
 
@@ -201,8 +202,13 @@ def scan_layers(
     def run(carry: Any, layer: list[jax.Array | None], x: Any) -> tuple[Any, Any]:
         return step(carry, nnx.merge(graphdef, jax.tree.unflatten(structure, layer)), x)
 
-    if remat is not None:  # prevent_cse would only guard against what cannot happen across the steps of a scan
-        run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    if remat is not None:
+        # Training. The backward pass brings a layer together again, too, instead of keeping it whole. prevent_cse would
+        # only guard against what cannot happen across the steps of a scan.
+        alone = run
+        run = jax.checkpoint(
+            lambda carry, layer, x: alone(carry, whole(layer), x), policy=REMAT_POLICIES[remat], prevent_cse=False
+        )
     if not any(far):
         return lax.scan(lambda carry, xs: run(carry, *xs), carry, (leaves, per_layer))
 

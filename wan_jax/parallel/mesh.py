@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -70,6 +71,16 @@ class ShardingRules:
         if axis not in fields:
             raise ValueError(f"no rule for the logical axis {axis!r}")
         return getattr(self, axis)
+
+
+def whole(tree: Any) -> Any:
+    """The arrays of a tree, brought together on every device; to be traced under jax.set_mesh, else as they are.
+
+    Without it the compiler may prefer to split a product along a parameter's parts, and all activations with it.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, PartitionSpec()), tree)
 
 
 def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -24,6 +24,7 @@ from wan_jax.errors import InputError, unknown_name
 from wan_jax.estimates import denoiser_flops
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.parameters import with_parameters
+from wan_jax.parallel.mesh import whole
 from wan_jax.training.adapters import with_adapters
 
 DISTRIBUTIONS = ("uniform", "logit-normal")
@@ -136,10 +137,14 @@ class DenoiserLoss:
         def build() -> Denoiser:
             return Denoiser(self.config.denoiser, dtype=self.dtype, remat=self.remat, rngs=nnx.Rngs(0))
 
-        if self.lora_scale is not None:
-            base = with_parameters(build, frozen["experts"][expert])
-            return with_adapters(base, parameters[expert], self.lora_scale)
-        return with_parameters(build, {name: array.astype(self.dtype) for name, array in parameters[expert].items()})
+        arrays = parameters[expert] if self.lora_scale is None else frozen["experts"][expert]
+        arrays = {name: array.astype(self.dtype) for name, array in arrays.items()}
+        # On a mesh, layers are brought together one by one (`scan_layers`), and the rest here.
+        arrays = {name: array if name.startswith("blocks.") else whole(array) for name, array in arrays.items()}
+        denoiser = with_parameters(build, arrays)
+        if self.lora_scale is None:
+            return denoiser
+        return with_adapters(denoiser, parameters[expert], self.lora_scale)
 
     def errors(
         self,

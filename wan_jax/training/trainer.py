@@ -1,5 +1,6 @@
 """The training loop, for any loss: the step, checkpoints, figures, and what is to be done at intervals."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -122,6 +123,7 @@ class Trainer:
         self.folder = folder
         self._batches = batches
         self._frozen = frozen
+        self._mesh = mesh
         self._flops = flops
         self._peak_flops = None if peak_flops is None else peak_flops * (1 if mesh is None else mesh.size)
         self._intervals = intervals
@@ -174,7 +176,7 @@ class Trainer:
                     clock.flops += self._flops(batch)
                 batch = jax.device_put(batch, self._batch_sharding)
                 arguments = self.state, self._frozen, batch
-                with clock.paused():
+                with clock.paused(), self._mesh_context():
                     self._step.compile(*arguments)
                 self.state, metrics = self._step(*arguments)
                 if self._one_at_a_time:
@@ -200,6 +202,10 @@ class Trainer:
             log.close()
             self._checkpoints.close()
         return self.state
+
+    def _mesh_context(self) -> contextlib.AbstractContextManager:
+        """What the step is traced under, so that models can say what lies where."""
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
 
     def _split(self, batch: Any) -> Any:
         size = jax.tree.leaves(batch)[0].shape[0]
