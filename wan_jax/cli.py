@@ -175,9 +175,12 @@ RECIPE_COMMANDS = (_sample, _train)  # commands whose arguments their recipe kno
 
 def _run(options: Options) -> int:
     from wan_jax.generate import generate
+    from wan_jax.parallel.hosts import is_first
 
     report = generate(options)
-    if options.json:
+    if not is_first():
+        pass
+    elif options.json:
         print(json.dumps(report, ensure_ascii=False))
     elif report["outputs"]:
         print("\n".join(report["outputs"]))

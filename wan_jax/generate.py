@@ -58,17 +58,36 @@ def generate(options: Options) -> dict[str, Any]:
     if options.extend_prompt:
         language_model = open_language_model(options.extend_url, options.extend_model, options.extend_key)
 
-    from wan_jax.lora import open_loras
-    from wan_jax.parallel.strategy import Strategy
-    from wan_jax.pipeline import WanPipeline, peak_bytes
+    from wan_jax.parallel import hosts
     from wan_jax.progress import Bars
 
-    bars = Bars(not options.quiet)
+    cluster = hosts.find_cluster(options.coordinator, options.processes, options.process_id)
+    mesh = options.mesh
+    if cluster is not None:
+        if options.extend_prompt or options.checkpoint is None:
+            raise InputError("several processes need --checkpoint, and prompts that were extended before")
+        cluster.join()
+        mesh = mesh or "auto"
+    by_default = None if cluster is None else hosts.HANG_SECONDS
+    watchdog = hosts.Watchdog(by_default if options.hang_seconds is None else options.hang_seconds)
+    bars = Bars(not options.quiet and hosts.is_first(), watchdog.beat)
+    with watchdog:
+        return _generate(options, mesh, items, language_model, bars)
+
+
+def _generate(
+    options: Options, mesh: str | None, items: Sequence[Item], language_model: Any, bars: "Bars"
+) -> dict[str, Any]:
+    from wan_jax.lora import open_loras
+    from wan_jax.parallel import hosts
+    from wan_jax.parallel.strategy import Strategy
+    from wan_jax.pipeline import WanPipeline, peak_bytes
+
     start = time.perf_counter()
     loras = read_loras(options.lora, options.lora_high, options.lora_low)
     checkpoint = open_model(options.checkpoint, bars)
-    if options.mesh not in (None, "auto"):
-        Strategy.parse(options.mesh).check(checkpoint.config, prompts=1)
+    if mesh is not None and mesh != "auto":
+        Strategy.parse(mesh).check(checkpoint.config, prompts=1)
     lora_files = open_loras(loras, checkpoint.config).files
     jobs = []
     for item in items:
@@ -76,12 +95,14 @@ def generate(options: Options) -> dict[str, Any]:
             settings, _, _ = _inputs(item.options, checkpoint.config)
             jobs.append(Job(item, settings, str(item.options.prompt)))
     batch = options.prompts is not None
-    pending = [job for job in jobs if not (batch and not options.overwrite and _is_finished(job, loras, bars))]
+    finished = [batch and not options.overwrite and _is_finished(job, loras, bars) for job in jobs]
+    finished = hosts.as_the_first_says(finished)
+    pending = [job for job, is_finished in zip(jobs, finished, strict=True) if not is_finished]
     if language_model is not None:
         _extend_prompts(pending, language_model, bars)
 
     seconds = dict.fromkeys(STAGES, 0.0)
-    profile, mesh = None, None
+    profile, spread = None, None
     if pending:
         largest = max(pending, key=lambda job: math.prod(job.settings.size) * job.settings.frames)
         pipeline = WanPipeline.from_checkpoint(
@@ -89,13 +110,13 @@ def generate(options: Options) -> dict[str, Any]:
             options.dtype,
             vae_dtype=options.vae_dtype,
             profile=options.profile,
-            mesh=options.mesh,
+            mesh=mesh,
             settings=largest.settings,
             loras=loras,
             progress=bars,
         )
         profile = pipeline.memory.profile.name
-        mesh = None if pipeline.spread is None else str(pipeline.spread.strategy)
+        spread = pipeline.spread
         seconds["load"] = time.perf_counter() - start
         with bars.task("videos", total=len(pending)) if batch else contextlib.nullcontext() as bar:
             for job in pending:
@@ -108,7 +129,7 @@ def generate(options: Options) -> dict[str, Any]:
         **_report_settings(options, loras, jobs),
         "loras": [file.as_json() for file in lora_files],
         "profile": profile,
-        "mesh": mesh,
+        "mesh": None if spread is None else str(spread.strategy),
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "peak_bytes": peak_bytes(),
         "outputs": [str(path) for job in jobs for path in job.written],
@@ -212,6 +233,8 @@ def _make_video(pipeline: "WanPipeline", job: Job, seconds: dict[str, float], go
 
 
 def _generate_video(pipeline: "WanPipeline", job: Job, seconds: dict[str, float]) -> list[pathlib.Path]:
+    from wan_jax.parallel import hosts
+
     options, settings = job.item.options, job.settings
     output = pathlib.Path(options.output)
     _, images, initial_latents = _inputs(options, pipeline.config)
@@ -219,6 +242,9 @@ def _generate_video(pipeline: "WanPipeline", job: Job, seconds: dict[str, float]
     if job.prompt != options.prompt:
         metadata["original_prompt"] = options.prompt
     latents = pipeline.denoise([job.prompt], settings, initial_latents, images)[0]
+    if not hosts.is_first():
+        pipeline.decode(latents)
+        return []
     kept = pathlib.Path(options.save_latents) if options.save_latents else _rescue_name(output)
     save_array(kept, latents)
     try:

@@ -50,6 +50,14 @@ class Options:
     mesh: str | None = _option(
         str, "several devices: axes and sizes like cfg2-ulysses2, or auto (default: one device)", metavar="MESH"
     )
+    coordinator: str | None = _option(
+        str, "several processes: where the first one listens (default: from SLURM, Kubernetes)", metavar="HOST:PORT"
+    )
+    processes: int | None = _option(int, "how many there are", metavar="N")
+    process_id: int | None = _option(int, "which of them this is, from 0", metavar="N")
+    hang_seconds: float | None = _option(
+        float, "end the run if nothing moves for so long (default: never, 1800 for several processes)", metavar="S"
+    )
     initial_latents: str | None = _option(str, "start from these float32 [C, F', h, w] latents", metavar="F.npy")
     save_latents: str | None = _option(str, "also write the final float32 [C, F', h, w] latents", metavar="F.npy")
     save_frames: str | None = _option(str, "also write the uint8 [F, H, W, 3] frames", metavar="F.npy")

@@ -2,7 +2,8 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from wan_jax.checkpoint.layouts import (
     num_layers,
     other_names,
 )
-from wan_jax.checkpoint.tensors import WEIGHT_DTYPES, TensorInfo, TensorStore
+from wan_jax.checkpoint.tensors import WEIGHT_DTYPES, Box, TensorInfo, TensorStore
 from wan_jax.errors import InputError
 
 
@@ -52,6 +53,16 @@ class Component:
         """Parameters in our layout, in the order of `rows`; `dtype` None keeps the stored ones."""
         for row, tensor in zip(rows, self._read(rows, dtype), strict=True):
             yield tensor if self.naming == "ours" else row.to_ours(tensor)
+
+    def read_box(self, row: Row, box: Box, dtype: np.dtype | None = None) -> np.ndarray:
+        """A part of a parameter in our layout; less than all of the stored tensor is read where its layout allows."""
+        name, stored = self.stored_names[row.ours][0], row.stored_box(box, self.naming)
+        if stored is None:
+            return next(self.read_ours([row], dtype))[box]
+        tensor = self.store.read_box(name, stored, dtype)
+        if self.naming == "ours":
+            return tensor
+        return replace(row, shape=tensor.shape).to_ours(tensor)
 
     def read_theirs(self, rows: Sequence[Row], dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
         """The same in PyTorch's layout."""
@@ -120,8 +131,9 @@ def load_component(
 ) -> dict[str, jax.Array]:
     """The component's parameters on device, keyed and stacked as in the model's abstract tree.
 
-    One (stacked) parameter at a time is assembled in host memory: that is the host peak beside the result.
-    `sharding` is one for all, or one per name. `progress` receives the number of stored bytes read.
+    Of one (stacked) parameter at a time the part for this process's devices is read and assembled in host memory: that
+    is the host peak beside the result. `sharding` is one for all, or one per name. `progress` receives the number of
+    stored bytes that are done, read or not needed here.
     """
     check_against_model(component.config)
     layers = num_layers(component.config)
@@ -129,21 +141,62 @@ def load_component(
         (row, [row.at(layer) for layer in range(layers)] if row.per_layer else [row])
         for row in model_rows(component.config)
     ]
+    shapes = {row.stacked_name: (layers, *row.our_shape) if row.per_layer else row.our_shape for row, _ in targets}
+    boxes = {name: local_box(_sharding_of(sharding, name), shape) for name, shape in shapes.items()}
     # One stream for all: stores that read small tensors in groups would lose that between parameters.
-    parameters = component.read_ours([part for _, parts in targets for part in parts], dtype)
+    whole = [part for row, parts in targets if boxes[row.stacked_name] is None for part in parts]
+    parameters = component.read_ours(whole, dtype)
     loaded = {}
     done = 0
     for row, parts in targets:
-        name = row.stacked_name
-        host = np.empty((layers, *row.our_shape) if row.per_layer else row.our_shape, dtype)
+        name, box = row.stacked_name, boxes[row.stacked_name]
+        shape = shapes[name] if box is None else tuple(part.stop - part.start for part in box)
+        host = np.empty(shape, dtype)
+        first = 0 if box is None or not row.per_layer else box[0].start
         for index, part in enumerate(parts):
-            copy_into(host[index] if row.per_layer else host, next(parameters))
+            if not row.per_layer or first <= index < first + len(host):
+                if box is None:
+                    tensor = next(parameters)
+                else:
+                    tensor = component.read_box(part, box[1:] if row.per_layer else box, dtype)
+                copy_into(host[index - first] if row.per_layer else host, tensor)
             done += component.info(part).nbytes
             progress(done)
-        chosen = sharding[name] if isinstance(sharding, Mapping) else sharding
         # Without waiting, transfers queue up and hold several host buffers.
-        loaded[name] = jax.device_put(host, chosen).block_until_ready()
+        loaded[name] = place_box(host, box, shapes[name], _sharding_of(sharding, name)).block_until_ready()
     return loaded
+
+
+def _sharding_of(shardings: Shardings, name: str) -> jax.sharding.Sharding | None:
+    return shardings[name] if isinstance(shardings, Mapping) else shardings
+
+
+def local_box(sharding: jax.sharding.Sharding | None, shape: tuple[int, ...]) -> Box | None:
+    """The smallest box that has all that this process's devices have of an array; None where that is all of it."""
+    if sharding is None or not shape:
+        return None
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    bounds = [[part.indices(size)[:2] for part, size in zip(index, shape, strict=True)] for index in indices if index]
+    box = tuple(
+        slice(min(start for start, _ in axis), max(stop for _, stop in axis)) for axis in zip(*bounds, strict=True)
+    )
+    is_whole = all((part.start, part.stop) == (0, size) for part, size in zip(box, shape, strict=True))
+    return None if is_whole else box
+
+
+def place_box(
+    host: np.ndarray, box: Box | None, shape: tuple[int, ...], sharding: jax.sharding.Sharding | None
+) -> jax.Array:
+    """An array of that shape, of which this process has `box`."""
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(host, sharding)
+    starts = [0] * len(shape) if box is None else [part.start for part in box]
+
+    def part(index: Any) -> np.ndarray:
+        bounds = [axis.indices(size)[:2] for axis, size in zip(index, shape, strict=True)]
+        return host[tuple(slice(begin - at, end - at) for (begin, end), at in zip(bounds, starts, strict=True))]
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def copy_into(target: np.ndarray, source: np.ndarray) -> None:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from wan_jax.checkpoint.tensors import Box
 from wan_jax.checkpoint.vae_names import vae_entries
 from wan_jax.config import DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig, WanConfig
 from wan_jax.models.parameters import ParameterInfo, abstract_parameters
@@ -84,6 +85,16 @@ class Row:
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         """PyTorch tensor of `shape` -> our parameter; a view where possible."""
         return einops.rearrange(tensor, self.pattern)
+
+    def stored_box(self, box: Box, naming: Naming) -> Box | None:
+        """The part of the stored tensor that is a part of our parameter; None where that is no box."""
+        if naming == "ours":
+            return box
+        source, target = (axes.split() for axes in self.pattern.split(" -> "))
+        if any("(" in axis for axis in target):
+            return None
+        ours = dict(zip(target, box, strict=True))
+        return tuple(ours.get(axis, slice(0, size)) for axis, size in zip(source, self.shape, strict=True))
 
     def from_ours(self, parameter: np.ndarray) -> np.ndarray:
         """The exact inverse of `to_ours`."""

@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorstore
 from orbax.checkpoint import v1 as ocp
 
 from wan_jax.checkpoint.components import Component, bind_component
 from wan_jax.checkpoint.configs import read_json
 from wan_jax.checkpoint.layouts import component_config
-from wan_jax.checkpoint.tensors import ReadMany, TensorInfo, TensorStore, cast, split_by_bytes
+from wan_jax.checkpoint.tensors import Box, ReadMany, TensorInfo, TensorStore, cast, split_by_bytes
 from wan_jax.config import DenoiserConfig, ImageEncoderConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig
 from wan_jax.errors import InputError
 
 MANIFEST = "wan_jax.json"
 TOKENIZER = "tokenizer"
+ARRAYS = "state"  # Orbax's own folder in a tree
 FORMAT = 1
 
 WRITE_BYTES = 1 << 30  # held in memory per call that saves; fewer calls make the final merge of metadata cheaper
@@ -52,6 +54,15 @@ class OrbaxStore(TensorStore):
 
     def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
         return next(self.read_many([name], dtype))
+
+    def read_box(self, name: str, box: Box, dtype: np.dtype | None = None) -> np.ndarray:
+        """Reads the chunks that the box touches, by tensorstore itself: Orbax reads parts only to devices."""
+        place = {"driver": "ocdbt", "base": f"file://{self._folder}/{ARRAYS}/", "path": f"{name}/"}
+        try:
+            array = tensorstore.open({"driver": "zarr3", "kvstore": place}, open=True, read=True).result()
+            return cast(array[box].read().result(), dtype)
+        except ValueError as error:  # as tensorstore says everything
+            raise InputError(f"{self.place}: {name} cannot be read ({_one_line(error)}); convert it again") from None
 
     def read_many(self, names: Sequence[str], dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
         context = ocp.Context()

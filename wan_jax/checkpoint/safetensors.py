@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from wan_jax.checkpoint.tensors import (
+    Box,
     ReadMany,
     TensorInfo,
     TensorStore,
@@ -72,6 +73,15 @@ class SafetensorsFile(TensorStore):
         info = self.tensors[name]
         data = read_exactly(self._descriptor, self._offsets[name], info.nbytes, self.place)
         return cast(data.view(info.dtype).reshape(info.shape), dtype)
+
+    def read_box(self, name: str, box: Box, dtype: np.dtype | None = None) -> np.ndarray:
+        """Reads the rows of the box along the first axis, which are contiguous."""
+        info = self.tensors[name]
+        rows, *rest = box
+        row_bytes = info.nbytes // info.shape[0]
+        start = self._offsets[name] + rows.start * row_bytes
+        data = read_exactly(self._descriptor, start, (rows.stop - rows.start) * row_bytes, self.place)
+        return cast(data.view(info.dtype).reshape(-1, *info.shape[1:])[:, *rest], dtype)
 
     def read_into(self, name: str, target: np.ndarray) -> None:
         """Reads one tensor into a contiguous array of its dtype and as many elements, without a copy."""
@@ -143,6 +153,9 @@ class SafetensorsFiles(TensorStore):
 
     def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
         return self._files[name].read(name, dtype)
+
+    def read_box(self, name: str, box: Box, dtype: np.dtype | None = None) -> np.ndarray:
+        return self._files[name].read_box(name, box, dtype)
 
 
 def open_safetensors_folder(

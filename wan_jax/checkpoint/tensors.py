@@ -35,6 +35,10 @@ class TensorInfo:
         return self.size * self.dtype.itemsize
 
 
+# A part of a tensor: from where to where, along each axis.
+Box = tuple[slice, ...]
+
+
 class TensorStore:
     """Named tensors that are read one at a time."""
 
@@ -44,6 +48,10 @@ class TensorStore:
     def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
         """The tensor in `dtype` (None: as described), rounded at most once."""
         raise NotImplementedError
+
+    def read_box(self, name: str, box: Box, dtype: np.dtype | None = None) -> np.ndarray:
+        """A part of the tensor. Stores that can read less than all of it do."""
+        return self.read(name, dtype)[box]
 
     def read_many(self, names: Sequence[str], dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
         """The tensors in the order of `names`; stores that read faster in groups hold a small group at a time."""
