@@ -38,6 +38,16 @@ def test_a_table_of_meshes(tmp_path, capsys):
     assert lines[-1].startswith("cfg2-fsdp2 ")
 
 
+@pytest.mark.parametrize("part", ["vae", "video"])
+def test_vae_and_video_on_a_mesh(part, tmp_path):
+    path = tmp_path / "part.json"
+    assert main(["bench", part, "--mesh", "cfg2", *SMALL, "--steps", "2", "--output", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["mesh"] == "cfg2"
+    assert all(row["seconds"] >= 0 for row in report["rows"])
+    assert report["rows"]
+
+
 def test_a_mesh_that_fails_is_a_row(monkeypatch, tmp_path):
     def fail(*_):
         raise RuntimeError("no\nmemory")
@@ -55,7 +65,8 @@ def test_a_mesh_that_fails_is_a_row(monkeypatch, tmp_path):
         (["mesh", "--mesh", "ring64"], "mesh ring64: needs 64 devices and there are 8"),
         (["mesh", "--mesh", "data2"], "mesh data2: a batch of 1 cannot be divided"),
         (["mesh", "--prompts", "0"], "give at least 1"),
-        (["denoiser", "--mesh", "ring2"], "use it with bench mesh"),
+        (["denoiser", "--mesh", "ring2"], "bench vae and video run on one; bench mesh compares them"),
+        (["vae", "--mesh", "ring2", "--mesh", "ring4"], "bench mesh compares them"),
     ],
 )
 def test_refusals(arguments, message, capsys):

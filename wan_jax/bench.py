@@ -31,6 +31,8 @@ from wan_jax.models.denoiser import Context, Denoiser, rotary_tables, rotate
 from wan_jax.models.layers import layer_norm
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
+from wan_jax.parallel.spread import Spread
+from wan_jax.parallel.strategy import Strategy
 from wan_jax.pipeline import DECODE_CHUNK, peak_bytes
 from wan_jax.precision import gelu, gelu_in_epilogue
 from wan_jax.program import Programs, scratch_bytes
@@ -73,6 +75,7 @@ class Bench:
         repeats: timed runs of each part.
         vae_dtype: of the VAE; the other models take `dtype`.
         on_row: called with each row as it is done.
+        spread: the devices of the VAE and of a whole video; None for one.
     """
 
     config: WanConfig
@@ -81,6 +84,11 @@ class Bench:
     vae_dtype: str = "float32"
     repeats: int = 5
     on_row: Callable[[Row], None] = lambda row: None
+    spread: Spread | None = None
+
+    def put(self, array: Any) -> jax.Array:
+        """An array where the VAE takes it."""
+        return jnp.asarray(array) if self.spread is None else self.spread.put_whole(array)
 
     @property
     def latents_shape(self) -> tuple[int, int, int, int]:
@@ -128,6 +136,11 @@ def seconds_of(call: Callable[[], Any], repeats: int, calls: int = 1) -> list[fl
         jax.block_until_ready(result)
         times.append((time.perf_counter() - start) / calls)
     return times
+
+
+def bytes_of_a_device(tree: Any) -> int:
+    """What the first device has of some arrays."""
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def matmul_rate() -> float:
@@ -265,31 +278,31 @@ def bench_text(bench: Bench) -> None:
 
 def bench_vae(bench: Bench) -> None:
     """Both ways of the VAE."""
-    model = random_model(VAE, bench.config.vae, bench.vae_dtype)
+    model = random_model(VAE, bench.config.vae, bench.vae_dtype, spread=bench.spread)
     bench_encode(bench, model)
     bench_decode(bench, model=model)
 
 
 def bench_encode(bench: Bench, model: VAE) -> None:
     """Encoding a video as image to video does, float32 frames sent as those before are encoded."""
-    programs = Programs(exact=bench.dtype == "float32")
+    programs = Programs(exact=bench.dtype == "float32", spread=bench.spread)
     (width, height), count = bench.settings.size, bench.settings.frames
     frames = np.random.default_rng(0).uniform(-1, 1, (count, height, width, 3)).astype(np.float32)
     stride = bench.config.vae.temporal_stride
     start = time.perf_counter()
-    _, cache = programs.encode_first(model, jnp.asarray(frames[:1]))
-    step_bytes = programs.encode_first.scratch_bytes(model, jnp.asarray(frames[:1]))
+    _, cache = programs.encode_first(model, bench.put(frames[:1]))
+    step_bytes = programs.encode_first.scratch_bytes(model, bench.put(frames[:1]))
     if count > 1:
-        step_bytes = programs.encode_next.scratch_bytes(model, cache, jnp.asarray(frames[1 : 1 + stride]))
+        step_bytes = programs.encode_next.scratch_bytes(model, cache, bench.put(frames[1 : 1 + stride]))
     compile_seconds = time.perf_counter() - start
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves((model, cache)))
+    held = bytes_of_a_device((model, cache))
     del cache
 
     def encode() -> list[np.ndarray]:
-        latents, cache = programs.encode_first(model, jnp.asarray(frames[:1]))
+        latents, cache = programs.encode_first(model, bench.put(frames[:1]))
         lots = []
         for index in range(1, count, stride):
-            following, cache = programs.encode_next(model, cache, jnp.asarray(frames[index : index + stride]))
+            following, cache = programs.encode_next(model, cache, bench.put(frames[index : index + stride]))
             lots.append(np.asarray(latents))
             latents = following
         return [*lots, np.asarray(latents)]
@@ -302,9 +315,9 @@ def bench_encode(bench: Bench, model: VAE) -> None:
 def bench_decode(bench: Bench, chunk: int = DECODE_CHUNK, model: VAE | None = None) -> np.ndarray:
     """Decoding a video, `chunk` latent frames a step, frames fetched as uint8; returns those."""
     if model is None:
-        model = random_model(VAE, bench.config.vae, bench.vae_dtype)
-    programs = Programs(exact=bench.dtype == "float32")
-    latents = normal((1, *bench.latents_shape))
+        model = random_model(VAE, bench.config.vae, bench.vae_dtype, spread=bench.spread)
+    programs = Programs(exact=bench.dtype == "float32", spread=bench.spread)
+    latents = bench.put(normal((1, *bench.latents_shape)))
     count = latents.shape[2]
     start = time.perf_counter()
     _, cache = programs.decode_first(model, latents[:, :, :1])
@@ -314,7 +327,7 @@ def bench_decode(bench: Bench, chunk: int = DECODE_CHUNK, model: VAE | None = No
         if (count - 1) % chunk:
             programs.decode_next.compile(model, cache, latents[:, :, 1 : 1 + (count - 1) % chunk])
     compile_seconds = time.perf_counter() - start
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves((model, cache)))
+    held = bytes_of_a_device((model, cache))
     del cache
 
     def decode() -> list[np.ndarray]:
@@ -339,7 +352,7 @@ def bench_video(bench: Bench) -> None:
         folder = pathlib.Path(name)
         train_small_tokenizer([PROMPT], min(512, bench.config.text_encoder.vocab_size), folder)
         tokenizer = Tokenizer.from_pretrained(folder)
-        pipeline = random_pipeline(bench.config, tokenizer, bench.dtype, vae_dtype=bench.vae_dtype)
+        pipeline = random_pipeline(bench.config, tokenizer, bench.dtype, vae_dtype=bench.vae_dtype, spread=bench.spread)
 
         def run() -> dict[str, float]:
             start = time.perf_counter()
@@ -363,6 +376,8 @@ PARTS: dict[str, Callable[..., Any]] = {
     "video": bench_video,
 }
 
+ON_A_MESH = ("vae", "video")
+
 
 def run(
     part: str,
@@ -374,6 +389,7 @@ def run(
     dtype: str = "bfloat16",
     vae_dtype: str = "float32",
     repeats: int = 5,
+    mesh: str | None = None,
     output: pathlib.Path | None = None,
     plot: pathlib.Path | None = None,
     on_line: Callable[[str], None] = print,
@@ -402,8 +418,16 @@ def run(
         frames=frames,
         steps=parse_steps(steps) if steps else None,
     )
+    spread = None
+    if mesh is not None:
+        if part not in ON_A_MESH:
+            raise InputError(f"--mesh: bench {' and '.join(ON_A_MESH)} run on one; bench mesh compares them")
+        strategy = Strategy.parse(mesh)
+        strategy.check(config, prompts=1)
+        spread = Spread.over(strategy) if strategy.devices > 1 else None
     report: dict[str, Any] = {
         "benchmark": part,
+        "mesh": mesh or "single",
         **device_facts(),
         "preset": config.name,
         "size": list(settings.size),
@@ -426,7 +450,7 @@ def run(
             output.write_text(json.dumps(report, indent=1) + "\n")
         on_line(format_row(row, matmul))
 
-    bench = Bench(config, settings, dtype, vae_dtype, repeats, on_row)
+    bench = Bench(config, settings, dtype, vae_dtype, repeats, on_row, spread)
     PARTS[part](bench, **({"plot": plot} if plot else {}))
     return report
 

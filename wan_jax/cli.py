@@ -97,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--weights", choices=("random",), default="random", help="speed does not depend on them")
     _add_options(command, ["size", "frames", "steps", "dtype", "vae_dtype"])
     command.add_argument("--repeats", type=int, default=5, help="timed runs, of which the median counts", metavar="N")
-    command.add_argument("--mesh", action="append", default=[], help="for bench mesh; several times", metavar="MESH")
+    command.add_argument(
+        "--mesh", action="append", default=[], help="for bench vae and video; several for mesh", metavar="MESH"
+    )
     command.add_argument("--prompts", type=int, default=1, help="for bench mesh: videos at once", metavar="N")
     command.add_argument("--output", type=pathlib.Path, help="write all figures here", metavar="F.json")
     command.add_argument("--plot", type=pathlib.Path, help="draw where a forward's time goes", metavar="F.png")
@@ -239,13 +241,14 @@ def _bench(values: argparse.Namespace) -> None:
             **{name: getattr(values, name) for name in ("preset", "prompts", "repeats", "output")},
         )
         return
-    if values.mesh:
-        raise InputError("--mesh compares meshes: use it with bench mesh")
+    if len(values.mesh) > 1:
+        raise InputError("several --mesh: bench mesh compares them")
     from wan_jax.bench import run
 
     run(
         **{name: getattr(options, name) for name in ("size", "frames", "steps", "dtype", "vae_dtype")},
         **{name: getattr(values, name) for name in ("part", "preset", "repeats", "output", "plot")},
+        mesh=values.mesh[0] if values.mesh else None,
     )
 
 

@@ -25,6 +25,7 @@ from wan_jax.models.parameters import abstract_parameters, named_parameters, ran
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.options import Options
+from wan_jax.parallel.spread import Spread
 from wan_jax.pipeline import WanPipeline
 from wan_jax.progress import Bars
 from wan_jax.tokenizer import Tokenizer
@@ -40,13 +41,15 @@ DEMO = WanConfig(
 )
 
 
-def random_model(make: Callable[..., Any], config: Any, dtype: str, seed: int = 0) -> Any:
-    """A Denoiser, TextEncoder, VAE or ImageEncoder (`make`) with fixed random weights."""
+def random_model(make: Callable[..., Any], config: Any, dtype: str, seed: int = 0, spread: Spread | None = None) -> Any:
+    """A Denoiser, TextEncoder, VAE or ImageEncoder (`make`) with fixed random weights, on a mesh if there is one."""
 
     def build():
         return make(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
 
-    return with_parameters(build, random_parameters(abstract_parameters(build), seed, dtype))
+    tree = abstract_parameters(build)
+    places = None if spread is None else spread.places(config, tree)
+    return with_parameters(build, random_parameters(tree, seed, dtype, places))
 
 
 def random_pipeline(
@@ -55,19 +58,23 @@ def random_pipeline(
     dtype: str = "bfloat16",
     *,
     vae_dtype: str = "float32",
+    spread: Spread | None = None,
     progress: bool = False,
 ) -> WanPipeline:
     """A pipeline of any size with fixed random weights."""
     clip = config.image_encoder
+    by_expert = dict.fromkeys(config.experts) if spread is None else spread.by_expert(config.experts)
     return WanPipeline(
         config,
         tokenizer=tokenizer,
-        text_encoder=random_model(TextEncoder, config.text_encoder, dtype, 1),
+        text_encoder=random_model(TextEncoder, config.text_encoder, dtype, 1, spread),
         denoisers={
-            name: random_model(Denoiser, config.denoiser, dtype, 2 + n) for n, name in enumerate(config.experts)
+            name: random_model(Denoiser, config.denoiser, dtype, 2 + n, by_expert[name])
+            for n, name in enumerate(config.experts)
         },
-        vae=random_model(VAE, config.vae, vae_dtype, 0),
-        image_encoder=None if clip is None else random_model(ImageEncoder, clip, "float32", 4),
+        vae=random_model(VAE, config.vae, vae_dtype, 0, spread),
+        image_encoder=None if clip is None else random_model(ImageEncoder, clip, "float32", 4, spread),
+        spread=spread,
         progress=progress,
     )
 
