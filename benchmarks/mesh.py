@@ -1,6 +1,6 @@
 """Meshes of GPUs beside diffusers' own context parallelism, in one run on one machine.
 
-    python benchmarks/mesh.py --output result.json [--mesh ulysses4 --mesh ring4 ...]
+    python -m benchmarks.mesh --output result.json [--mesh ulysses4 --mesh ring4 ...]
 
 First `wan-jax bench mesh` (a process of its own), then the peer: diffusers' denoiser over all GPUs (torchrun, Ulysses,
 cuDNN attention, repeated blocks compiled). Random weights, bfloat16. The output grows after every row.
@@ -64,7 +64,12 @@ def main() -> None:
         theirs = values.output.with_suffix(".peer.json")
         count = values.gpus or gpus()
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        part("diffusers", [*launch, __file__, "--peer", *size, "--output", str(theirs)], values.peer_seconds, theirs)
+        part(
+            "diffusers",
+            [*launch, "-m", "benchmarks.mesh", "--peer", *size, "--output", str(theirs)],
+            values.peer_seconds,
+            theirs,
+        )
     print(json.dumps(report["ratios"]))
 
 

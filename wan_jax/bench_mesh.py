@@ -9,6 +9,7 @@ exchange    time in which a device sends or receives (NCCL's kernels, and copies
             that counts. GPUs only.
 """
 
+import functools
 import json
 import pathlib
 import tempfile
@@ -77,7 +78,11 @@ class MeshBench:
         return seconds, result
 
     def noise(self, expert: Expert) -> jax.Array:
-        return put(normal((self.prompts, *self.settings.latents_shape(self.config))), expert.spread)
+        return put(self._noise, expert.spread)
+
+    @functools.cached_property
+    def _noise(self) -> jax.Array:
+        return normal((self.prompts, *self.settings.latents_shape(self.config)))
 
     def measure(self, strategy: Strategy) -> dict[str, Any]:
         """One row."""
