@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
-from flax import nnx
 
 from wan_jax.checkpoint import open_checkpoint
 from wan_jax.config import DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig, get_preset
 from wan_jax.demo import random_model
 from wan_jax.errors import InputError
 from wan_jax.generate import load_pipeline
-from wan_jax.models.parameters import named_parameters, with_parameters
+from wan_jax.models.denoiser import Denoiser
+from wan_jax.models.parameters import abstract_parameters, named_parameters, random_parameters, with_parameters
+from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.nano import losses, train
 from wan_jax.nano.export import LARGEST, export, nano_pipeline
@@ -60,6 +61,14 @@ RECIPE = dataclasses.replace(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def short_text():
+    """The tokenizer's text: all of it is for test_world.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wan_jax.nano.data.TOKENIZER_SCENES", 200)
+        yield
+
+
 @pytest.fixture(scope="module")
 def vae():
     return random_model(VAE, TINY.vae, "float32")
@@ -68,22 +77,28 @@ def vae():
 def test_whole_videos_and_streaming_agree():
     vae = random_model(VAE, dataclasses.replace(TINY.vae, dim_mult=(1, 2), temporal_downsample=(True,)), "float32")
     frames = np.random.default_rng(0).uniform(-1, 1, (1, 5, 8, 16, 3)).astype(np.float32)
-    mean, _ = encode_moments(vae, frames)
-    latents = vae.encode(frames)
+
+    @jax.jit
+    def both(vae, frames):
+        mean, _ = encode_moments(vae, frames)
+        latents = vae.encode(frames)
+        return (rearrange(mean, "b t h w z -> b z t h w"), decode_whole(vae, mean)), (latents, vae.decode(latents))
+
     # The same sums in another order: float32 with a few hundred terms.
-    np.testing.assert_allclose(rearrange(mean, "b t h w z -> b z t h w"), latents, atol=1e-4)
-    np.testing.assert_allclose(decode_whole(vae, mean), vae.decode(latents), atol=1e-4)
+    for whole, streamed in zip(*both(vae, frames), strict=True):
+        np.testing.assert_allclose(whole, streamed, atol=1e-4)
 
 
 def test_folded_normalisation(vae):
     frames = np.random.default_rng(1).uniform(-1, 1, (2, 5, 16, 16, 3)).astype(np.float32)
-    mean, _ = encode_moments(vae, frames)
+    encode, decode = jax.jit(lambda vae, frames: encode_moments(vae, frames)[0]), jax.jit(decode_whole)
+    mean = encode(vae, frames)
     centre, std = np.asarray(mean).mean((0, 1, 2, 3)), np.asarray(mean).std((0, 1, 2, 3))
     make = losses.build(VAE, TINY.vae, "float32")
     folded = with_parameters(make, losses.fold_normalisation(named_parameters(vae), centre, std))
-    normalised, _ = encode_moments(folded, frames)
+    normalised = encode(folded, frames)
     np.testing.assert_allclose(normalised, (mean - centre) / std, atol=1e-4)
-    np.testing.assert_allclose(decode_whole(folded, normalised), decode_whole(vae, mean), atol=1e-4)
+    np.testing.assert_allclose(decode(folded, normalised), decode(vae, mean), atol=1e-4)
 
 
 def test_attribute_labels():
@@ -107,7 +122,8 @@ def test_the_experts_share_the_timesteps():
     assert shift * low[1] / (1 + (shift - 1) * low[1]) == pytest.approx(TINY.sampling.boundary)
 
 
-def expert_arguments(dropout):
+@pytest.fixture(scope="module")
+def expert_arguments():
     parameters = {
         f"{expert}.{name}": array
         for n, expert in enumerate(TINY.experts)
@@ -119,14 +135,18 @@ def expert_arguments(dropout):
         "texts": jnp.asarray(generator.standard_normal((6, 3, 64, 16)), jnp.float32),
         "empty": jnp.asarray(generator.standard_normal((64, 16)), jnp.float32),
     }
+    return parameters, frozen
+
+
+@jax.jit  # once for all rates of dropout
+def experts_gradients(dropout, parameters, frozen):
     loss = losses.experts_loss(TINY, "float32", dropout=dropout)
-    batch = {"index": np.arange(6, dtype=np.int32)}
-    return loss, parameters, frozen, batch, jax.random.split(jax.random.key(0), 6)
+    keys = jax.random.split(jax.random.key(0), 6)
+    return jax.value_and_grad(loss, has_aux=True)(parameters, frozen, {"index": jnp.arange(6)}, keys)
 
 
-def test_experts_loss():
-    loss, parameters, frozen, batch, keys = expert_arguments(0.5)
-    (value, figures), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, frozen, batch, keys)
+def test_experts_loss(expert_arguments):
+    (value, figures), gradients = experts_gradients(0.5, *expert_arguments)
     assert value == pytest.approx(figures["high_noise"] + figures["low_noise"])
     # A fresh expert says 0, so the loss is the mean square of noise - latents: 2 for unit normals of 768 numbers.
     assert figures["low_noise"] == pytest.approx(2.0, abs=0.5)
@@ -135,14 +155,16 @@ def test_experts_loss():
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
-def test_caption_dropout(dropout):
-    loss, parameters, frozen, batch, keys = expert_arguments(dropout)
-    parameters["low_noise.head.linear.kernel"] = jnp.ones_like(parameters["low_noise.head.linear.kernel"])
-    value = loss(parameters, frozen, batch, keys)[0]
-    other_texts = loss(parameters, {**frozen, "texts": frozen["texts"][::-1]}, batch, keys)[0]
-    other_empty = loss(parameters, {**frozen, "empty": -frozen["empty"]}, batch, keys)[0]
-    assert (value == other_texts) == (dropout == 1.0)
-    assert (value == other_empty) == (dropout == 0.0)
+def test_caption_dropout(expert_arguments, dropout):
+    parameters, frozen = expert_arguments
+    kernel = "low_noise.head.linear.kernel"
+    parameters = {**parameters, kernel: jnp.ones_like(parameters[kernel])}
+
+    def value(**changes):
+        return experts_gradients(dropout, parameters, {**frozen, **changes})[0][0]
+
+    assert (value() == value(texts=frozen["texts"][::-1])) == (dropout == 1.0)
+    assert (value() == value(empty=-frozen["empty"])) == (dropout == 0.0)
 
 
 def test_rate():
@@ -211,10 +233,17 @@ def test_export(tmp_path, monkeypatch):
     config = get_preset("nano")
     run = tmp_path / "run"
     run.mkdir()
-    train.write_shards(run, "text_encoder", losses.init_text_encoder(config, 0))
-    train.write_shards(run, "vae", named_parameters(VAE(config.vae, dtype=jnp.float32, rngs=nnx.Rngs(0))))
+
+    def weights(kind, model_config, seed=0):
+        tree = abstract_parameters(losses.build(kind, model_config, "float32"))
+        return random_parameters(tree, seed, jnp.float32)
+
+    train.write_shards(run, "text_encoder", weights(TextEncoder, config.text_encoder))
+    train.write_shards(run, "vae", weights(VAE, config.vae))
     experts = {
-        f"{name}.{key}": x for n, name in enumerate(config.experts) for key, x in losses.init_expert(config, n).items()
+        f"{name}.{key}": x
+        for n, name in enumerate(config.experts)
+        for key, x in weights(Denoiser, config.denoiser, n).items()
     }
     train.write_shards(run, "experts", experts)
     assert all(path.stat().st_size < 16 * 2**20 for path in run.iterdir())

@@ -124,9 +124,8 @@ def test_videos(atlas):
 @pytest.mark.parametrize("size", [(96, 96), (128, 64)])
 def test_objects_stay_in_the_frame(size):
     scenes = draw_scenes(2, 64)
-    paths = jax.vmap(lambda key, scene: draw_paths(key, scene, 33, size))(
-        jax.random.split(jax.random.key(0), 64), scenes.as_dict()
-    )
+    draw = jax.jit(jax.vmap(lambda key, scene: draw_paths(key, scene, 33, size)))
+    paths = draw(jax.random.split(jax.random.key(0), 64), scenes.as_dict())
     extent = np.array(size) / min(size)
     margin = np.asarray(paths.radius)[..., None]
     centre = np.asarray(paths.centre)
