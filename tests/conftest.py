@@ -19,6 +19,19 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of meshes; all others use the first
 
 
+COMPILED: list[str] = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, **more: COMPILED.append(str(more.get("fun_name"))) if "backend_compile" in event else None
+)
+
+
+@pytest.fixture
+def compiled() -> list[str]:
+    """Names of the programs that were compiled since the test began, or since it cleared the list."""
+    COMPILED.clear()
+    return COMPILED
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory) -> pathlib.Path:
     """A small Unigram tokenizer for English and Chinese, as T5's."""

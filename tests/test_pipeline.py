@@ -142,11 +142,11 @@ def test_latents_survive_a_failed_decode(pipe, monkeypatch):
     assert pipe.latents.shape == (1, *SHAPE)
 
 
-def test_a_second_run_compiles_nothing(pipe):
+def test_a_second_run_compiles_nothing(pipe, compiled):
     pipe("a red circle", **SMALL)
-    again = pipe("a green star", **SMALL | {"steps": 3}, guidance=(2.0, 5.0), shift=5.0, seed=9)
-    # Looking a program up takes well under a millisecond; compiling one takes a tenth of a second or more.
-    assert again.seconds["compile"] < 0.05
+    compiled.clear()
+    pipe("a green star", **SMALL | {"steps": 3}, guidance=(2.0, 5.0), shift=5.0, seed=9)
+    assert compiled == []
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
