@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.quick_compiles import quick_compiles  # noqa: F401
 from tests.test_prompt_extension import completion, serve
 from wan_jax import WanPipeline, read_video
 from wan_jax.batch import read_items

@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from tests.quick_compiles import quick_compiles  # noqa: F401
 from tests.test_lora import write as write_lora
 from wan_jax import Lora, WanPipeline
 from wan_jax.checkpoint import open_checkpoint
