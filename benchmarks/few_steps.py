@@ -28,6 +28,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from benchmarks.diffusers_peer import diffusers_denoiser
 from benchmarks.profiles import PROMPT, made_up_pipeline
 
 Report = Callable[[str, dict[str, Any]], None]
@@ -194,7 +195,7 @@ def peer(part: str, demo: bool, report: Report) -> None:
     """Diffusers' denoiser, compiled, with cuDNN attention, and its decoder, as it is, in bfloat16."""
     import diffusers
     import torch
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers import AutoencoderKLWan
 
     config = small(part) if demo else full(part)
     sampling, denoiser, vae_config = config.sampling, config.denoiser, config.vae
@@ -225,20 +226,7 @@ def peer(part: str, demo: bool, report: Report) -> None:
     vae.eval()
     report("decode", timed(partial(vae.decode, latents, return_dict=False)))
     del vae
-    with device:
-        model: Any = WanTransformer3DModel(
-            num_attention_heads=denoiser.num_heads,
-            attention_head_dim=denoiser.head_dim,
-            in_channels=denoiser.in_channels,
-            out_channels=denoiser.out_channels,
-            text_dim=denoiser.text_dim,
-            freq_dim=denoiser.freq_dim,
-            ffn_dim=denoiser.ffn_dim,
-            num_layers=denoiser.num_layers,
-            cross_attn_norm=True,
-            rope_max_seq_len=1024,
-        )
-    model.eval()
+    model = diffusers_denoiser(denoiser, device)
     if on_gpu:
         model.set_attention_backend("_native_cudnn")
         model.compile_repeated_blocks(fullgraph=True)

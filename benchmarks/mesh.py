@@ -89,8 +89,9 @@ def peer(values: argparse.Namespace) -> None:
     """One process of the peer; the first writes the figures after each."""
     import torch
     import torch.distributed as distributed
-    from diffusers import ContextParallelConfig, WanTransformer3DModel
+    from diffusers import ContextParallelConfig
 
+    from benchmarks.diffusers_peer import diffusers_denoiser
     from wan_jax.bench import get_config
     from wan_jax.settings import parse_size
 
@@ -105,21 +106,7 @@ def peer(values: argparse.Namespace) -> None:
     denoiser, stride = config.denoiser, config.vae.spatial_stride
     width, height = parse_size(values.size)
     device = torch.device("cuda" if on_gpu else "cpu")
-    # Made under the device, but called outside: torch.compile does not know its way through that context.
-    with device:
-        model: Any = WanTransformer3DModel(
-            num_attention_heads=denoiser.num_heads,
-            attention_head_dim=denoiser.head_dim,
-            in_channels=denoiser.in_channels,
-            out_channels=denoiser.out_channels,
-            text_dim=denoiser.text_dim,
-            freq_dim=denoiser.freq_dim,
-            ffn_dim=denoiser.ffn_dim,
-            num_layers=denoiser.num_layers,
-            cross_attn_norm=True,
-            rope_max_seq_len=1024,
-        )
-    model.eval()
+    model = diffusers_denoiser(denoiser, device)
     torch.manual_seed(0)
     frames = (values.frames - 1) // config.vae.temporal_stride + 1
     latents = torch.randn(1, denoiser.in_channels, frames, height // stride, width // stride, device=device)

@@ -20,7 +20,9 @@ class Options:
     prompts: str | None = _option(str, "file of prompts: .txt, .jsonl or .csv; makes a video of each", metavar="FILE")
     image: str | None = _option(str, "picture that the video starts from, for models that take one", metavar="FILE")
     last_image: str | None = _option(str, "picture that it ends with, for models that take two", metavar="FILE")
-    checkpoint: str | None = _option(str, "folder or hub id; without it the nano model", metavar="PATH_OR_ID")
+    checkpoint: str | None = _option(
+        str, "folder or hub id; without it nano, or where it has no weights a small random model", metavar="PATH_OR_ID"
+    )
     negative_prompt: str | None = _option(str, "what to steer away from", metavar="TEXT")
     size: str | None = _option(
         str, "WIDTHxHEIGHT in pixels, multiples of 16 (default: the preset's, in the image's shape)", metavar="WxH"
