@@ -13,10 +13,10 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import nnx
 
-from wan_jax import __version__
+from wan_jax import __version__, nano
 from wan_jax.checkpoint import convert
 from wan_jax.checkpoint.memory import memory_checkpoint
-from wan_jax.config import DenoiserConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig
+from wan_jax.config import DenoiserConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig, get_preset
 from wan_jax.demo_tokenizer import train_small_tokenizer
 from wan_jax.generate import generate
 from wan_jax.models.denoiser import Denoiser
@@ -105,24 +105,29 @@ def demo_checkpoint(bars: Bars) -> Path:
 
 
 def run_demo(folder: Path) -> Path:
-    """Writes a diffusers tree, converts it to our format and generates a video; returns the video's path."""
+    """From a diffusers tree over our format to a video, with the nano model where its weights are; returns the video.
+
+    Without them it is the demo model, whose tree is written first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    tree, checkpoint, video = folder / "diffusers", folder / "orbax", folder / "demo.mp4"
-    print(f"1. a small checkpoint with random weights, as diffusers publishes them: {tree}", file=sys.stderr)
+    config, tree = (get_preset("nano"), nano.WEIGHTS) if nano.WEIGHTS.is_dir() else (DEMO, folder / "diffusers")
+    kind = "the nano model" if config is not DEMO else "a small model with random weights"
+    checkpoint, video = folder / f"{config.name}-orbax", folder / "demo.mp4"
+    print(f"1. {kind}, as diffusers publishes models: {tree}", file=sys.stderr)
     if not tree.exists():
         write_demo(tree, "diffusers")
     print(f"2. the same in wan_jax's own format: {checkpoint}", file=sys.stderr)
     if not checkpoint.exists():
         print(convert(tree, checkpoint), file=sys.stderr)
     print(f"3. a video of {PROMPT!r}: {video}", file=sys.stderr)
-    width, height = DEMO.sampling.size
+    width, height = config.sampling.size
     generate(
         Options(
             prompt=PROMPT,
             checkpoint=str(checkpoint),
             size=f"{width}x{height}",
-            frames=DEMO.sampling.frames,
-            steps=str(DEMO.sampling.steps),
+            frames=config.sampling.frames,
+            steps=str(config.sampling.steps),
             output=str(video),
         )
     )

@@ -415,7 +415,10 @@ def open_model(path_or_id: str | None, bars: "Bars") -> "Checkpoint":
     from wan_jax.demo import demo_checkpoint
     from wan_jax.nano import WEIGHTS
 
-    return open_checkpoint(WEIGHTS if WEIGHTS.is_dir() else demo_checkpoint(bars))
+    if not WEIGHTS.is_dir():
+        return open_checkpoint(demo_checkpoint(bars))
+    bars.note("no --checkpoint given: this is the nano model, which knows coloured shapes and digits that move")
+    return open_checkpoint(WEIGHTS)
 
 
 def _read_latents(name: str) -> np.ndarray:

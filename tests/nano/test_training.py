@@ -11,9 +11,9 @@ from einops import rearrange
 
 from wan_jax.checkpoint import open_checkpoint
 from wan_jax.config import DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig, get_preset
-from wan_jax.demo import random_model
+from wan_jax.demo import random_model, run_demo
 from wan_jax.errors import InputError
-from wan_jax.generate import load_pipeline
+from wan_jax.generate import load_pipeline, open_model
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.parameters import abstract_parameters, named_parameters, random_parameters, with_parameters
 from wan_jax.models.text_encoder import TextEncoder
@@ -23,6 +23,7 @@ from wan_jax.nano.export import LARGEST, export, nano_pipeline
 from wan_jax.nano.scenes import BACKGROUNDS, KINDS, draw_scenes
 from wan_jax.nano.whole_video import decode_whole, encode_moments
 from wan_jax.options import Options
+from wan_jax.progress import Bars
 
 TINY = WanConfig(
     name="tiny",
@@ -228,7 +229,7 @@ def test_bad_stages(text, message):
     assert train.parse_stages("text=60,vae=4.5") == {"text": 60, "vae": 4.5}
 
 
-def test_export(tmp_path, monkeypatch):
+def test_export(tmp_path, monkeypatch, capsys):
     """Untrained weights of the real size: the tree opens as the preset, at its size on disk, and runs."""
     config = get_preset("nano")
     run = tmp_path / "run"
@@ -263,3 +264,10 @@ def test_export(tmp_path, monkeypatch):
     # What the package holds is what runs where nothing is named.
     monkeypatch.setattr("wan_jax.nano.WEIGHTS", tmp_path / "weights")
     assert load_pipeline(Options(quiet=True)).config.name == "nano"
+    open_model(None, Bars(True))
+    assert "this is the nano model" in capsys.readouterr().err
+    asked = []
+    monkeypatch.setattr("wan_jax.demo.generate", asked.append)
+    run_demo(tmp_path / "demo")
+    assert open_checkpoint(asked[0].checkpoint).config == config
+    assert asked[0].size == "96x96"

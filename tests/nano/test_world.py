@@ -9,7 +9,7 @@ from wan_jax.errors import InputError
 from wan_jax.nano.captions import FRAMES, LANGUAGES, write_captions
 from wan_jax.nano.data import chunks, make_chunk, train_tokenizer
 from wan_jax.nano.digits import digit_atlas, digit_textures, load_digits, save_digits
-from wan_jax.nano.render import DISTANCES, draw_opacities, draw_paths, render_batch
+from wan_jax.nano.render import DISTANCES, draw_opacities, draw_paths, render_batch, render_scenes
 from wan_jax.nano.scenes import COLOURS, KINDS, MOTIONS, NEVER_ROTATE, SHAPES, draw_scenes, held_out
 from wan_jax.tokenizer import Tokenizer
 
@@ -119,6 +119,15 @@ def test_videos(atlas):
     again = render_batch(0, scenes.as_dict(), atlas, frames=5, size=(48, 32))
     np.testing.assert_array_equal(videos, again)
     assert (np.asarray(render_batch(1, scenes.as_dict(), atlas, frames=5, size=(48, 32))) != videos).any()
+
+
+def test_a_shape_of_ones_own(atlas):
+    """The first object is drawn by it and the second is not: a shape without end hides all but what is in front."""
+    scenes = draw_scenes(0, 4, pairs=1.0)
+    scenes.kind[:] = KINDS.index("circle")
+    videos = render_scenes(0, scenes, atlas, frames=1, size=(32, 32), shape=lambda x, y: jnp.full_like(x + y, -1.0))
+    first = np.array(list(COLOURS.values()))[scenes.colour[:, 0]]
+    assert np.abs(videos - 255 * first[:, None, None, None]).max() <= 1  # rounded to one of 255 levels
 
 
 @pytest.mark.parametrize("size", [(96, 96), (128, 64)])

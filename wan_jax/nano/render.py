@@ -5,6 +5,7 @@ key. Lengths are in parts of the frame's shorter side, y points down, angles tur
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -35,6 +36,8 @@ ORBIT_RADIUS = (0.20, 0.15)
 BOUNCE_HEIGHT = (0.36, 0.26)
 PLACEMENTS = 24  # tried for two objects; the one that keeps them farthest apart is taken
 JITTER = 0.06  # of speeds
+# A shape: x, y -> the signed distance to its edge, negative inside, in units of the object's radius.
+Distance = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Paths(NamedTuple):
@@ -154,10 +157,17 @@ def render_batch(
     return render(keys, scenes, atlas, frames=frames, size=size, window=window)
 
 
-@partial(jax.jit, static_argnames=("frames", "size"))
-def _render_uint8(seed: int, scenes: dict[str, jax.Array], atlas: jax.Array, frames: int, size: tuple[int, int]):
+@partial(jax.jit, static_argnames=("frames", "size", "shape"))
+def _render_uint8(
+    seed: int,
+    scenes: dict[str, jax.Array],
+    atlas: jax.Array,
+    frames: int,
+    size: tuple[int, int],
+    shape: Distance | None,
+) -> jax.Array:
     def one(number: jax.Array, scene: dict[str, jax.Array]) -> jax.Array:
-        video = _render_one(jax.random.fold_in(jax.random.key(seed), number), scene, atlas, frames, size, None)
+        video = _render_one(jax.random.fold_in(jax.random.key(seed), number), scene, atlas, frames, size, None, shape)
         return jnp.round((video + 1) * 127.5).astype(jnp.uint8)
 
     # One after the other: XLA's CPU backend is no faster on a batch, and memory stays small.
@@ -165,10 +175,20 @@ def _render_uint8(seed: int, scenes: dict[str, jax.Array], atlas: jax.Array, fra
 
 
 def render_scenes(
-    seed: int, scenes: Scenes, atlas: np.ndarray, *, frames: int = 33, size: tuple[int, int] = (96, 96)
+    seed: int,
+    scenes: Scenes,
+    atlas: np.ndarray,
+    *,
+    frames: int = 33,
+    size: tuple[int, int] = (96, 96),
+    shape: Distance | None = None,
 ) -> np.ndarray:
-    """The videos of scenes, uint8 [N, F, H, W, 3]: what a caller outside of training wants."""
-    return np.asarray(_render_uint8(seed, scenes.as_dict(), jnp.asarray(atlas), frames, size))
+    """The videos of scenes, uint8 [N, F, H, W, 3]: what a caller outside of training wants.
+
+    `shape` is drawn for the first object instead of the shape that the scene names: a function of x and y, such as
+    those in DISTANCES.
+    """
+    return np.asarray(_render_uint8(seed, scenes.as_dict(), jnp.asarray(atlas), frames, size, shape))
 
 
 def _render_one(
@@ -178,6 +198,7 @@ def _render_one(
     frames: int,
     size: tuple[int, int],
     window: tuple[int, int, int] | None,
+    first_shape: Distance | None = None,
 ) -> jax.Array:
     key_paths, key_digits, key_window = jax.random.split(key, 3)
     paths = draw_paths(key_paths, scene, frames, size)
@@ -205,9 +226,10 @@ def _render_one(
         across, down = cos * across + sin * down, cos * down - sin * across
         kind = scene["kind"][index]
         digit = jnp.maximum(kind - len(SHAPES), 0)
+        draw = partial(shape_distance, kind) if index == 1 or first_shape is None else first_shape
         opacity = jnp.where(
             kind < len(SHAPES),
-            jnp.clip(0.5 - shape_distance(kind, across, down) * radius * shorter, 0, 1),
+            jnp.clip(0.5 - draw(across, down) * radius * shorter, 0, 1),
             digit_opacity(atlas[digit, numbers[index]], across, down),
         )
         if index == 1:
