@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-from wan_jax.bench_mesh import alone, default_meshes, is_exchange, length, union
+from wan_jax.bench_mesh import MeshBench, default_meshes
 from wan_jax.cli import main
 from wan_jax.config import get_preset
 from wan_jax.demo import DEMO
@@ -38,24 +38,40 @@ def test_a_table_of_meshes(tmp_path, capsys):
     assert lines[-1].startswith("cfg2-fsdp2 ")
 
 
-@pytest.mark.parametrize("part", ["vae", "video"])
-def test_vae_and_video_on_a_mesh(part, tmp_path):
+@pytest.mark.parametrize("part", ["decode", "vae", "video"])
+def test_parts_on_a_mesh(part, tmp_path):
     path = tmp_path / "part.json"
-    assert main(["bench", part, "--mesh", "cfg2", *SMALL, "--steps", "2", "--output", str(path)]) == 0
+    steps = ["--steps", "2"] if part == "video" else []
+    assert main(["bench", part, "--mesh", "cfg2", *SMALL, *steps, "--output", str(path)]) == 0
     report = json.loads(path.read_text())
     assert report["mesh"] == "cfg2"
     assert all(row["seconds"] >= 0 for row in report["rows"])
     assert report["rows"]
 
 
-def test_a_mesh_that_fails_is_a_row(monkeypatch, tmp_path):
-    def fail(*_):
-        raise RuntimeError("no\nmemory")
+def test_forwards_alone(tmp_path):
+    path = tmp_path / "mesh.json"
+    meshes = ["--mesh", "single", "--mesh", "cfg2"]
+    assert main(["bench", "mesh", *meshes, *SMALL, "--forwards", "--hang-seconds", "300", "--output", str(path)]) == 0
+    single, apart = json.loads(path.read_text())["rows"]
+    assert "step_seconds" not in single
+    assert apart["step_scaling"] == 2 * single["forward_seconds"] / apart["step_seconds"]
 
-    monkeypatch.setattr("wan_jax.bench_mesh.MeshBench.measure", fail)
+
+def test_what_is_measured_before_a_failure_stays(monkeypatch, tmp_path):
+    run = MeshBench.run
+
+    def fail_guided(self, expert, guidance, steps):
+        if guidance != 1:
+            raise RuntimeError("no\nmemory")
+        return run(self, expert, guidance, steps)
+
+    monkeypatch.setattr(MeshBench, "run", fail_guided)
     path = tmp_path / "mesh.json"
     assert main(["bench", "mesh", "--mesh", "ring2", *SMALL, "--output", str(path)]) == 0
-    assert json.loads(path.read_text())["rows"][0]["error"] == "RuntimeError: no memory"
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["error"] == "RuntimeError: no memory"
+    assert row["forward_seconds"] > 0
 
 
 @pytest.mark.parametrize(
@@ -65,8 +81,13 @@ def test_a_mesh_that_fails_is_a_row(monkeypatch, tmp_path):
         (["mesh", "--mesh", "ring64"], "mesh ring64: needs 64 devices and there are 8"),
         (["mesh", "--mesh", "data2"], "mesh data2: a batch of 1 cannot be divided"),
         (["mesh", "--prompts", "0"], "give at least 1"),
-        (["denoiser", "--mesh", "ring2"], "bench vae and video run on one; bench mesh compares them"),
+        (["denoiser", "--mesh", "ring2"], "bench vae, decode, video run on one; bench mesh compares them"),
         (["vae", "--mesh", "ring2", "--mesh", "ring4"], "bench mesh compares them"),
+        (["mesh", "--steps", "4"], "--steps: bench mesh measures single forwards and steps of the denoiser"),
+        (["mesh", "--vae-dtype", "bfloat16"], "--vae-dtype: bench mesh measures"),
+        (["mesh", "--plot", "a.png"], "--plot: bench mesh measures"),
+        (["denoiser", "--prompts", "2"], "--prompts: bench denoiser measures one device or one mesh"),
+        (["vae", "--forwards"], "--forwards: bench vae measures"),
     ],
 )
 def test_refusals(arguments, message, capsys):
@@ -80,18 +101,6 @@ def test_default_meshes():
     ]
     assert default_meshes(DEMO, 1) == ["single"]
     assert "ulysses8" not in default_meshes(DEMO, 8)
-
-
-def test_time_in_exchange():
-    """Kernels of two streams: [0, 4] and [6, 10] exchange, [2, 7] and [9, 12] compute."""
-    exchanges, others = [(6, 10), (0, 3), (1, 4)], [(2, 7), (9, 12)]
-    assert union(exchanges) == [(0, 4), (6, 10)]
-    assert length(union(exchanges)) == 8
-    assert alone(exchanges, others) == 4  # [0, 2] and [7, 9]
-    assert is_exchange("ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)")
-    assert is_exchange("MemcpyP2P")
-    assert not is_exchange("MemcpyD2D")
-    assert not is_exchange("cudnn_generated_fort_native_sdpa")
 
 
 def test_random_parameters_on_a_mesh_are_those_of_one_device(monkeypatch):

@@ -1,21 +1,20 @@
 """`wan-jax bench mesh`: one forward and one guided step on each mesh, with random weights made on the devices.
 
 seconds     the mean of the steps after the first; of `prompts` videos together
-scaling     against the row "single"
+scaling     against the row "single", where only forwards are timed a guided step against two of them
 memory      of the first device: its parts of weights and contexts, and the program's scratch
 exchange    time in which a device sends or receives (NCCL's kernels, and copies from GPU to GPU), and the part of it
-            in which nothing else runs there: means over the devices, in one traced forward, or in a guided step
-            where prompts are apart (cfg) or layers are (pipeline). NCCL's kernels wait for the slowest device, and
+            in which nothing else runs there: means over the devices (trace.py), in one traced forward, or in a guided
+            step where prompts are apart (cfg) or layers are (pipeline). NCCL's kernels wait for the slowest device, and
             that counts. GPUs only.
 """
 
 import functools
 import json
 import pathlib
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -31,24 +30,32 @@ from wan_jax.diffusion.solvers import get_solver
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.parameters import abstract_parameters, random_parameters, with_parameters
+from wan_jax.parallel.hosts import Watchdog
 from wan_jax.parallel.spread import Spread
 from wan_jax.parallel.strategy import Strategy
 from wan_jax.program import scratch_bytes
 from wan_jax.settings import DTYPES, Settings, check_name, parse_size
+from wan_jax.trace import traced
 
 GUIDANCE = 4.0
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class MeshBench:
-    """What is measured on every mesh: one expert of a model at one size."""
+    """What is measured on every mesh: one expert of a model at one size.
+
+    Attributes:
+        forwards: no guided steps, but where a forward alone leaves devices without work.
+        beat: called whenever something is done, with what it is.
+    """
 
     config: WanConfig
     settings: Settings
     dtype: str
     prompts: int
     repeats: int
+    forwards: bool = False
+    beat: Callable[[str], None] = lambda what: None
 
     def expert(self, spread: Spread | None) -> Expert:
         """Random weights in their places; the same numbers on every mesh, and on one device (None)."""
@@ -70,6 +77,7 @@ class MeshBench:
 
         def on_step(step: StepReport) -> None:
             seconds.append(step.seconds)
+            self.beat(f"step {len(seconds)} of {steps}")
 
         schedule = make_schedule("official", "euler", steps, 5.0)
         result = denoise(
@@ -84,20 +92,12 @@ class MeshBench:
     def _noise(self) -> jax.Array:
         return normal((self.prompts, *self.settings.latents_shape(self.config)))
 
-    def measure(self, strategy: Strategy) -> dict[str, Any]:
-        """One row."""
+    def measure(self, strategy: Strategy, row: dict[str, Any]) -> np.ndarray:
+        """Fills in a row, figure by figure; returns the latents that the last run came to."""
         spread = Spread.over(strategy) if strategy.devices > 1 else None
         start = time.perf_counter()
         expert = jax.block_until_ready(self.expert(spread))
-        row: dict[str, Any] = {"place_seconds": time.perf_counter() - start}
-        apart = strategy.cfg > 1 or strategy.pipeline > 1  # what a forward alone does not fill
-        if not apart:
-            row["compile_forward_seconds"] = self.compile(expert, guided=False)[0]
-            row["forward_runs"] = self.run(expert, 1.0, 1 + self.repeats)[0][1:]
-            row["forward_seconds"] = float(np.mean(row["forward_runs"]))
-        row["compile_step_seconds"], step = self.compile(expert, guided=True)
-        seconds, latents = self.run(expert, GUIDANCE, 1 + self.repeats)
-        row |= {"step_runs": seconds[1:], "step_seconds": float(np.mean(seconds[1:])), "latents": np.asarray(latents)}
+        row["place_seconds"] = time.perf_counter() - start
         first = jax.devices()[0]
         row["weight_bytes"] = sum(
             shard.data.nbytes
@@ -105,13 +105,20 @@ class MeshBench:
             for shard in array.addressable_shards
             if shard.device == first
         )
-        analysis: Any = step.memory_analysis()
-        row["memory_bytes"] = analysis.argument_size_in_bytes + scratch_bytes(step)
+        apart = strategy.cfg > 1 or strategy.pipeline > 1  # what a forward alone does not fill
+        parts = (["forward"] if not apart else []) + (["step"] if apart or not self.forwards else [])
+        latents = None
+        for part in parts:
+            row[f"compile_{part}_seconds"], program = self.compile(expert, guided=part == "step")
+            self.beat(f"compiled the {part}")
+            analysis: Any = program.memory_analysis()
+            row["memory_bytes"] = analysis.argument_size_in_bytes + scratch_bytes(program)
+            seconds, latents = self.run(expert, GUIDANCE if part == "step" else 1.0, 1 + self.repeats)
+            row |= {f"{part}_runs": seconds[1:], f"{part}_seconds": float(np.mean(seconds[1:]))}
         if strategy.devices > 1 and first.platform == "gpu":
-            guidance = GUIDANCE if apart else 1.0
-            row |= traced(lambda: jax.block_until_ready(self.run(expert, guidance, 1)[1]))
             row["traced"] = "guided step" if apart else "forward"
-        return row
+            row |= traced(lambda: jax.block_until_ready(self.run(expert, GUIDANCE if apart else 1.0, 1)[1]))
+        return np.asarray(latents)
 
     def compile(self, expert: Expert, guided: bool) -> tuple[float, jax.stages.Compiled]:
         """Seconds, and the program."""
@@ -150,12 +157,15 @@ def run(
     dtype: str = "bfloat16",
     prompts: int = 1,
     repeats: int = 2,
+    forwards: bool = False,
+    hang_seconds: float | None = None,
     output: pathlib.Path | None = None,
     on_line: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Measures each mesh, prints a table, and returns the report, which `output` (JSON) gets after each row.
 
-    What fails on one mesh is in its row and does not keep the others from being measured.
+    What fails on one mesh is in its row and does not keep the others from being measured. Devices that wait for each
+    other for ever end the process (exit code 3) once nothing has moved for `hang_seconds`.
 
     Raises:
         InputError: an option or mesh that cannot be used.
@@ -187,28 +197,34 @@ def run(
     on_line(f"{config.name} {width}x{height}, {settings.frames} frames, {dtype}, {prompts} at once; {report['device']}")
     titles = f"{'mesh':<24} {'forward':>9} {'scaling':>8} {'step':>9} {'scaling':>8} {'memory':>10}"
     on_line(f"{titles} {'exchange':>9} {'alone':>8}")
-    bench = MeshBench(config, settings, dtype, prompts, repeats)
-    first_latents: np.ndarray | None = None
-    for strategy in strategies:
-        row: dict[str, Any] = {"mesh": str(strategy), "devices": strategy.devices}
-        try:
-            row |= bench.measure(strategy)
-        except Exception as error:
-            row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        latents = row.pop("latents", None)
-        if latents is not None:
-            first_latents = latents if first_latents is None else first_latents
-            distance = np.abs(latents - first_latents).max() / np.abs(first_latents).max()
-            row["difference_to_first"] = float(distance)
-        single: dict[str, Any] = next((each for each in [*report["rows"], row] if each["mesh"] == "single"), {})
-        for part in ("forward", "step"):
-            if f"{part}_seconds" in row and f"{part}_seconds" in single:
-                row[f"{part}_scaling"] = single[f"{part}_seconds"] / row[f"{part}_seconds"]
-        report["rows"].append(row)
-        if output is not None:
-            output.write_text(json.dumps(report, indent=1) + "\n")
-        on_line(format_row(row))
+    with Watchdog(hang_seconds) as watchdog:
+        bench = MeshBench(config, settings, dtype, prompts, repeats, forwards, watchdog.beat)
+        firsts: dict[str, np.ndarray] = {}  # the first latents of each kind of run
+        for strategy in strategies:
+            row: dict[str, Any] = {"mesh": str(strategy), "devices": strategy.devices}
+            watchdog.beat(f"mesh {strategy}")
+            try:
+                latents = bench.measure(strategy, row)
+                first = firsts.setdefault("step" if "step_seconds" in row else "forward", latents)
+                row["difference_to_first"] = float(np.abs(latents - first).max() / np.abs(first).max())
+            except Exception as error:
+                row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            report["rows"].append(row)
+            add_scaling(row, report["rows"])
+            if output is not None:
+                output.write_text(json.dumps(report, indent=1) + "\n")
+            on_line(format_row(row))
     return report
+
+
+def add_scaling(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """How many times as fast a mesh is as one device."""
+    single = next((each for each in rows if each["mesh"] == "single"), {})
+    if "forward_seconds" in single:
+        single = {"step_seconds": 2 * single["forward_seconds"]} | single
+    for part in ("forward", "step"):
+        if f"{part}_seconds" in row and f"{part}_seconds" in single:
+            row[f"{part}_scaling"] = single[f"{part}_seconds"] / row[f"{part}_seconds"]
 
 
 def format_row(row: dict[str, Any]) -> str:
@@ -227,64 +243,6 @@ def format_row(row: dict[str, Any]) -> str:
             number("step_scaling", 8, "{:.2f}"),
             number("memory_bytes", 10, "{:.2f} GiB", 2**30),
             number("exchange_seconds", 9),
-            number("exchange_alone_seconds", 8),
+            number("exchange_alone_seconds", 8) if "exchange" not in row else "not measured",
         ]
     )
-
-
-@dataclass
-class Times:
-    """What one device did in a trace, in nanoseconds."""
-
-    exchanges: list[Interval] = field(default_factory=list)
-    others: list[Interval] = field(default_factory=list)
-
-
-def traced(call: Callable[[], Any]) -> dict[str, float]:
-    """Runs `call` under the profiler; the seconds of exchange that the module's docstring explains."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            call()
-        files = list(pathlib.Path(folder).rglob("*.xplane.pb"))
-        devices: list[Times] = []
-        for plane in jax.profiler.ProfileData.from_file(str(files[0])).planes:
-            if not plane.name.startswith("/device:GPU"):
-                continue
-            times = Times()
-            for line in plane.lines:
-                if line.name.startswith("Stream"):
-                    for event in line.events:
-                        kind = times.exchanges if is_exchange(event.name) else times.others
-                        kind.append((event.start_ns, event.start_ns + event.duration_ns))
-            if times.others:
-                devices.append(times)
-    if not devices:
-        return {}
-    return {
-        "exchange_seconds": float(np.mean([length(union(each.exchanges)) for each in devices])) / 1e9,
-        "exchange_alone_seconds": float(np.mean([alone(each.exchanges, each.others) for each in devices])) / 1e9,
-    }
-
-
-def is_exchange(kernel: str) -> bool:
-    return "nccl" in kernel.lower() or "MemcpyP2P" in kernel
-
-
-def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same time in intervals that do not overlap."""
-    merged: list[Interval] = []
-    for start, end in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = merged[-1][0], max(end, merged[-1][1])
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def length(intervals: Iterable[Interval]) -> float:
-    return sum(end - start for start, end in intervals)
-
-
-def alone(some: Sequence[Interval], others: Sequence[Interval]) -> float:
-    """How long some of `some` run and none of `others`."""
-    return length(union([*some, *others])) - length(union(others))
