@@ -18,9 +18,11 @@ from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.parameters import abstract_parameters, named_parameters, random_parameters, with_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
-from wan_jax.nano import losses, train
-from wan_jax.nano.export import LARGEST, export, nano_pipeline
+from wan_jax.nano import files, losses, train
+from wan_jax.nano.export import LARGEST, components, export, nano_pipeline
+from wan_jax.nano.recipe import SMALL, Bucket, parse_stages
 from wan_jax.nano.scenes import BACKGROUNDS, KINDS, draw_scenes
+from wan_jax.nano.stage import Run, Stage, rate_factor
 from wan_jax.nano.whole_video import decode_whole, encode_moments
 from wan_jax.options import Options
 from wan_jax.progress import Bars
@@ -51,14 +53,14 @@ TINY = WanConfig(
     sampling=dataclasses.replace(get_preset("nano").sampling, size=(16, 16), frames=5),
 )
 RECIPE = dataclasses.replace(
-    train.SMALL,
+    SMALL,
     chunk=16,
     text_batch=8,
     vae_batch=2,
     vae_window=(3, 16, 16),
     fill=2,
     first_fill=4,
-    buckets=(train.Bucket(5, (16, 16), 4, 8, 1.0),),
+    buckets=(Bucket(5, (16, 16), 4, 8, 1.0),),
 )
 
 
@@ -125,108 +127,231 @@ def test_the_experts_share_the_timesteps():
 
 @pytest.fixture(scope="module")
 def expert_arguments():
-    parameters = {
-        f"{expert}.{name}": array
-        for n, expert in enumerate(TINY.experts)
-        for name, array in losses.init_expert(TINY, n).items()
-    }
     generator = np.random.default_rng(0)
     frozen = {
         "latents": jnp.asarray(generator.standard_normal((6, 4, 2, 4, 4)), jnp.float32),
         "texts": jnp.asarray(generator.standard_normal((6, 3, 64, 16)), jnp.float32),
         "empty": jnp.asarray(generator.standard_normal((64, 16)), jnp.float32),
+        "range": jnp.asarray(losses.sigma_range(TINY, "low_noise")),
     }
-    return parameters, frozen
+    return losses.init_expert(TINY, 0), frozen
 
 
 @jax.jit  # once for all rates of dropout
-def experts_gradients(dropout, parameters, frozen):
-    loss = losses.experts_loss(TINY, "float32", dropout=dropout)
+def expert_gradients(dropout, parameters, frozen):
+    loss = losses.expert_loss(TINY, "float32", dropout=dropout)
     keys = jax.random.split(jax.random.key(0), 6)
     return jax.value_and_grad(loss, has_aux=True)(parameters, frozen, {"index": jnp.arange(6)}, keys)
 
 
-def test_experts_loss(expert_arguments):
-    (value, figures), gradients = experts_gradients(0.5, *expert_arguments)
-    assert value == pytest.approx(figures["high_noise"] + figures["low_noise"])
+def test_expert_loss(expert_arguments):
+    (value, _), gradients = expert_gradients(0.5, *expert_arguments)
     # A fresh expert says 0, so the loss is the mean square of noise - latents: 2 for unit normals of 768 numbers.
-    assert figures["low_noise"] == pytest.approx(2.0, abs=0.5)
-    for expert in TINY.experts:
-        assert float(jnp.abs(gradients[f"{expert}.head.linear.kernel"]).max()) > 0
+    assert value == pytest.approx(2.0, abs=0.5)
+    assert float(jnp.abs(gradients["head.linear.kernel"]).max()) > 0
+
+
+def test_the_range_is_the_experts(expert_arguments):
+    """The range is an argument of the loss, and the loss follows it."""
+    parameters, frozen = expert_arguments
+    parameters = {**parameters, "head.linear.kernel": jnp.ones_like(parameters["head.linear.kernel"])}
+    values = {
+        name: float(
+            expert_gradients(0.0, parameters, {**frozen, "range": jnp.asarray(losses.sigma_range(TINY, name))})[0][0]
+        )
+        for name in TINY.experts
+    }
+    assert values["high_noise"] != pytest.approx(values["low_noise"], rel=1e-3)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 1.0])
 def test_caption_dropout(expert_arguments, dropout):
     parameters, frozen = expert_arguments
-    kernel = "low_noise.head.linear.kernel"
+    kernel = "head.linear.kernel"
     parameters = {**parameters, kernel: jnp.ones_like(parameters[kernel])}
 
     def value(**changes):
-        return experts_gradients(dropout, parameters, {**frozen, **changes})[0][0]
+        return expert_gradients(dropout, parameters, {**frozen, **changes})[0][0]
 
     assert (value() == value(texts=frozen["texts"][::-1])) == (dropout == 1.0)
     assert (value() == value(empty=-frozen["empty"])) == (dropout == 0.0)
 
 
 def test_rate():
-    assert train.rate_factor(0, 0.0) == pytest.approx(1 / 200)
-    assert train.rate_factor(500, 0.3) == 1
-    assert train.rate_factor(500, 0.75) == pytest.approx(0.51)
-    assert train.rate_factor(500, 1.0) == pytest.approx(0.01)
+    assert rate_factor(0, 0.0) == pytest.approx(1 / 200)
+    assert rate_factor(500, 0.3) == 1
+    assert rate_factor(500, 0.75) == pytest.approx(0.51)
+    assert rate_factor(500, 1.0) == pytest.approx(0.01)
+
+
+def make_run(folder, **options):
+    return Run(TINY, RECIPE, folder, folder / "state", None, files.Log(folder), **options)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """All stages, of a few steps each."""
-    folder = tmp_path_factory.mktemp("run")
-    run = train.Run(TINY, RECIPE, folder, folder / "state", None, train.Log(folder))
-    run.more = 100.0
-    # Whatever compiling takes, there is time for steps: the clock begins with the first.
-    for stage in (train.train_text, train.train_vae, train.train_experts):
+    run = make_run(tmp_path_factory.mktemp("run"), more=100.0)
+    # Whatever compiling takes, there is time for steps: one is made in any case.
+    for stage in (train.train_text, train.train_vae, train.train_experts, train.train_decoder):
         stage(run, 1.0)
     return run
 
 
-def log_rows(run):
-    return [json.loads(line) for line in (run.output / "log.jsonl").read_text().splitlines()]
+def log_rows(run, stage):
+    return [json.loads(line) for line in (run.output / f"log-{stage}.jsonl").read_text().splitlines()]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("[!.]*.npz")}
 
 
 def test_all_stages_run(run):
-    rows = log_rows(run)
-    done = {row["stage"]: row["step"] for row in rows if row.get("done")}
-    assert set(done) == {"text", "vae", "experts"}
-    assert min(done.values()) >= 1
-    assert {"en", "zh", "ja"} <= set(next(row for row in rows if "en" in row))
-    assert any("psnr_mean" in row for row in rows)
-    names = {path.name for path in run.output.glob("*.npz")}
-    assert names == {"text_encoder-0.npz", "vae-0.npz", "experts-0.npz"}
+    for stage in ("text", "vae", "high_noise", "low_noise", "decoder"):
+        (row,) = (row for row in log_rows(run, stage) if row.get("done"))
+        assert row["step"] >= 1
+    assert {"en", "zh", "ja"} <= set(log_rows(run, "text")[-1])
+    for stage in ("vae", "decoder"):
+        assert "psnr_mean" in log_rows(run, stage)[-1]
+    names = ("text_encoder", "readout", "vae", "decoder", "high_noise", "low_noise")
+    assert set(contents(run.output)) == {f"{name}-0.npz" for name in names}
 
 
-def test_a_later_call_goes_on(run):
-    step = max(row["step"] for row in log_rows(run) if row["stage"] == "experts" and "step" in row)
-    run.more = 0.0
-    train.train_experts(run, 1.0)
-    row = next(row for row in log_rows(run) if "continues_after_step" in row)
-    assert row["continues_after_step"] == step
+def test_a_later_call_goes_on_with_one_expert(run):
+    """Its files alone are written, and it goes on where it was."""
+    before = contents(run.output)
+    (done,) = (row for row in log_rows(run, "low_noise") if row.get("done"))
+    train.train_experts(run, 1.0, ("low_noise",))
+    row = next(row for row in log_rows(run, "low_noise") if "continues_after_step" in row)
+    assert row["continues_after_step"] == done["step"]
     assert row["seconds"] >= 1
+    after = contents(run.output)
+    assert {name for name in after if after[name] != before[name]} == {"low_noise-0.npz"}
+
+
+def test_the_decoder_alone(run):
+    """What encodes is the same to the bit; what decodes is what was exported for the decoder."""
+    vae, decoder = (files.read_shards(run.output, name) for name in ("vae", "decoder"))
+    exported = components(run.output, TINY)["vae"]
+    assert exported.keys() == vae.keys()
+    for name, array in exported.items():
+        part = decoder if name.startswith(losses.DECODER) else vae
+        np.testing.assert_array_equal(array, part[name].astype(jnp.bfloat16))
+    assert any((decoder[name] != vae[name]).any() for name in decoder)
+    assert set(decoder) == set(losses.split(vae, "encoder.", "quant_conv.")[0])
+
+
+def test_latents_do_not_depend_on_the_decoder(vae):
+    frames = np.random.default_rng(2).uniform(-1, 1, (1, 5, 16, 16, 3)).astype(np.float32)
+    encoder, decoder = losses.split(named_parameters(vae), *losses.DECODER)
+    changed = with_parameters(losses.build(VAE, TINY.vae, "float32"), encoder | jax.tree.map(jnp.zeros_like, decoder))
+    encode = jax.jit(lambda vae, frames: encode_moments(vae, frames))
+    for before, after in zip(encode(vae, frames), encode(changed, frames), strict=True):
+        np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_decoders_loss_falls(vae, tmp_path, optimizer):
+    run = make_run(tmp_path)
+    frozen, trained = losses.split(jax.tree.map(jnp.copy, named_parameters(vae)), *losses.DECODER)
+    stage = Stage(run, "decoder", trained, 1e-2, optimizer, 100.0, lambda averaged: {}, ema_decay=0.9)
+    step = stage.make_step(losses.decoder_loss(TINY, "float32", 0.1))
+    videos = run.draw(0, draw_scenes(0, 2), RECIPE.buckets[0])[None]
+    values = []
+
+    def one_step(state, number):
+        state, figures = step(state, frozen, {"videos": videos})
+        values.append(float(figures["loss"]))
+        return state, figures
+
+    for _ in range(40):  # in the warm-up
+        stage.take(one_step)
+    assert values[-1] < 0.8 * values[0]
+
+
+def test_resume_without_a_state(run, tmp_path):
+    """From the small files alone every stage goes on from the averaged weights, gently at first."""
+    before = {path.name: path for path in run.output.glob("[!.]*-*.npz")}
+    other = make_run(tmp_path, more=100.0)
+    files.copy_missing(run.output, other.output)
+    train.train_text(other, 0.0)
+    train.train_decoder(other, 0.0)
+    train.train_experts(other, 0.0)
+    for name in ("text_encoder", "readout", "decoder", *TINY.experts):
+        assert log_rows(other, name if name not in ("text_encoder", "readout") else "text")
+        old, new = (files.read_shards(folder, name) for folder in (run.output, other.output))
+        for key in old:  # one step at 1/200 of a rate of 1e-3
+            np.testing.assert_allclose(new[key], old[key], atol=2e-5, err_msg=key)
+    assert before["high_noise-0.npz"].read_bytes() != (tmp_path / "high_noise-0.npz").read_bytes()
+
+    train.train_vae(other, 0.0)
+    # It begins with what the decoder's stage made, whose files are for the latents of before.
+    assert not files.find_shards(other.output, "decoder")
+    assert not (other.state / "decoder.npz").exists()
+    old = files.read_shards(run.output, "vae") | files.read_shards(run.output, "decoder")
+    new = files.read_shards(other.output, "vae")
+    for key in old:
+        if not key.startswith(("quant_conv.", "post_quant_conv.")):  # normalised anew
+            np.testing.assert_allclose(new[key], old[key], atol=2e-5, err_msg=key)
+
+
+def test_weights_of_another_model(run, tmp_path):
+    files.copy_missing(run.output, tmp_path)
+    other = make_run(tmp_path, more=100.0)
+    with pytest.raises(InputError, match=r"vae is of another model \(decoder"):
+        other.earlier(losses.init_vae(get_preset("nano"), 0), "vae")
+
+
+def test_a_state_of_another_optimizer(run):
+    with pytest.raises(InputError, match=r"low_noise\.npz is of another model or optimizer"):
+        Stage(run, "low_noise", losses.init_expert(TINY, 0), 1e-3, "muon", 1.0, lambda averaged: {}, ema_decay=0.9)
+
+
+def test_where_the_schedule_begins(tmp_path):
+    stage = Stage(
+        make_run(tmp_path, more=50.0, fraction_start=0.5),
+        *("part", {"kernel": jnp.ones((2, 2))}, 1e-3, "adamw", 50.0, lambda averaged: {}),
+        ema_decay=0.9,
+    )
+    assert stage.fraction == pytest.approx(0.5, abs=0.05)
+
+
+def test_processes_share_a_folder(tmp_path, monkeypatch):
+    """Whoever comes second keeps what the first has written."""
+    (first := tmp_path / "first").mkdir()
+    files.write_shards(first, "vae", {"x": np.zeros(3)})
+    files.write_shards(first, "text_encoder", {"x": np.zeros(3)})
+    files.write_shards(tmp_path, "vae", {"x": np.ones(3)})
+    files.copy_missing(first, tmp_path)
+    assert files.read_shards(tmp_path, "vae")["x"].tolist() == [1, 1, 1]
+    assert files.read_shards(tmp_path, "text_encoder")["x"].tolist() == [0, 0, 0]
+
+    def while_another_does(folder, vocab_size):
+        for place in (folder, tmp_path / "state" / "tokenizer"):
+            place.mkdir(parents=True)
+            (place / "tokenizer.json").write_text("{}")
+
+    monkeypatch.setattr("wan_jax.nano.stage.train_tokenizer", while_another_does)
+    run = make_run(tmp_path)
+    assert [path.name for path in run.state.iterdir()] == ["tokenizer"]
 
 
 def test_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(files, "SHARD_BYTES", 1000)
     arrays = {f"x{n}": np.full(100, n, np.float32) for n in range(5)}
-    train.write_shards(tmp_path, "part", arrays)
+    files.write_shards(tmp_path, "part", arrays)
     assert len(list(tmp_path.glob("part-*.npz"))) == 3
-    back = train.read_shards(tmp_path, "part")
+    back = files.read_shards(tmp_path, "part")
     assert all((back[name] == arrays[name]).all() for name in arrays)
     with pytest.raises(InputError, match="train that stage first"):
-        train.read_shards(tmp_path, "other")
+        files.read_shards(tmp_path, "other")
 
 
 @pytest.mark.parametrize(("text", "message"), [("vea=3", "did you mean 'vae'"), ("vae=x", "NAME=SECONDS")])
 def test_bad_stages(text, message):
     with pytest.raises(InputError, match=message):
-        train.parse_stages(text)
-    assert train.parse_stages("text=60,vae=4.5") == {"text": 60, "vae": 4.5}
+        parse_stages(text)
+    assert parse_stages("text=60,vae=4.5") == {"text": 60, "vae": 4.5}
 
 
 def test_export(tmp_path, monkeypatch, capsys):
@@ -239,14 +364,11 @@ def test_export(tmp_path, monkeypatch, capsys):
         tree = abstract_parameters(losses.build(kind, model_config, "float32"))
         return random_parameters(tree, seed, jnp.float32)
 
-    train.write_shards(run, "text_encoder", weights(TextEncoder, config.text_encoder))
-    train.write_shards(run, "vae", weights(VAE, config.vae))
-    experts = {
-        f"{name}.{key}": x
-        for n, name in enumerate(config.experts)
-        for key, x in weights(Denoiser, config.denoiser, n).items()
-    }
-    train.write_shards(run, "experts", experts)
+    files.write_shards(run, "text_encoder", weights(TextEncoder, config.text_encoder))
+    files.write_shards(run, "vae", weights(VAE, config.vae))
+    experts = {name: weights(Denoiser, config.denoiser, n) for n, name in enumerate(config.experts)}
+    for name, arrays in experts.items():
+        files.write_shards(run, name, arrays)
     assert all(path.stat().st_size < 16 * 2**20 for path in run.iterdir())
     assert len(list(run.iterdir())) <= 6
     summary = export(run, tmp_path / "weights")
@@ -255,7 +377,7 @@ def test_export(tmp_path, monkeypatch, capsys):
     assert checkpoint.config == config
     assert not checkpoint.notes
     loaded = checkpoint.load("high_noise", "float32")
-    exact = experts["high_noise.patch_embedding.kernel"]
+    exact = experts["high_noise"]["patch_embedding.kernel"]
     np.testing.assert_array_equal(loaded["patch_embedding.kernel"], exact.astype(jnp.bfloat16).astype(jnp.float32))
     card = (tmp_path / "weights" / "README.md").read_text()
     assert "96x96 with 33 frames" in card

@@ -18,8 +18,8 @@ from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.nano import WEIGHTS
 from wan_jax.nano.data import train_tokenizer
+from wan_jax.nano.files import find_shards, read_shards
 from wan_jax.nano.losses import build
-from wan_jax.nano.train import read_shards
 from wan_jax.pipeline import WanPipeline
 from wan_jax.tokenizer import Tokenizer
 
@@ -50,7 +50,7 @@ a grammar in three languages. The digits are those of scikit-learn (UCI, E. Alpa
 one in six of which is kept for tests. One in ten combinations of object, colour and motion, and some sentence frames of
 every language, were never trained on; `wan-jax evaluate` asks for those.
 
-**Recipe.** `python -m wan_jax.nano.train` (wan_jax/nano/train.py holds every number): the text encoder learns what
+**Recipe.** `python -m wan_jax.nano.train` (wan_jax/nano/recipe.py holds every number): the text encoder learns what
 captions say, the VAE reconstructs, both experts learn flow matching with shift {shift:g}, each in its own range of
 timesteps. What was run:
 
@@ -90,15 +90,9 @@ def nano_pipeline(run: Path, dtype: str = "bfloat16", *, vae_dtype: str = "float
 
 def components(run: Path, config: WanConfig) -> dict[str, dict[str, np.ndarray]]:
     """The weights of a run by component, in bfloat16."""
-    experts = read_shards(run, "experts")
-    parts = {
-        "text_encoder": read_shards(run, "text_encoder"),
-        "vae": read_shards(run, "vae"),
-        **{
-            name: {key.removeprefix(f"{name}."): x for key, x in experts.items() if key.startswith(f"{name}.")}
-            for name in config.experts
-        },
-    }
+    parts = {name: read_shards(run, name) for name in ("text_encoder", "vae", *config.experts)}
+    if find_shards(run, "decoder"):  # it was trained on, for the same latents
+        parts["vae"] |= read_shards(run, "decoder")
     return {name: {key: x.astype(jnp.bfloat16) for key, x in arrays.items()} for name, arrays in parts.items()}
 
 
@@ -127,12 +121,13 @@ def model_card(run: Path, config: WanConfig, summary: ConversionSummary) -> str:
         width=width,
         height=height,
         frames=config.sampling.frames,
-        stages=_stages(run / "log.jsonl"),
+        stages=_stages(run),
     )
 
 
-def _stages(log: Path) -> str:
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+def _stages(run: Path) -> str:
+    logs = sorted(run.glob("log-*.jsonl"), key=lambda path: path.stat().st_mtime)
+    rows = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
     lines = ["| stage | steps | last figures |", "|---|---|---|"]
     for stage in dict.fromkeys(row["stage"] for row in rows):
         mine = [row for row in rows if row["stage"] == stage]

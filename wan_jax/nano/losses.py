@@ -1,4 +1,4 @@
-"""What each part of the nano model is trained to do: one loss for the text encoder, the VAE and the pair of experts.
+"""What each part of the nano model is trained to do: losses of the text encoder, the VAE, its decoder and the experts.
 
 They have the form that wan_jax.training.step asks for: loss(parameters, frozen, batch, keys) -> (mean, figures), with
 parameters as float32 arrays by name. `compute` is the dtype of the models' products.
@@ -34,6 +34,7 @@ ATTRIBUTES = {
 }
 KL_WEIGHT = 5e-4
 SQUARED_WEIGHT = 2.0
+DECODER = ("decoder.", "post_quant_conv.")  # how names of the VAE's parameters begin that encoding does not need
 
 
 def build(kind: type, config: Any, compute: DTypeLike) -> Any:
@@ -84,7 +85,7 @@ def text_loss(config: WanConfig, compute: DTypeLike):
 
     def loss(parameters: Parameters, frozen: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, Figures]:
         del frozen, keys
-        encoder = with_parameters(make, _without(parameters, "readout."))
+        encoder = with_parameters(make, split(parameters, "readout.")[0])
         hidden = encoder(batch["tokens"], batch["mask"])
         logits = read_attributes(parameters, hidden, batch["mask"])
         labels = jnp.unstack(batch["labels"], axis=1)
@@ -98,8 +99,10 @@ def text_loss(config: WanConfig, compute: DTypeLike):
     return loss
 
 
-def _without(parameters: Parameters, prefix: str) -> dict[str, jax.Array]:
-    return {name: array for name, array in parameters.items() if not name.startswith(prefix)}
+def split(parameters: Parameters, *prefixes: str) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """The parameters whose names begin otherwise, and those that begin so."""
+    rest = {name: array for name, array in parameters.items() if not name.startswith(prefixes)}
+    return rest, {name: array for name, array in parameters.items() if name not in rest}
 
 
 def init_text_encoder(config: WanConfig, seed: int) -> dict[str, jax.Array]:
@@ -140,11 +143,32 @@ def vae_loss(config: WanConfig, compute: DTypeLike):
     return loss
 
 
+def decoder_loss(config: WanConfig, compute: DTypeLike, noise_scale: float):
+    """Reconstruction by the decoder; parameters: those of DECODER, frozen: the others, batch as of `vae_loss`.
+
+    The latents have noise of `noise_scale` times the deviation that the encoder gives them.
+    """
+    make = build(VAE, config.vae, compute)
+
+    def loss(parameters: Parameters, frozen: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, Figures]:
+        vae, videos = with_parameters(make, {**frozen, **parameters}), batch["videos"]
+        mean, log_variance = encode_moments(vae, videos)
+        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+        difference = decode_whole(vae, mean + noise_scale * jnp.exp(0.5 * log_variance) * noise) - videos
+        absolute, squared = jnp.abs(difference).mean(), jnp.square(difference).mean()
+        return absolute + SQUARED_WEIGHT * squared, {"psnr": 10 * jnp.log10(4 / squared)}
+
+    return loss
+
+
 def fold_normalisation(parameters: Parameters, mean: np.ndarray, std: np.ndarray) -> dict[str, jax.Array]:
-    """The VAE that gives (latents - mean) / std for latents, and takes those: exact, and no config must know."""
+    """The VAE that gives (latents - mean) / std for latents, and takes those: exact, and no config must know.
+
+    The log variance that it gives is that of these latents.
+    """
     z_dim = len(mean)
     scale = np.concatenate([1 / std, np.ones(z_dim)]).astype(np.float32)
-    shift = np.concatenate([mean, np.zeros(z_dim)]).astype(np.float32)
+    shift = np.concatenate([mean, 2 * np.log(std)]).astype(np.float32)
     kernel = parameters["post_quant_conv.kernel"]  # [1, 1, 1, z, z]
     return {
         **parameters,
@@ -175,12 +199,12 @@ def init_expert(config: WanConfig, seed: int) -> dict[str, jax.Array]:
     return parameters
 
 
-def experts_loss(config: WanConfig, compute: DTypeLike, *, dropout: float = 0.1, attention: str | None = None):
-    """Flow matching of all experts, each in its own range of timesteps, on one batch.
+def expert_loss(config: WanConfig, compute: DTypeLike, *, dropout: float = 0.1, attention: str | None = None):
+    """Flow matching of one expert in its own range of timesteps.
 
-    parameters: every expert's, with its name and a dot before. batch: "index" [b] into the pools of `frozen`: latents
-    [N, C, F, h, w] and texts [N, languages, T, dim]; a text is replaced by that of the empty prompt, `frozen["empty"]`
-    [T, dim], in a part `dropout` of the cases, for guidance.
+    batch: "index" [b] into the pools of `frozen`: latents [N, C, F, h, w] and texts [N, languages, T, dim]; a text is
+    replaced by that of the empty prompt, `frozen["empty"]` [T, dim], in a part `dropout` of the cases, for guidance.
+    `frozen["range"]` [2] is the expert's `sigma_range`: an argument, so that one program trains every expert.
     """
     shift = config.sampling.shift
 
@@ -193,22 +217,9 @@ def experts_loss(config: WanConfig, compute: DTypeLike, *, dropout: float = 0.1,
             rngs=nnx.Rngs(0),
         )
 
-    def one_expert(expert: str, parameters: Parameters, latents: jax.Array, texts: jax.Array, keys: jax.Array):
-        denoiser = with_parameters(
-            make, {name.removeprefix(f"{expert}."): x for name, x in parameters.items() if name.startswith(expert)}
-        )
-        low, high = sigma_range(config, expert)
-        keys_noise, keys_sigma = jax.vmap(jax.random.split, out_axes=1)(keys)
-        uniform = jax.vmap(lambda key: jax.random.uniform(key, minval=low, maxval=high))(keys_sigma)
-        sigma = shift * uniform / (1 + (shift - 1) * uniform)
-        noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys_noise)
-        weight = sigma[:, None, None, None, None]
-        velocity = denoiser((1 - weight) * latents + weight * noise, 1000 * sigma, denoiser.encode_context(texts))
-        return jnp.square(velocity - (noise - latents)).mean()
-
     def loss(parameters: Parameters, frozen: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, Figures]:
-        index = batch["index"]
-        keys_text, *expert_keys = jax.vmap(lambda key: jax.random.split(key, 1 + len(config.experts)), out_axes=1)(keys)
+        index, (low, high) = batch["index"], frozen["range"]
+        keys_text, keys_noise, keys_sigma = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
         latents = frozen["latents"][index].astype(jnp.float32)
 
         def choose(key: jax.Array, texts: jax.Array) -> jax.Array:
@@ -217,11 +228,13 @@ def experts_loss(config: WanConfig, compute: DTypeLike, *, dropout: float = 0.1,
             return jnp.where(jax.random.bernoulli(key_dropout, dropout), frozen["empty"], text)
 
         texts = jax.vmap(choose)(keys_text, frozen["texts"][index])
-        figures = {
-            expert: one_expert(expert, parameters, latents, texts, own)
-            for expert, own in zip(config.experts, expert_keys, strict=True)
-        }
-        return sum(figures.values(), start=jnp.float32(0)), figures
+        uniform = jax.vmap(lambda key: jax.random.uniform(key, minval=low, maxval=high))(keys_sigma)
+        sigma = shift * uniform / (1 + (shift - 1) * uniform)
+        noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys_noise)
+        weight = sigma[:, None, None, None, None]
+        denoiser = with_parameters(make, parameters)
+        velocity = denoiser((1 - weight) * latents + weight * noise, 1000 * sigma, denoiser.encode_context(texts))
+        return jnp.square(velocity - (noise - latents)).mean(), {}
 
     return loss
 

@@ -46,10 +46,12 @@ def init_state(
       replicated: where scalars lie.
     """
     places = jax.tree.map(lambda array: array.sharding, parameters)
-    shapes = jax.eval_shape(optimizer.init, parameters)
-    optimizer_places = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, place: place, shapes, places, transform_non_params=lambda _: replicated
-    )
+    optimizer_places: Any = replicated
+    if any(place != replicated for place in jax.tree.leaves(places)):  # optax cannot tell of every optimizer
+        shapes = jax.eval_shape(optimizer.init, parameters)
+        optimizer_places = optax.tree_utils.tree_map_params(
+            optimizer, lambda _, place: place, shapes, places, transform_non_params=lambda _: replicated
+        )
     return TrainState(
         step=jax.device_put(jnp.int32(0), replicated),
         key=jax.device_put(jax.random.key_data(jax.random.key(seed, impl="threefry2x32")), replicated),
