@@ -1,146 +1,234 @@
-"""Meshes of GPUs beside diffusers' own context parallelism, in one run on one machine.
+"""One model over all GPUs of a machine, beside one GPU and beside diffusers' context parallelism, in one run.
 
-    python -m benchmarks.mesh --output result.json [--mesh ulysses4 --mesh ring4 ...]
+    python -m benchmarks.mesh --output DIR [--seconds 540] [--parts forwards,peer,...]
 
-First `wan-jax bench mesh` (a process of its own), then the peer: diffusers' denoiser over all GPUs (torchrun, Ulysses,
-cuDNN attention, repeated blocks compiled). Random weights, bfloat16. The output grows after every row.
+Random weights, bfloat16. Parts in the order of their importance, each in processes of its own; one begins only if the
+time that it takes is left, and is ended at its limit. DIR/mesh.json is written after every figure. For n GPUs:
+
+    forwards   1280x720, 81 frames: one GPU's forward; a guided step (two forwards) on cfg2, or cfg2-ulysses<n/2>; a
+               forward on ulysses<n>, tensor<n>, fsdp<n>, ring<n>, each traced for its time in exchange
+    peer       diffusers' denoiser at that size: Ulysses over n GPUs, cuDNN attention, repeated blocks compiled
+    pipeline   832x480, two prompts at once: one GPU's forward of both; a guided step on pipeline2, four microbatches
+    decode     the VAE at 1280x720, on one GPU and on n
+    video      prompt to mp4 at 1280x720 on the mesh of the guided step; a run of 40 steps by arithmetic
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
-import statistics
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
-# So that NCCL does not use NVLink's multicast, which shared hosts may not offer.
-ENVIRONMENT = {"NCCL_NVLS_ENABLE": "0"}
+ENVIRONMENT = {
+    "NCCL_NVLS_ENABLE": "0",  # so that NCCL does not use NVLink's multicast, which shared hosts may not offer
+    "PYTHONUNBUFFERED": "1",
+}
+RING_BY_NCCL = "--xla_gpu_use_memcpy_local_p2p=false"
+HANG_SECONDS = 75.0
+STEPS = 40
+# Seconds that must be left for a part to begin, and its limit.
+PARTS = {"forwards": (60, 290), "peer": (45, 150), "pipeline": (35, 100), "decode": (40, 120), "video": (85, 240)}
+
+
+@dataclass
+class Run:
+    """One run of the benchmark: what there is to measure with, and what has been measured."""
+
+    folder: pathlib.Path
+    until: float  # of time.monotonic()
+    gpus: int
+    demo: bool = False
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        return self.until - time.monotonic()
+
+    def options(self, size: str) -> list[str]:
+        """Which model and size: arguments of all processes."""
+        if self.demo:
+            return ["--preset", "demo", "--size", "48x32", "--frames", "5"]
+        return ["--preset", "t2v-a14b", "--size", size, "--frames", "81"]
+
+    @property
+    def together(self) -> str:
+        """The mesh with the prompt and the negative prompt apart."""
+        return "cfg2" if self.gpus == 2 else f"cfg2-ulysses{self.gpus // 2}"
+
+    def bench(self, part: str, size: str, limit: float, *arguments: str, flags: str = "") -> dict[str, Any]:
+        command = [sys.executable, "-m", "wan_jax.cli", "bench", part, *self.options(size), *arguments]
+        return self.process(f"bench {part}", command, limit, {"XLA_FLAGS": flags} if flags else {})
+
+    def process(self, name: str, command: list[str], limit: float, more: dict[str, str]) -> dict[str, Any]:
+        """Runs a command that is given --output; returns what it wrote there, and what went wrong."""
+        result = self.folder / "process.json"
+        result.unlink(missing_ok=True)
+        limit = min(limit, self.left)
+        start = time.monotonic()
+        with open(self.folder / "errors.log", "a+") as errors:
+            errors.write(f"--- {' '.join(command)}\n")
+            errors.flush()
+            before = errors.tell()
+            # In a session of its own: its processes end with it, and none of them keeps a GPU.
+            process = subprocess.Popen(
+                [*command, "--output", str(result)], env=os.environ | ENVIRONMENT | more, stderr=errors,
+                start_new_session=True,
+            )  # fmt: skip
+            failure: dict[str, Any] = {}
+            try:
+                if code := process.wait(max(1.0, limit)):
+                    failure["error"] = f"exit code {code}"
+            except subprocess.TimeoutExpired:
+                failure["error"] = f"ended after {limit:.0f} s"
+            finally:
+                if process.poll() is None or failure:
+                    _end(process)
+            errors.seek(before)
+            if failure:
+                failure["stderr"] = errors.read()[-2000:]
+        figures = json.loads(result.read_text()) if result.exists() else {}
+        seconds = time.monotonic() - start
+        print(f"({name}: {seconds:.0f} s, {self.left:.0f} s left{', ' if failure else ''}", end="", flush=True)
+        print(failure.get("error", ""), end=")\n", flush=True)
+        return {**figures, **failure, "process_seconds": seconds}
+
+    def meshes(self, part: str, size: str, limit: float, meshes: list[str], *arguments: str) -> None:
+        """`bench mesh`, started again without the mesh at which it hung or crashed."""
+        rows = self.report[part].setdefault("rows", [])
+        until = time.monotonic() + limit
+        while meshes and min(until - time.monotonic(), self.left) > 20:
+            chosen = [f"--mesh={mesh}" for mesh in meshes]
+            hang = ["--hang-seconds", f"{HANG_SECONDS:g}"]
+            figures = self.bench("mesh", size, until - time.monotonic(), *chosen, *arguments, *hang, "--repeats", "1")
+            rows += figures.pop("rows", [])
+            self.report[part].setdefault("processes", []).append(figures)
+            done = {row["mesh"] for row in rows}
+            meshes = [mesh for mesh in meshes if mesh not in done]
+            if meshes:
+                rows.append({"mesh": meshes.pop(0), "error": figures.get("error", "no row")})
+            self.save()
+
+    def save(self) -> None:
+        self.report["summary"] = summary(self.report, self.gpus)
+        (self.folder / "mesh.json").write_text(json.dumps(self.report, indent=1) + "\n")
+
+    # The parts.
+
+    def forwards(self, limit: float) -> None:
+        count = self.gpus
+        meshes = ["single", self.together, *(f"{axis}{count}" for axis in ("ulysses", "tensor", "fsdp", "ring"))]
+        self.meshes("forwards", "1280x720", limit, meshes, "--forwards")
+        ran = [row["mesh"] for row in self.report["forwards"]["rows"] if "forward_seconds" in row]
+        if f"ring{count}" not in ran and self.left > 40:
+            figures = self.bench(
+                "mesh", "1280x720", 60, f"--mesh=ring{count}", "--forwards", "--repeats", "1", flags=RING_BY_NCCL
+            )
+            self.report["forwards"]["ring_by_nccl"] = figures
+
+    def peer(self, limit: float) -> None:
+        launch = ["torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={self.gpus}"]
+        command = [sys.executable, "-m", *launch, "-m", "benchmarks.mesh_peer", *self.options("1280x720")]
+        self.report["peer"] = self.process("diffusers", command, limit, {})
+
+    def pipeline(self, limit: float) -> None:
+        self.meshes("pipeline", "832x480", limit, ["single", "pipeline2"], "--forwards", "--prompts", "2")
+
+    def decode(self, limit: float) -> None:
+        until = time.monotonic() + limit
+        for mesh in ("single", self.together):  # the mesh's programs are the video's, too
+            arguments = ["--mesh", mesh, "--vae-dtype", "bfloat16", "--repeats", "2"]
+            self.report["decode"][mesh] = self.bench("decode", "1280x720", until - time.monotonic(), *arguments)
+            self.save()
+
+    def video(self, limit: float) -> None:
+        steps = 4 if self.left > 125 else 2
+        arguments = ["--mesh", self.together, "--vae-dtype", "bfloat16", "--steps", str(steps), "--repeats", "1"]
+        self.report["video"] = {"steps": steps, **self.bench("video", "1280x720", limit, *arguments)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=pathlib.Path, required=True, help="JSON file; the meshes' own beside it")
-    parser.add_argument("--mesh", action="append", default=[], help="(default: one of each kind)")
-    parser.add_argument("--preset", default="t2v-a14b")
-    parser.add_argument("--size", default="1280x720")
-    parser.add_argument("--frames", type=int, default=81)
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--gpus", type=int, help="of the peer (default: all)")
-    parser.add_argument("--seconds", type=float, default=330, help="for the meshes (default 330)")
-    parser.add_argument("--peer-seconds", type=float, default=180, help="for the peer (default 180)")
-    parser.add_argument("--skip-peer", action="store_true")
-    parser.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=pathlib.Path(os.environ.get("OUT", "benchmarks/results"))
+    )
+    parser.add_argument("--seconds", type=float, default=540, help="for all (default 540)")
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--gpus", type=int, help="(default: all that there are)")
+    parser.add_argument("--demo", action="store_true", help="small models, to try the script without GPUs")
     values = parser.parse_args()
-    if values.peer:
-        peer(values)
-        return
-
-    ours = values.output.with_suffix(".ours.json")
-    report: dict[str, Any] = {"benchmark": "mesh beside diffusers", "parts": {}}
-
-    def part(name: str, command: list[str], seconds: float, result: pathlib.Path) -> None:
-        start = time.perf_counter()
-        try:
-            done = subprocess.run(
-                command, env=os.environ | ENVIRONMENT, timeout=seconds, stderr=subprocess.PIPE, text=True
-            )
-            failure = {} if done.returncode == 0 else {"error": done.returncode, "stderr": done.stderr[-3000:]}
-        except subprocess.TimeoutExpired:
-            failure = {"error": f"longer than {seconds:g} s"}
-        figures = json.loads(result.read_text()) if result.exists() else {}
-        report["parts"][name] = {**figures, **failure, "process_seconds": time.perf_counter() - start}
-        report["ratios"] = ratios(report["parts"])
-        values.output.write_text(json.dumps(report, indent=1) + "\n")
-        print(name, json.dumps(failure), f"{time.perf_counter() - start:.0f} s", flush=True)
-
-    size = ["--size", values.size, "--frames", str(values.frames), "--preset", values.preset]
-    meshes = [f"--mesh={mesh}" for mesh in values.mesh]
-    command = [sys.executable, "-m", "wan_jax.cli", "bench", "mesh", *meshes, *size]
-    part("wan_jax", [*command, "--repeats", str(values.repeats), "--output", str(ours)], values.seconds, ours)
-    if not values.skip_peer:
-        theirs = values.output.with_suffix(".peer.json")
-        count = values.gpus or gpus()
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        part(
-            "diffusers",
-            [*launch, "-m", "benchmarks.mesh", "--peer", *size, "--output", str(theirs)],
-            values.peer_seconds,
-            theirs,
-        )
-    print(json.dumps(report["ratios"]))
+    values.output.mkdir(parents=True, exist_ok=True)
+    gpus = values.gpus or count_gpus()
+    run = Run(values.output, time.monotonic() + values.seconds, gpus, values.demo)
+    run.report = {"benchmark": "mesh", "gpus": gpus, "weights": "random", "dtype": "bfloat16"}
+    for part in values.parts.split(","):
+        least, limit = PARTS[part]
+        run.report[part] = {}
+        if run.left < least:
+            run.report[part] = {"error": f"left out: {run.left:.0f} s left, and it takes at least {least}"}
+        else:
+            try:
+                getattr(run, part)(limit)
+            except Exception as error:
+                run.report[part]["error"] = repr(error)[:500]
+        run.save()
+    print(json.dumps(run.report["summary"], indent=1))
 
 
-def gpus() -> int:
+def _end(process: subprocess.Popen) -> None:
+    """Ends a process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def count_gpus() -> int:
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=True)
     return len(listed.stdout.splitlines())
 
 
-def ratios(parts: dict[str, Any]) -> dict[str, float]:
-    """Seconds of our forwards over the peer's."""
-    theirs = parts.get("diffusers", {}).get("seconds")
-    rows = parts.get("wan_jax", {}).get("rows", [])
-    return {row["mesh"]: row["forward_seconds"] / theirs for row in rows if theirs and "forward_seconds" in row}
+def summary(report: dict[str, Any], gpus: int) -> dict[str, float]:
+    """The ratios that the figures at hand allow."""
+    found: dict[str, float] = {}
+    rows = {row["mesh"]: row for row in report.get("forwards", {}).get("rows", [])}
+    forwards = {mesh: row["forward_seconds"] for mesh, row in rows.items() if "forward_seconds" in row}
+    single = forwards.pop("single", None)
+    for mesh, row in rows.items():
+        if single and "step_seconds" in row:
+            found[f"two forwards on one GPU over a guided step on {mesh}"] = 2 * single / row["step_seconds"]
+        if single and mesh in forwards:
+            found[f"forward on one GPU over {mesh}"] = single / forwards[mesh]
+    theirs = report.get("peer", {}).get("seconds")
+    if theirs and forwards:
+        found["our fastest forward over diffusers'"] = min(forwards.values()) / theirs
+    whole, parts = rows.get(f"ulysses{gpus}", {}), rows.get(f"fsdp{gpus}", {})
+    if {"forward_seconds", "weight_bytes"} <= whole.keys() & parts.keys():
+        found["weights on a GPU, fsdp over whole"] = parts["weight_bytes"] / whole["weight_bytes"]
+        found["forward, fsdp over whole weights"] = parts["forward_seconds"] / whole["forward_seconds"]
+    rows = {row["mesh"]: row for row in report.get("pipeline", {}).get("rows", [])}
+    one, two = rows.get("single", {}).get("forward_seconds"), rows.get("pipeline2", {}).get("step_seconds")
+    if one and two:  # two GPUs alone would make each of the step's evaluations of both prompts on one of them
+        found["throughput of pipeline2 over two GPUs"] = one / two
+    decodes = [each["rows"][0]["seconds"] for each in report.get("decode", {}).values() if each_has_rows(each)]
+    if len(decodes) == 2:
+        found["decode on one GPU over all"] = decodes[0] / decodes[1]
+    video = {row["name"]: row["seconds"] for row in report.get("video", {}).get("rows", [])}
+    if "video, total" in video:
+        steps = report["video"]["steps"]
+        found["seconds of a guided step in a video"] = video["video, denoise"] / steps
+        found[f"seconds of a video of {STEPS} steps"] = (
+            video["video, total"] + (STEPS - steps) * video["video, denoise"] / steps
+        )
+    return found
 
 
-def peer(values: argparse.Namespace) -> None:
-    """One process of the peer; the first writes the figures after each."""
-    import torch
-    import torch.distributed as distributed
-    from diffusers import ContextParallelConfig
-
-    from benchmarks.diffusers_peer import diffusers_denoiser
-    from wan_jax.bench import get_config
-    from wan_jax.settings import parse_size
-
-    on_gpu = torch.cuda.is_available()
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if on_gpu:
-        torch.cuda.set_device(rank)
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
-    torch.set_default_dtype(torch.bfloat16)
-    torch.set_grad_enabled(False)
-    config = get_config(values.preset)
-    denoiser, stride = config.denoiser, config.vae.spatial_stride
-    width, height = parse_size(values.size)
-    device = torch.device("cuda" if on_gpu else "cpu")
-    model = diffusers_denoiser(denoiser, device)
-    torch.manual_seed(0)
-    frames = (values.frames - 1) // config.vae.temporal_stride + 1
-    latents = torch.randn(1, denoiser.in_channels, frames, height // stride, width // stride, device=device)
-    text = torch.randn(1, denoiser.text_length, denoiser.text_dim, device=device)
-    timestep = torch.tensor([500.0], device=device)
-    report: dict[str, Any] = {
-        "torch": torch.__version__,
-        "processes": world,
-        "size": [width, height],
-        "strategy": "ulysses",
-    }
-
-    def timed(name: str) -> None:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            model(hidden_states=latents, timestep=timestep, encoder_hidden_states=text, return_dict=False)
-            if on_gpu:
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        report[name] = statistics.median(times[1:])
-        report[f"{name}_runs"] = times
-        if on_gpu:
-            report["peak_bytes"] = torch.cuda.max_memory_allocated()
-        if rank == 0:
-            values.output.write_text(json.dumps(report, indent=1) + "\n")
-
-    if on_gpu:
-        model.set_attention_backend("_native_cudnn")
-    model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=world))
-    timed("eager_seconds")
-    model.compile_repeated_blocks(fullgraph=True)
-    timed("seconds")
-    distributed.destroy_process_group()
+def each_has_rows(part: Any) -> bool:
+    return isinstance(part, dict) and bool(part.get("rows"))
 
 
 if __name__ == "__main__":
