@@ -171,10 +171,18 @@ def _train(values: argparse.Namespace, rest: Sequence[str]) -> None:
     from wan_jax.training import check_installed
 
     check_installed()
-    from wan_jax.training.recipe import load_train_recipe
+    from wan_jax.nano.recipe import NanoOptions
+    from wan_jax.training.recipe import TrainOptions, load_train_recipe
+
+    options = load_train_recipe(rest, (TrainOptions, NanoOptions))
+    if isinstance(options, NanoOptions):
+        from wan_jax.nano.train import train as train_nano
+
+        print(train_nano(options))
+        return
     from wan_jax.training.run import train
 
-    for path in train(load_train_recipe(rest)):
+    for path in train(options):
         print(path)
 
 

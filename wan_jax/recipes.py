@@ -87,7 +87,11 @@ def load_recipe(arguments: Sequence[str]) -> Options:
 
 
 def read_config(
-    command: str, arguments: Sequence[str], known: Sequence[str], make: Callable[[dict[str, Any]], Result]
+    command: str,
+    arguments: Sequence[str],
+    known: Sequence[str],
+    make: Callable[[dict[str, Any]], Result],
+    otherwise: "ConfigDict | None" = None,
 ) -> Result:
     """Reads the recipe that the arguments of `wan-jax COMMAND` name and makes options of its values.
 
@@ -96,6 +100,7 @@ def read_config(
         arguments: `["--config", FILE, "--config.KEY=VALUE", ...]`.
         known: the keys that there are, for messages.
         make: from the config as a (nested) dict; what it raises as AttributeError or TypeError is bad input.
+        otherwise: the recipe where the arguments name none; without it they must.
 
     Raises:
         InputError: see load_recipe.
@@ -103,37 +108,42 @@ def read_config(
     from absl import flags
     from ml_collections import config_flags
 
-    path = _config_path(command, arguments)
-    if not os.path.isfile(path):
-        raise InputError(f"recipe {path} does not exist; see the files in configs/")
+    path = _config_path(arguments)
     values = flags.FlagValues()
     argv = [f"wan-jax {command}", *arguments]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    if path is None and otherwise is None:
+        raise InputError(f"name a recipe: wan-jax {command} --config {EXAMPLES[command]}")
+    if path is not None and not os.path.isfile(path):
+        raise InputError(f"recipe {path} does not exist; see the files in configs/")
     try:
+        if path is not None:
+            config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+        else:
+            config_flags.DEFINE_config_dict("config", otherwise, flag_values=values, sys_argv=argv)
         rest = values(argv)
         config = values.config
         if rest[1:]:
             raise InputError(f"unknown argument {rest[1]!r}; options of a recipe are written --config.NAME=VALUE")
         return make(config.to_dict())
     except (flags.Error, AttributeError, KeyError, TypeError) as error:
-        raise InputError(_one_line(path, error, known)) from error
+        raise InputError(_one_line(f"recipe {path}" if path else "recipe", error, known)) from error
 
 
-def _config_path(command: str, arguments: Sequence[str]) -> str:
+def _config_path(arguments: Sequence[str]) -> str | None:
     for index, argument in enumerate(arguments):
         if argument.startswith("--config="):
             return argument.removeprefix("--config=")
         if argument == "--config" and index + 1 < len(arguments):
             return arguments[index + 1]
-    raise InputError(f"name a recipe: wan-jax {command} --config {EXAMPLES[command]}")
+    return None
 
 
-def _one_line(path: str, error: Exception, known: Sequence[str]) -> str:
+def _one_line(recipe: str, error: Exception, known: Sequence[str]) -> str:
     # A KeyError of a section comes as it is, one of the config itself inside another error.
     cause = error if isinstance(error, KeyError) or not error.args else error.args[0]
     text = str(cause.args[0]) if isinstance(cause, KeyError) else str(cause)
     unknown = re.search(r"""["'](\w+)["']""", text)
     if isinstance(cause, KeyError) and unknown:  # ml_collections' text begins with the key
         nearest = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.0)[0]
-        return f"recipe {path}: unknown key {unknown[1]!r}; did you mean {nearest!r}?"
-    return f"recipe {path}: {' '.join(text.split())}"
+        return f"{recipe}: unknown key {unknown[1]!r}; did you mean {nearest!r}?"
+    return f"{recipe}: {' '.join(text.split())}"

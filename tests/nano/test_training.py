@@ -20,7 +20,7 @@ from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.nano import files, losses, train
 from wan_jax.nano.export import LARGEST, components, export, nano_pipeline
-from wan_jax.nano.recipe import SMALL, Bucket, parse_stages
+from wan_jax.nano.recipe import SMALL, Bucket, Recipe, parse_stages
 from wan_jax.nano.scenes import BACKGROUNDS, KINDS, draw_scenes
 from wan_jax.nano.stage import Run, Stage, rate_factor
 from wan_jax.nano.whole_video import decode_whole, encode_moments
@@ -53,7 +53,7 @@ TINY = WanConfig(
     sampling=dataclasses.replace(get_preset("nano").sampling, size=(16, 16), frames=5),
 )
 RECIPE = dataclasses.replace(
-    SMALL,
+    Recipe(**SMALL),
     chunk=16,
     text_batch=8,
     vae_batch=2,

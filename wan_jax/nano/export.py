@@ -50,8 +50,8 @@ a grammar in three languages. The digits are those of scikit-learn (UCI, E. Alpa
 one in six of which is kept for tests. One in ten combinations of object, colour and motion, and some sentence frames of
 every language, were never trained on; `wan-jax evaluate` asks for those.
 
-**Recipe.** `python -m wan_jax.nano.train` (wan_jax/nano/recipe.py holds every number): the text encoder learns what
-captions say, the VAE reconstructs, both experts learn flow matching with shift {shift:g}, each in its own range of
+**Recipe.** `wan-jax train --config configs/train_nano.py` (wan_jax/nano/recipe.py holds every number): the text
+encoder learns what captions say, the VAE reconstructs, both experts learn flow matching with shift {shift:g}, each in its own range of
 timesteps. What was run:
 
 {stages}

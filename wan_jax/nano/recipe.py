@@ -1,11 +1,22 @@
-"""How the nano model is trained: every number, in one place."""
+"""How the nano model is trained: every number, in one place, and recipes whose keys are these fields.
 
+config = nano_recipe()
+config.vae_rate = 1e-3
+"""
+
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from wan_jax.config import get_preset
 from wan_jax.errors import InputError, unknown_name
 from wan_jax.nano.data import CHUNK
 from wan_jax.nano.optimizer import OPTIMIZERS
 from wan_jax.settings import DTYPES, check_name
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 STAGES = ("text", "vae", "experts", "decoder")
 
@@ -55,25 +66,51 @@ class Recipe:
     first_fill: int = 8 * 1024  # videos in a pool before it is learnt from
 
     def __post_init__(self):
+        # A recipe's overrides are plain tuples.
+        buckets = tuple(one if isinstance(one, Bucket) else Bucket(*one) for one in self.buckets)
+        object.__setattr__(self, "buckets", buckets)
         check_name("compute dtype", self.compute, DTYPES)
         for stage in ("text", "vae", "decoder", "expert"):
             check_name(f"{stage}_optimizer", getattr(self, f"{stage}_optimizer"), OPTIMIZERS)
 
 
-SMALL = Recipe(
-    compute="float32",
-    workers=0,
-    chunk=256,
-    text_batch=64,
-    text_capacity=4096,
-    vae_batch=4,
-    vae_window=(5, 32, 32),
-    vae_whole_part=0.0,
-    fill=4,
-    fill_every=4,
-    buckets=(Bucket(33, (96, 96), 8, 512, 1.0),),
-    first_fill=32,
-)
+@dataclass(frozen=True)
+class NanoOptions(Recipe):
+    """One run of the training: what to train, for how long, and where its files are."""
+
+    output: str = "outputs/train_nano"  # small files: averaged weights, logs
+    state: str | None = None  # folder for everything, to go on exactly; None: state/ in the output
+    resume: str | None = None  # an earlier output, for files that this one lacks
+    stages: str = "text=60,vae=400,experts=800"  # and how many seconds each
+    experts: str = "all"  # which of them the stage "experts" trains: "all", "high_noise" or "low_noise"
+    more: float = 0.0  # seconds that later calls will add to the last stage
+    fraction_start: float = 0.0  # how much of a stage's schedule is over when it begins
+    digits: str | None = None  # an .npz of digits instead of scikit-learn's
+    seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        parse_stages(self.stages)
+        check_name("experts", self.experts, ("all", *get_preset("nano").experts))
+        if not 0 <= self.fraction_start <= 1:
+            raise InputError(f"fraction_start {self.fraction_start}: must be from 0 to 1")
+
+
+# What differs on a CPU.
+SMALL: dict[str, Any] = {
+    "compute": "float32",
+    "workers": 0,
+    "chunk": 256,
+    "text_batch": 64,
+    "text_capacity": 4096,
+    "vae_batch": 4,
+    "vae_window": (5, 32, 32),
+    "vae_whole_part": 0.0,
+    "fill": 4,
+    "fill_every": 4,
+    "buckets": (Bucket(33, (96, 96), 8, 512, 1.0),),
+    "first_fill": 32,
+}
 
 
 def parse_stages(text: str) -> dict[str, float]:
@@ -88,3 +125,23 @@ def parse_stages(text: str) -> dict[str, float]:
         except ValueError:
             raise InputError(f"stage {part!r}: write NAME=SECONDS, for example vae=400") from None
     return stages
+
+
+def nano_recipe() -> "ConfigDict":
+    """All options at their defaults; unknown keys are refused, with the nearest known one named."""
+    from wan_jax.training.recipe import config_of
+
+    return config_of(NanoOptions())
+
+
+def load_nano_recipe(arguments: Sequence[str], otherwise: NanoOptions) -> NanoOptions:
+    """`["--config.vae_rate=1e-3"]` -> `otherwise` with that changed; `--config FILE` before that: FILE's with that.
+
+    Raises:
+        InputError: a recipe does not exist, a key is misspelt, or a value has the wrong type.
+    """
+    from wan_jax.recipes import read_config
+    from wan_jax.training.recipe import config_of, make
+
+    known = [field.name for field in dataclasses.fields(NanoOptions)]
+    return read_config("train", arguments, known, lambda values: make(NanoOptions, values), config_of(otherwise))

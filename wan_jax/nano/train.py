@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from einops import rearrange
 
 from wan_jax import xla_flags
 from wan_jax.config import WanConfig, get_preset
+from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
 from wan_jax.models.parameters import with_parameters
 from wan_jax.models.text_encoder import TextEncoder
@@ -34,12 +36,11 @@ from wan_jax.nano.data import TEST_SEED, scenes_of
 from wan_jax.nano.digits import digit_atlas
 from wan_jax.nano.files import Log, copy_missing
 from wan_jax.nano.pools import Later, Pool, Shared
-from wan_jax.nano.recipe import SMALL, Bucket, Recipe, parse_stages
+from wan_jax.nano.recipe import SMALL, Bucket, NanoOptions, load_nano_recipe, parse_stages
 from wan_jax.nano.scenes import draw_scenes
 from wan_jax.nano.stage import Parameters, Run, Stage
 from wan_jax.nano.whole_video import decode_whole, encode_moments
 from wan_jax.tokenizer import Tokenizer
-from wan_jax.training.recipe import EXPERTS
 from wan_jax.training.step import Loss, TrainState
 
 
@@ -294,49 +295,73 @@ def fastest_attention(config: WanConfig, dtype: str, bucket: Bucket) -> str | No
     return min((name for name in results if agrees(name)), key=seconds.__getitem__, default=None)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="small files: averaged weights, logs")
-    parser.add_argument("--state", type=Path, help="everything, to go on exactly (default OUTPUT/state)")
-    parser.add_argument("--resume", type=Path, help="an earlier output: files that this one lacks", metavar="DIR")
-    parser.add_argument("--stages", default="text=60,vae=400,experts=800", help="NAME=SECONDS,...")
-    parser.add_argument("--experts", default="all", choices=EXPERTS, help="which of them the stage experts trains")
-    parser.add_argument("--more", type=float, default=0.0, help="seconds that later calls will add to the last stage")
-    parser.add_argument(
-        "--fraction-start", type=float, default=0.0, help="how much of a stage's schedule is over at its beginning"
-    )
-    parser.add_argument("--digits", type=Path, help="an .npz of digits instead of scikit-learn's")
-    parser.add_argument("--small", action="store_true", help="small batches, for a CPU")
-    parser.add_argument("--seed", type=int, default=0)
-    values = parser.parse_args(arguments)
-    stages = parse_stages(values.stages)
+def train(options: NanoOptions) -> Path:
+    """Trains the stages as told, one after the other; returns the folder of the output."""
     xla_flags.configure()
-    values.output.mkdir(parents=True, exist_ok=True)
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
     run = Run(
         get_preset("nano"),
-        SMALL if values.small else Recipe(),
-        values.output,
-        values.state or values.output / "state",
-        values.digits,
-        Log(values.output),
-        fraction_start=values.fraction_start,
-        seed=values.seed,
+        options,
+        output,
+        output / "state" if options.state is None else Path(options.state),
+        None if options.digits is None else Path(options.digits),
+        Log(output),
+        fraction_start=options.fraction_start,
+        seed=options.seed,
     )
-    if values.resume is not None:
-        copy_missing(values.resume, run.output)
+    if options.resume is not None:
+        copy_missing(Path(options.resume), run.output)
     # Kept beside the state: the next call compiles nothing anew.
     jax.config.update("jax_compilation_cache_dir", str((run.state / "compiled").resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    experts = None if values.experts == "all" else (values.experts,)
+    experts = None if options.experts == "all" else (options.experts,)
     functions: dict[str, Callable[[Run, float], None]] = {
         "text": train_text,
         "vae": train_vae,
         "experts": functools.partial(train_experts, experts=experts),
         "decoder": train_decoder,
     }
+    stages = parse_stages(options.stages)
     for name, seconds in stages.items():
-        run.more = values.more if name == list(stages)[-1] else 0.0
+        run.more = options.more if name == list(stages)[-1] else 0.0
         functions[name](run, seconds)
+    return output
+
+
+def parse_options(arguments: Sequence[str] | None) -> NanoOptions:
+    """The options of a command line; those that it does not name are the recipe's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", help="small files: averaged weights, logs")
+    parser.add_argument("--state", help="everything, to go on exactly (default OUTPUT/state)")
+    parser.add_argument("--resume", help="an earlier output: files that this one lacks", metavar="DIR")
+    parser.add_argument("--stages", help="NAME=SECONDS,...")
+    parser.add_argument("--experts", help="which of them the stage experts trains: all, high_noise or low_noise")
+    parser.add_argument("--more", type=float, help="seconds that later calls will add to the last stage")
+    parser.add_argument("--fraction-start", type=float, help="how much of a stage's schedule is over when it begins")
+    parser.add_argument("--digits", help="an .npz of digits instead of scikit-learn's")
+    parser.add_argument("--small", action="store_true", help="small batches, for a CPU")
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--config", help="a recipe; also --config.NAME=VALUE, with or without one", metavar="FILE")
+    values, rest = parser.parse_known_args(arguments)
+    given = vars(values)
+    options = NanoOptions(**SMALL) if given.pop("small", False) else NanoOptions()
+    recipe = ["--config", given.pop("config")] if "config" in given else []
+    try:
+        if recipe or rest:
+            options = load_nano_recipe([*recipe, *rest], options)
+        return replace(options, **given)
+    except InputError as error:
+        parser.error(str(error))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    train(parse_options(arguments))
 
 
 if __name__ == "__main__":

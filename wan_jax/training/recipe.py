@@ -104,17 +104,24 @@ CHANGEABLE = (
 
 def train_recipe() -> ConfigDict:
     """All options of a training run at their defaults; unknown keys are refused, with the nearest known one named."""
-    return _config_dict(TrainOptions).lock()
+    return config_of(TrainOptions())
 
 
-def load_train_recipe(arguments: Sequence[str]) -> TrainOptions:
+def load_train_recipe(arguments: Sequence[str], kinds: Sequence[type] = (TrainOptions,)) -> Any:
     """`["--config", "configs/x.py", "--config.trainer.steps=30"]` -> the options of the run.
+
+    They are of that one of `kinds`, dataclasses whose fields have defaults, whose keys the recipe has.
 
     Raises:
         InputError: no recipe is named, it does not exist, a key is misspelt, or a value has the wrong type.
     """
-    known = [part for name in flat(dataclasses.asdict(TrainOptions())) for part in name.split(".")]
-    return read_config("train", arguments, known, lambda values: make(TrainOptions, values))
+
+    def make_one(values: Mapping[str, Any]) -> Any:
+        keys = {kind: {item.name for item in dataclasses.fields(kind)} for kind in kinds}
+        return make(next((kind for kind in kinds if keys[kind] == set(values)), kinds[0]), values)
+
+    names = [name for kind in kinds for name in flat(dataclasses.asdict(kind()))]
+    return read_config("train", arguments, [part for name in names for part in name.split(".")], make_one)
 
 
 def make(kind: type, values: Mapping[str, Any]) -> Any:
@@ -152,16 +159,18 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], place: str
             )
 
 
-def _config_dict(kind: type) -> ConfigDict:
+def config_of(options: Any) -> ConfigDict:
+    """A recipe whose keys are the fields of a dataclass, at its values; unknown keys are refused."""
     config = ConfigDict()
-    for item in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(item.type):
-            config[item.name] = _config_dict(item.type)  # type: ignore[arg-type]
-        elif item.default is None:
+    for item in dataclasses.fields(options):
+        value = getattr(options, item.name)
+        if dataclasses.is_dataclass(value):
+            config[item.name] = config_of(value)
+        elif value is None:
             config[item.name] = config_dict.placeholder(_not_none(item.type))
         else:
-            config[item.name] = item.default
-    return config
+            config[item.name] = value
+    return config.lock()
 
 
 def _not_none(kind: Any) -> type:
