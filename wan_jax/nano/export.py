@@ -51,8 +51,8 @@ one in six of which is kept for tests. One in ten combinations of object, colour
 every language, were never trained on; `wan-jax evaluate` asks for those.
 
 **Recipe.** `wan-jax train --config configs/train_nano.py` (wan_jax/nano/recipe.py holds every number): the text
-encoder learns what captions say, the VAE reconstructs, both experts learn flow matching with shift {shift:g}, each in its own range of
-timesteps. What was run:
+encoder learns what captions say, the VAE reconstructs, both experts learn flow matching with shift {shift:g}, each in
+its own range of timesteps. What was run:
 
 {stages}
 
