@@ -10,7 +10,6 @@ import threading
 
 import numpy as np
 import pytest
-import yaml
 
 from wan_jax.cli import main
 from wan_jax.demo import write_demo
@@ -18,7 +17,6 @@ from wan_jax.errors import InputError
 from wan_jax.parallel.hosts import EXIT_HUNG, Cluster, Watchdog, as_the_first_says, find_cluster, first_host
 
 ROOT = pathlib.Path(__file__).parents[2]
-DOCUMENT = (ROOT / "docs" / "multi_host.md").read_text()
 SMALL = ["a red circle", "--size", "48x32", "--frames", "5", "--steps", "2", "--dtype", "float32", "--quiet"]
 
 
@@ -137,28 +135,3 @@ def test_first_host():
 
 def test_one_process_decides_for_itself():
     assert as_the_first_says([True, False]) == [True, False]
-
-
-def test_manifests():
-    """The documented manifests are well-formed, and say as many processes as they start."""
-    (job_set,) = [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", DOCUMENT, re.DOTALL)]
-    assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    name = job_set["metadata"]["name"]
-    (replicated,) = job_set["spec"]["replicatedJobs"]
-    job = replicated["template"]["spec"]
-    assert replicated["replicas"] == 1
-    assert job["parallelism"] == job["completions"]
-    assert job["backoffLimit"] == 0
-    pod = job["template"]["spec"]
-    assert pod["restartPolicy"] == "Never"
-    (container,) = pod["containers"]
-    environment = {each["name"]: each["value"] for each in container["env"]}
-    assert int(environment["JAX_NUM_PROCESSES"]) == job["completions"]
-    # JobSet's name of the first pod: jobset-replicatedjob-job-pod, in a domain of the jobset's name.
-    assert environment["JAX_COORDINATOR_ADDRESS"] == f"{name}-{replicated['name']}-0-0.{name}:9473"
-    cluster = find_cluster(environment=environment | {"JOB_COMPLETION_INDEX": "1"})
-    assert cluster == Cluster(environment["JAX_COORDINATOR_ADDRESS"], job["completions"], 1)
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
-    assert container["command"][:2] == ["wan-jax", "generate"]
-    volumes = {each["name"] for each in pod["volumes"]}
-    assert {each["name"] for each in container["volumeMounts"]} == volumes
