@@ -28,11 +28,12 @@ if [ ! -x "$venv/bin/python" ] && ! "$python" -m venv "$venv" >/dev/null 2>&1; t
     rm -rf "$venv.bootstrap"
 fi
 # A stamp of what was asked for makes the second run start at once.
+# Python compiles what it imports anyway; pip would compile all there is first.
 stamp="$venv/.installed"
 wanted="$1 $(cksum <pyproject.toml)"
 if ! grep -qxF -- "$wanted" "$stamp" 2>/dev/null; then
     echo "installing wan_jax$1 into $venv ..." >&2
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable ".$1" || exit 1
+    "$venv/bin/python" -m pip install --quiet --no-compile --disable-pip-version-check --editable ".$1" || exit 1
     echo "$wanted" >>"$stamp"
 fi
 PATH="$(cd "$venv/bin" && pwd):$PATH"

@@ -1,5 +1,6 @@
 """The notebooks run, and show pictures."""
 
+import os
 import pathlib
 import sys
 
@@ -7,6 +8,8 @@ import nbformat
 import pytest
 from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
 from nbclient import NotebookClient
+
+from tests.quick_compiles import OPTIONS, known
 
 NOTEBOOKS = sorted((pathlib.Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
@@ -20,7 +23,10 @@ class ThisPython(KernelSpecManager):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path, tmp_path):
+def test_notebook(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("WAN_JAX_QUICK", "1")  # the LoRA notebook trains for minutes otherwise
+    flags = [f"--{name}={str(value).lower()}" for name, value in OPTIONS.items() if known(name)]
+    monkeypatch.setenv("XLA_FLAGS", " ".join([*flags, os.environ.get("XLA_FLAGS", "")]))
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
     client.create_kernel_manager().kernel_spec_manager = ThisPython()
