@@ -294,6 +294,6 @@ def report_mesh(
     if devices is not None and devices < 1:
         raise InputError(f"devices {devices}: give at least 1")
     memory = memory_limit(jax.local_devices()[0]) if device_memory is None else int(device_memory * 2**30)
-    strategy, _ = resolve(mesh, config, settings, dtype, vae_dtype, profile, devices=devices, memory=memory)
+    strategy, reason = resolve(mesh, config, settings, dtype, vae_dtype, profile, devices=devices, memory=memory)
     plan = MeshPlan(config, settings, dtype, vae_dtype, strategy=strategy)
-    return Report(plan, (plan.predict(),), memory)
+    return Report(plan, (plan.predict(),), memory, reason)

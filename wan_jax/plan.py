@@ -362,6 +362,7 @@ class Report:
     plan: Plan
     predictions: tuple[Prediction, ...]
     device_memory: int | None  # bytes that JAX may use
+    reason: str | None = None  # for the mesh, where "auto" chose it
 
     def fits(self, prediction: Prediction) -> bool | None:
         """None where the device's memory is not known."""
@@ -382,6 +383,7 @@ class Report:
             "device": plan.device.device_kind,
             "mesh": str(plan.strategy),
             "devices": plan.strategy.devices,
+            "reason": self.reason,
             "device_memory": self.device_memory,
             "scratch": "compiled" if plan.compiled else "formula",
             "profiles": [each.as_json() | {"fits": self.fits(each)} for each in self.predictions],
@@ -409,6 +411,8 @@ class Report:
             lines.append(
                 f"{each.profile:<9} {_gib(each.peak_bytes):>11} {stages} {_gib(each.host_bytes):>12} {times}  {verdict}"
             )
+        if self.reason is not None:
+            lines.insert(0, f"auto: {self.reason}")
         if count > 1:
             lines.append("Scratch memory is a formula's; seconds assume the links that wan_jax/mesh_plan.py states.")
         elif plan.compiled:

@@ -1,9 +1,11 @@
 """Meshes that cannot be, each refused in one line that names what can; and what "auto" takes."""
 
 import dataclasses
+import json
 
 import pytest
 
+from wan_jax.cli import main
 from wan_jax.config import get_preset
 from wan_jax.errors import InputError
 from wan_jax.mesh_plan import choose_strategy, resolve
@@ -81,9 +83,19 @@ def test_auto():
     assert auto(4, gib=139) == "cfg2-ulysses2"
 
 
+def test_a_plan_says_why(capsys):
+    arguments = ["plan", "--mesh", "auto", "--devices", "4", "--device-memory", "139"]
+    assert main(arguments) == 0
+    assert "mesh cfg2-ulysses2 for 4 devices: the prompt and the negative prompt apart" in capsys.readouterr().out
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["reason"].startswith("mesh cfg2-ulysses2 for 4 devices")
+
+
 def test_auto_cuts_weights_that_do_not_fit():
     assert auto(4, gib=60) == "cfg2-fsdp2"
     assert auto(4, gib=34) == "fsdp4"
+    _, reason = choose_strategy(A14B, Settings.resolve(A14B), "bfloat16", devices=4, memory=24 * GIB)
+    assert reason.startswith("mesh fsdp4 for 4 devices")  # both experts and the text encoder fit
     settings = Settings.resolve(A14B, size=(1280, 720), frames=81)
     strategy, reason = choose_strategy(A14B, settings, "bfloat16", devices=4, memory=4 * GIB)
     assert (str(strategy), "no mesh of 4 devices fits into 4.0 GiB" in reason) == ("fsdp4", True)

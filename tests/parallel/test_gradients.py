@@ -60,7 +60,7 @@ def alone() -> dict[str, np.ndarray]:
     return gradients(None)
 
 
-@pytest.mark.parametrize("mesh", ["data2-tensor2", "ulysses4", "ring4", "ring2-ulysses2"])
+@pytest.mark.parametrize("mesh", ["data2-tensor2", "ulysses4", "ring4", "ring2-ulysses2", "pipeline2"])
 def test_gradients_of_one_device(alone: dict[str, np.ndarray], mesh: str) -> None:
     found = gradients(mesh)
     assert found.keys() == alone.keys()

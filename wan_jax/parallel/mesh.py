@@ -45,7 +45,7 @@ class ShardingRules:
         """
         parts: list[MeshAxes] = []
         for axis, size in zip(axes, shape, strict=True):
-            wanted = () if axis is None else self._mesh_axes(axis)
+            wanted = () if axis is None else self.mesh_axes(axis)
             present = tuple(name for name in wanted if name in mesh.shape)
             parts.append(present if size % math.prod(mesh.shape[name] for name in present) == 0 else ())
         used = [name for part in parts for name in part]
@@ -66,7 +66,8 @@ class ShardingRules:
         """In how many parts a batch is split."""
         return math.prod(mesh.shape[name] for name in self.batch if name in mesh.shape)
 
-    def _mesh_axes(self, axis: str) -> MeshAxes:
+    def mesh_axes(self, axis: str) -> MeshAxes:
+        """Of a logical axis, on a mesh that has them all."""
         fields = {field.name for field in dataclasses.fields(self)}
         if axis not in fields:
             raise ValueError(f"no rule for the logical axis {axis!r}")

@@ -16,9 +16,16 @@ from jax.typing import ArrayLike
 from wan_jax.config import DenoiserConfig, TextEncoderConfig
 from wan_jax.models.parameters import ParameterInfo
 from wan_jax.parallel import collectives
-from wan_jax.parallel.collectives import CFG, DATA, FSDP, PIPELINE, TENSOR, TENSOR_AXES
+from wan_jax.parallel.collectives import CFG, DATA, FSDP, PIPELINE, TENSOR
+from wan_jax.parallel.mesh import ShardingRules
 from wan_jax.parallel.sequence import TOKEN_AXES
 from wan_jax.parallel.strategy import Strategy
+
+# Of every strategy; axes that it does not have count for nothing. What tensor parallelism splits, the models sum up
+# again (`collectives.TENSOR_AXES`).
+RULES = ShardingRules(
+    batch=(DATA,), embed=(FSDP,), heads=(TENSOR,), mlp=(TENSOR,), vocab=(TENSOR,), conv_out=(), layers=(PIPELINE,)
+)
 
 
 @dataclass(frozen=True)
@@ -59,14 +66,11 @@ class Spread:
 
         Vectors stay whole over "fsdp": gathering them would cost more than they take.
         """
-        matrix = len([axis for axis in axes if axis != "layers"]) > 1
+        is_vector = len([axis for axis in axes if axis != "layers"]) == 1
 
         def place(axis: str | None) -> str | None:
-            if axis == "layers":
-                return PIPELINE
-            if axis in (*TENSOR_AXES, "vocab"):
-                return TENSOR
-            return FSDP if axis == "embed" and matrix else None
+            names = () if axis is None or (axis == "embed" and is_vector) else RULES.mesh_axes(axis)
+            return names[0] if names else None
 
         return P(*map(place, axes))
 
@@ -88,7 +92,7 @@ class Spread:
         return jax.tree.map(lambda variable: self.parameter_spec(_axes(variable)), state, is_leaf=_is_variable)
 
     # [B, C, F, h, w] and all else with a prompt's axis first.
-    batch = P(DATA)
+    batch = P(*RULES.batch)
     # Keys and values of all layers, [layers, B, T, heads, head_dim].
     context = P(PIPELINE, DATA, None, TENSOR)
     # One video for each device along these axes: tokens [1, S, dim] on their way through the stages, and a velocity.
