@@ -25,7 +25,8 @@ def test_summary():
                 {"mesh": "single", "forward_seconds": 8.8},
                 {"mesh": "cfg2", "step_seconds": 8.9},
                 {"mesh": "ulysses2", "forward_seconds": 4.5, "weight_bytes": 28},
-                {"mesh": "ring2", "error": "ended"},
+                {"mesh": "ring2", "forward_seconds": 1.0, "difference_to_first": 0.7},
+                {"mesh": "tensor2", "error": "ended"},
                 {"mesh": "fsdp2", "forward_seconds": 4.6, "weight_bytes": 14},
             ]
         },
