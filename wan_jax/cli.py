@@ -119,7 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--one", type=int, default=12, help="prompts with one object, a language", metavar="N")
     command.add_argument("--two", type=int, default=6, help="prompts with two, a language", metavar="N")
     command.add_argument("--languages", default="en,zh,ja", help="(default en,zh,ja)", metavar="NAMES")
-    command.add_argument("--batch", type=int, default=6, help="prompts denoised at once", metavar="N")
+    command.add_argument(
+        "--batch", type=int, help="prompts denoised at once (default 6 on a CPU, else 48)", metavar="N"
+    )
     command.add_argument(
         "--compare", nargs="+", default=[], help='further settings on the same seeds: "steps=10 solver=euler" ...'
     )

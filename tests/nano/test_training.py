@@ -371,6 +371,14 @@ def test_export(tmp_path, monkeypatch, capsys):
         files.write_shards(run, name, arrays)
     assert all(path.stat().st_size < 16 * 2**20 for path in run.iterdir())
     assert len(list(run.iterdir())) <= 6
+    (run / "log-text.jsonl").write_text(
+        "".join(json.dumps({"stage": "text", "clock": clock, "step": clock}) + "\n" for clock in (10, 40, 5, 25))
+    )
+    row = {"right": 9, "total": 10, "low": 0.6, "high": 0.98}
+    wanted = {"kind": "3", "motion": "bounce"}
+    videos = [{"wanted": [wanted], "found": [{**wanted, "kind": kind}]} for kind in ("3", "8")]
+    evaluation = {"scores": {"en": {"motion": row}, "all": {"motion": row}}, "videos": videos}
+    (run / "evaluation.json").write_text(json.dumps({"evaluations": [evaluation]}))
     summary = export(run, tmp_path / "weights")
     assert summary.nbytes < LARGEST
     checkpoint = open_checkpoint(tmp_path / "weights")
@@ -382,6 +390,10 @@ def test_export(tmp_path, monkeypatch, capsys):
     card = (tmp_path / "weights" / "README.md").read_text()
     assert "96x96 with 33 frames" in card
     assert "{" not in card
+    assert "| text | 50 | 40 |" in card  # seconds: a clock that begins again goes on
+    assert "| motion | 90 [60, 98] | 90 [60, 98] |" in card
+    assert "Most often wrong: 3 (1 of 2)." in card
+    assert json.loads((tmp_path / "weights" / "evaluation.json").read_text()).keys() == {"scores"}
     assert nano_pipeline(run).config == config
     # What the package holds is what runs where nothing is named.
     monkeypatch.setattr("wan_jax.nano.WEIGHTS", tmp_path / "weights")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
@@ -126,6 +127,11 @@ def generate_videos(
         latents = pipeline.denoise([prompt.text for prompt in some], settings, noise)
         for one in latents[: len(prompts) - start]:
             yield pipeline.decode(one)
+
+
+def default_batch() -> int:
+    """How many prompts at once keep the device busy."""
+    return 6 if jax.default_backend() == "cpu" else 48
 
 
 def measure_all(videos: Iterable[np.ndarray], classifier: Classifier) -> list[VideoReport]:
@@ -266,7 +272,7 @@ def evaluate(
     runs: Sequence[tuple[str, Callable[[], tuple[WanPipeline, Settings]]]],
     prompts: Sequence[Prompt],
     *,
-    batch: int = 8,
+    batch: int | None = None,
     output: Path | None = None,
     sheet: Path | None = None,
     show: Callable[[str], None] = print,
@@ -276,7 +282,7 @@ def evaluate(
     Args:
       runs: of each setting its label and a function that gives the pipeline and the settings.
       prompts: see `make_prompts`.
-      batch: prompts denoised at once.
+      batch: prompts denoised at once; None: what suits the device.
       output: where the JSON goes; it is written again after each setting.
       sheet: a .png that shows frames of the first setting's videos, a row each.
       show: called with each table.
@@ -289,8 +295,9 @@ def evaluate(
     comparisons = []
     for label, prepare in runs:
         pipeline, settings = prepare()
-        videos = list(generate_videos(pipeline, prompts, settings, min(batch, len(prompts))))
-        reports = measure_all(videos, classifier)
+        videos: list[np.ndarray] = []
+        made = generate_videos(pipeline, prompts, settings, min(batch or default_batch(), len(prompts)))
+        reports = measure_all(_kept(made, videos), classifier)  # while the next are made
         evaluations.append(Evaluation(label, settings.as_json(), list(prompts), reports))
         show(str(evaluations[-1]))
         if len(evaluations) == 1:
@@ -308,6 +315,12 @@ def evaluate(
             }
             output.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return evaluations
+
+
+def _kept(videos: Iterable[np.ndarray], into: list[np.ndarray]) -> Iterator[np.ndarray]:
+    for video in videos:
+        into.append(video)
+        yield video
 
 
 def save_sheet(path: Path, videos: Sequence[np.ndarray], frames: int = 5, columns: int = 3) -> None:
@@ -343,7 +356,7 @@ def evaluate_options(
     one: int,
     two: int,
     languages: str,
-    batch: int,
+    batch: int | None,
     report: Path | None,
     run: Path | None = None,
     sheet: Path | None = None,
@@ -383,7 +396,7 @@ def main() -> None:
     parser.add_argument("--one", type=int, default=48)
     parser.add_argument("--two", type=int, default=24)
     parser.add_argument("--languages", default=",".join(LANGUAGES))
-    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--batch", type=int)
     parser.add_argument("--report", type=Path)
     parser.add_argument("--sheet", type=Path)
     values = vars(parser.parse_args())
