@@ -25,6 +25,9 @@ TEXT_ENCODER_OPTIONS: dict[str, bool | int | str] = {"xla_allow_excess_precision
 # may also take Triton it leaves GELU to a kernel of its own, 1 % of a forward. Triton won none of these products.
 CUBLASLT_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_enable_triton_gemm": False}
 
+# Programs with many convolutions that run a few times only: trying algorithms would take longer than it saves.
+ONCE_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_autotune_level": 0}
+
 # On several GPUs: the scheduler that starts an exchange as early and waits for it as late as data allow.
 MESH_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_enable_latency_hiding_scheduler": True}
 # Around a ring within one process: the copy engines send keys and values, which NCCL's kernels would do on the

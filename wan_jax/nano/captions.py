@@ -6,6 +6,7 @@ Of every language some frames are held out: training never uses them, evaluation
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from wan_jax.nano.scenes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SPEEDS, Scenes
 
@@ -347,6 +348,25 @@ FILLERS = {
     "ja": ("動画を作って:", "簡単な動画:", "ここでは", "今、", "想像して、", "きれいな映像:"),
 }
 FILLER_PART = 0.1
+# People say it in other words than any list has. Part of training's captions is therefore loose: the clauses in their
+# order and the background, before or after, with made-up words between them that mean nothing.
+LOOSE_PART = 0.4
+MADE_UP = {
+    "en": ("ba", "do", "en", "ki", "lu", "me", "na", "or", "pra", "sho", "so", "ta"),
+    "zh": "的了在是这那个里和看有就把到很都会可以请给为及与景面前后外中",
+    "ja": "のをにでとはもやよねがかこそあうえおてしたまなれるようです",
+}
+LOOSE_JOINTS = {
+    "en": (", ", " ", ". ", "; ", " and "),
+    "zh": (",", "。", ";", "", "和"),
+    "ja": ("、", "。", "", "と", "、そして"),
+}
+LOOSE_FORMS = {"en": ("finite", "ing", "that"), "zh": ("one", "bare"), "ja": ("ga", "ha", "ing")}
+LOOSE_BACKGROUNDS = {
+    "en": ("{}", "a {} background", "{} background", "the background is {}"),
+    "zh": ("{}", "{}背景", "{}的背景", "背景是{}"),
+    "ja": ("{}", "{}背景", "背景は{}"),
+}
 FRAMES = {"en": (EN_TRAINED, EN_HELD_OUT), "zh": (ZH_TRAINED, ZH_HELD_OUT), "ja": (JA_TRAINED, JA_HELD_OUT)}
 
 
@@ -452,8 +472,10 @@ def write_caption(
     clauses = [CLAUSES[language](pick, *name) for name in names[:count]]
     frames = FRAMES[language][held_out_frame]
     on_background = pick.random() < MENTION_BACKGROUND
-    if on_background:
-        words = BACKGROUND_WORDS[language][list(BACKGROUNDS)[scenes.background[index]]]
+    words = BACKGROUND_WORDS[language][list(BACKGROUNDS)[scenes.background[index]]]
+    if not held_out_frame and pick.random() < LOOSE_PART:
+        text = _loose(pick, language, clauses, pick.choice(words) if on_background else None)
+    elif on_background:
         text = pick.choice(frames.two_on if count == 2 else frames.one_on).format(*clauses, b=pick.choice(words))
     else:
         text = pick.choice(frames.two if count == 2 else frames.one).format(*clauses)
@@ -464,6 +486,27 @@ def write_caption(
     if not text.endswith((".", "。")) and pick.random() < 0.2:
         text += "." if language == "en" else "。"
     return Caption(text, on_background)
+
+
+def _loose(pick: random.Random, language: str, clauses: Sequence[Any], background: str | None) -> str:
+    """The clauses and the background joined anyhow, made-up words among them."""
+    pieces = [format(clause, pick.choice(LOOSE_FORMS[language])) for clause in clauses]
+    if background is not None:
+        named = pick.choice(LOOSE_BACKGROUNDS[language]).format(background)
+        pieces.insert(pick.choice((0, len(pieces))), named)
+    space = " " if language == "en" else ""
+
+    def made_up() -> str:
+        number = pick.choice((0, 0, 0, 1, 1, 2)) if language == "en" else pick.choice((0, 0, 0, 1, 2, 3))
+        return space.join(pick.choice(MADE_UP[language]) for _ in range(number))
+
+    text = made_up()
+    for number, piece in enumerate(pieces):
+        joint = pick.choice(LOOSE_JOINTS[language]) if number else space
+        text = text + joint + space.join(part for part in (piece, made_up()) if part) if text else piece
+        if number + 1 < len(pieces) and pick.random() < 0.5 and (words := made_up()):
+            text += space + words
+    return text.strip()
 
 
 def write_captions(scenes: Scenes, seed: int, *, held_out_frames: bool = False) -> list[list[Caption]]:

@@ -33,7 +33,7 @@ ATTRIBUTES = {
     "background": len(BACKGROUNDS) + 1,
 }
 KL_WEIGHT = 5e-4
-SQUARED_WEIGHT = 2.0
+SQUARED_WEIGHT = 4.0
 DECODER = ("decoder.", "post_quant_conv.")  # how names of the VAE's parameters begin that encoding does not need
 
 

@@ -37,18 +37,18 @@ class Recipe:
     """How the nano model is trained. The defaults are for one H200."""
 
     compute: str = "bfloat16"
-    attention: str | None = None
+    attention: str | None = "cudnn"  # None: what is fastest, tried when the experts' stage begins
     workers: int = 12
     chunk: int = CHUNK
     text_batch: int = 1024
     text_rate: float = 1e-3
     text_optimizer: str = "adamw"  # or "muon", as of the other stages
     text_capacity: int = 40 * CHUNK  # scenes whose captions are kept
-    vae_batch: int = 32
-    vae_rate: float = 6e-4
+    vae_batch: int = 6
+    vae_rate: float = 1e-3
     vae_optimizer: str = "adamw"
-    vae_window: tuple[int, int, int] = (17, 64, 64)
-    vae_whole_part: float = 0.3  # of the time at the end: whole videos
+    vae_window: tuple[int, int, int] = (17, 96, 96)
+    vae_whole_part: float = 0.0  # of the time at the end: whole videos
     vae_whole_batch: int = 8
     decoder_rate: float = 3e-4  # the rest is the VAE's
     decoder_optimizer: str = "adamw"
@@ -56,7 +56,7 @@ class Recipe:
     expert_rate: float = 8e-4
     expert_optimizer: str = "adamw"
     fill: int = 64  # videos rendered and encoded at once
-    fill_every: int = 8  # steps between that
+    fill_every: int = 4  # steps between that
     buckets: tuple[Bucket, ...] = (
         Bucket(33, (96, 96), 256, 96 * 1024, 0.82),
         Bucket(33, (128, 96), 192, 12 * 1024, 0.06),
@@ -99,6 +99,7 @@ class NanoOptions(Recipe):
 # What differs on a CPU.
 SMALL: dict[str, Any] = {
     "compute": "float32",
+    "attention": None,
     "workers": 0,
     "chunk": 256,
     "text_batch": 64,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wan_jax import xla_flags
 from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
 from wan_jax.nano.data import chunks, train_tokenizer
@@ -181,7 +182,9 @@ class Stage:
         return time.perf_counter() < self._start + self._seconds or self.step == self._first
 
     def make_step(self, loss: Loss) -> Step:
-        return jax.jit(make_step(loss, self._optimizer, self._ema_decay), donate_argnums=(0,))
+        # Trying Triton for each of Muon's many small products would take minutes.
+        options = xla_flags.CUBLASLT_OPTIONS if jax.default_backend() == "gpu" else None
+        return jax.jit(make_step(loss, self._optimizer, self._ema_decay), donate_argnums=(0,), compiler_options=options)
 
     def loop(self, one_step: Callable[[TrainState, int], tuple[TrainState, dict[str, jax.Array]]]) -> TrainState:
         """Calls one_step(state, step) until the time is over; returns the last state, which is saved."""

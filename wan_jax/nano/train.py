@@ -115,7 +115,8 @@ def train_vae(run: Run, seconds: float) -> None:
 
     stage = Stage(run, "vae", initial, recipe.vae_rate, recipe.vae_optimizer, seconds, export, ema_decay=0.999)
     run.forget("decoder")  # it is for the latents of before
-    moments = Later(threads, jax.jit(functools.partial(latent_moments, run)), stage.state.parameters, test_videos)
+    compute_moments = jax.jit(functools.partial(latent_moments, run), compiler_options=xla_flags.ONCE_OPTIONS)
+    moments = Later(threads, compute_moments, stage.state.parameters, test_videos)
     averaged = learn_videos(run, stage, losses.vae_loss(config, recipe.compute), None, threads)
     run.log("vae", **psnr(run, averaged))
 
@@ -175,7 +176,7 @@ def psnr(run: Run, parameters: Parameters, number: int = 32) -> dict[str, float]
     number = min(number, 2 * run.recipe.fill)
     atlas = jnp.asarray(digit_atlas(run.digits, test=True))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=xla_flags.ONCE_OPTIONS)
     def squared_error(parameters: Any, videos: jax.Array) -> jax.Array:
         vae = with_parameters(losses.build(VAE, run.config.vae, run.recipe.compute), parameters)
         decoded = jnp.clip(decode_whole(vae, encode_moments(vae, videos)[0]), -1, 1)
