@@ -254,7 +254,9 @@ def _generate_video(pipeline: "WanPipeline", job: Job, seconds: dict[str, float]
         if options.save_frames:
             save_array(options.save_frames, frames)
     except BaseException:
-        again = f"wan-jax decode {kept} --checkpoint {options.checkpoint or 'PATH'} --output {output}"
+        again = f"wan-jax decode {kept} --output {output}"
+        if options.checkpoint is not None:
+            again += f" --checkpoint {options.checkpoint}"
         if options.vae_dtype != "float32":
             again += f" --vae-dtype {options.vae_dtype}"
         print(f"the latents are kept in {kept}; finish with: {again}", file=sys.stderr)
