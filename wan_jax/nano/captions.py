@@ -352,7 +352,7 @@ FILLER_PART = 0.1
 # order and the background, before or after, with made-up words between them that mean nothing.
 LOOSE_PART = 0.4
 MADE_UP = {
-    "en": ("ba", "do", "en", "ki", "lu", "me", "na", "or", "pra", "sho", "so", "ta"),
+    "en": [first + second for first in "bdfgklmnprstvwz" for second in "aeiouy"],
     "zh": "的了在是这那个里和看有就把到很都会可以请给为及与景面前后外中",
     "ja": "のをにでとはもやよねがかこそあうえおてしたまなれるようです",
 }
@@ -363,9 +363,9 @@ LOOSE_JOINTS = {
 }
 LOOSE_FORMS = {"en": ("finite", "ing", "that"), "zh": ("one", "bare"), "ja": ("ga", "ha", "ing")}
 LOOSE_BACKGROUNDS = {
-    "en": ("{}", "a {} background", "{} background", "the background is {}"),
-    "zh": ("{}", "{}背景", "{}的背景", "背景是{}"),
-    "ja": ("{}", "{}背景", "背景は{}"),
+    "en": ("{}", "a {} background", "{} background", "the background is {}", "on {} {words}", "{words} {}"),
+    "zh": ("{}", "{}背景", "{}的背景", "背景是{}", "在{}的{words}上", "在{}{words}里"),
+    "ja": ("{}", "{}背景", "背景は{}", "{}{words}の上で"),
 }
 FRAMES = {"en": (EN_TRAINED, EN_HELD_OUT), "zh": (ZH_TRAINED, ZH_HELD_OUT), "ja": (JA_TRAINED, JA_HELD_OUT)}
 
@@ -490,16 +490,20 @@ def write_caption(
 
 def _loose(pick: random.Random, language: str, clauses: Sequence[Any], background: str | None) -> str:
     """The clauses and the background joined anyhow, made-up words among them."""
-    pieces = [format(clause, pick.choice(LOOSE_FORMS[language])) for clause in clauses]
-    if background is not None:
-        named = pick.choice(LOOSE_BACKGROUNDS[language]).format(background)
-        pieces.insert(pick.choice((0, len(pieces))), named)
     space = " " if language == "en" else ""
+
+    def one_word() -> str:
+        longer = language == "en" and pick.random() < 0.5
+        return pick.choice(MADE_UP[language]) + (pick.choice(MADE_UP[language]) if longer else "")
 
     def made_up() -> str:
         number = pick.choice((0, 0, 0, 1, 1, 2)) if language == "en" else pick.choice((0, 0, 0, 1, 2, 3))
-        return space.join(pick.choice(MADE_UP[language]) for _ in range(number))
+        return space.join(one_word() for _ in range(number))
 
+    pieces = [format(clause, pick.choice(LOOSE_FORMS[language])) for clause in clauses]
+    if background is not None:
+        named = pick.choice(LOOSE_BACKGROUNDS[language]).format(background, words=made_up()).strip()
+        pieces.insert(pick.choice((0, len(pieces))), named)
     text = made_up()
     for number, piece in enumerate(pieces):
         joint = pick.choice(LOOSE_JOINTS[language]) if number else space
