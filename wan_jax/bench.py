@@ -33,7 +33,7 @@ from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.spread import Spread
 from wan_jax.parallel.strategy import Strategy
-from wan_jax.pipeline import DECODE_CHUNK, peak_bytes
+from wan_jax.pipeline import peak_bytes
 from wan_jax.precision import gelu, gelu_in_epilogue
 from wan_jax.program import Programs, scratch_bytes
 from wan_jax.settings import DTYPES, Settings, check_name, parse_size, parse_steps
@@ -312,11 +312,15 @@ def bench_encode(bench: Bench, model: VAE) -> None:
     bench.report(f"encode {bench.vae_dtype}", seconds, flops, held + step_bytes, compile_seconds=compile_seconds)
 
 
-def bench_decode(bench: Bench, chunk: int = DECODE_CHUNK, model: VAE | None = None) -> np.ndarray:
-    """Decoding a video, `chunk` latent frames a step, frames fetched as uint8; returns those."""
+def bench_decode(bench: Bench, chunk: int | None = None, model: VAE | None = None) -> np.ndarray:
+    """Decoding a video, `chunk` latent frames a step (None: as the pipeline does), frames fetched as uint8.
+
+    Returns those frames.
+    """
     if model is None:
         model = random_model(VAE, bench.config.vae, bench.vae_dtype, spread=bench.spread)
     programs = Programs(exact=bench.dtype == "float32", spread=bench.spread)
+    chunk = chunk or programs.decode_chunk
     latents = bench.put(normal((1, *bench.latents_shape)))
     count = latents.shape[2]
     start = time.perf_counter()

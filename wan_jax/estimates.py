@@ -74,17 +74,17 @@ def encode_flops(config: VAEConfig, pixels: int) -> float:
     return 2 * (products + places * TAPS * (4 * last**2 + last * 2 * config.z_dim))
 
 
-def decode_scratch(config: VAEConfig, dtype: DTypeLike, width: int, height: int) -> int:
+def decode_scratch(config: VAEConfig, dtype: DTypeLike, width: int, height: int, frames: int = 1) -> int:
     """Bytes that decoding one latent frame takes beside weights and cache.
 
-    The larger of two: at full resolution, seven arrays of one frame around a residual block, and one in float32; where
+    The larger of two: at full resolution, seven arrays of `frames` at once around a residual block, and one in float32; where
     time is doubled for the last time, all frames of a step before and after the convolution that follows, and their
     sum in float32. The kernels of the layers that take one frame at a time come on top: they are rearranged first.
     """
     item = jnp.dtype(dtype).itemsize
     stages, late = config.decoder_stages, config.full_rate_stages + 1
     pixels = width * height // config.patch_size**2
-    memory = pixels * stages[-1][1] * (7 * item + 4)
+    memory = frames * pixels * stages[-1][1] * (7 * item + 4)
     if late < len(stages):
         doubled = config.temporal_stride * stages[-late][0] * pixels // 4 ** (late - 1)
         memory = max(memory, int(doubled * (2 * item + 4.5)))

@@ -95,7 +95,9 @@ class MeshPlan(Plan):
         sizes["denoise"] = denoise
         width, height = self.settings.size
         tile = width, -(-height // strategy.devices)
-        sizes["decode"] = decode_scratch(self.config.vae, self.vae_dtype, *tile)
+        # As many latent frames are decoded at once as there are tiles, and at full resolution two frames a device.
+        frames = 2 if strategy.devices > 1 else 1
+        sizes["decode"] = decode_scratch(self.config.vae, self.vae_dtype, width, height, frames)
         if "encode" in sizes:
             sizes["encode"] = encode_scratch(self.config.vae, self.vae_dtype, *tile, self._encoded_frames)
         return sizes

@@ -49,8 +49,6 @@ from wan_jax.video import Video, check_frames
 
 CACHED_PROMPTS = 64
 CACHED_IMAGES = 8
-# Latent frames decoded at once. More of them take more memory; only the layers of low resolution get faster.
-DECODE_CHUNK = 1
 
 
 class WanPipeline:
@@ -426,14 +424,15 @@ class WanPipeline:
         return self.latents
 
     def decode(
-        self, latents: ArrayLike, *, on_frames: Callable[[np.ndarray], None] | None = None, chunk: int = DECODE_CHUNK
+        self, latents: ArrayLike, *, on_frames: Callable[[np.ndarray], None] | None = None, chunk: int | None = None
     ) -> np.ndarray:
         """Latents of one video, float32 [C, F', h, w] -> frames uint8 [F, H, W, 3].
 
-        Latent frames are decoded `chunk` at a time and leave the device as they are done, while the next are decoded;
-        so memory does not grow with the length. `on_frames` is called with each lot, uint8 [n, H, W, 3], in order.
+        Latent frames are decoded `chunk` at a time (None: one for each device) and leave the device as they are done,
+        while the next are decoded; so memory does not grow with the length. `on_frames` is called with each lot, uint8 [n, H, W, 3], in order.
         """
         latents = self._put(np.asarray(latents)[None])
+        chunk = chunk or self._programs.decode_chunk
         lots: list[np.ndarray] = []
         with (
             self._bars.task("decode", total=latents.shape[2]) as bar,

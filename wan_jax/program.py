@@ -65,6 +65,8 @@ class Programs:
             precision = None if exact else "tensorfloat32"
             return Program(_in_tiles(function, spread), matmul_precision=precision, **jit_options)
 
+        # Latent frames that a step decodes: in tiles there is memory for more, which exchange borders together.
+        self.decode_chunk = 1 if spread is None else len(spread.devices)
         self.decode_first = vae_program(_decode_first)
         self.decode_next = vae_program(_decode_next, donate_argnums=(1,))
         self.encode_first = vae_program(_encode_first)
