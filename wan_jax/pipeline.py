@@ -429,7 +429,8 @@ class WanPipeline:
         """Latents of one video, float32 [C, F', h, w] -> frames uint8 [F, H, W, 3].
 
         Latent frames are decoded `chunk` at a time (None: one for each device) and leave the device as they are done,
-        while the next are decoded; so memory does not grow with the length. `on_frames` is called with each lot, uint8 [n, H, W, 3], in order.
+        while the next are decoded; so memory does not grow with the length. `on_frames` is called with each lot, uint8
+        [n, H, W, 3], in order.
         """
         latents = self._put(np.asarray(latents)[None])
         chunk = chunk or self._programs.decode_chunk
