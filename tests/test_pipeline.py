@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from wan_jax import pipeline
 from wan_jax.demo import DEMO, random_pipeline
 from wan_jax.errors import InputError
 from wan_jax.pipeline import WanPipeline
@@ -147,6 +148,16 @@ def test_a_second_run_compiles_nothing(pipe, compiled):
     compiled.clear()
     pipe("a green star", **SMALL | {"steps": 3}, guidance=(2.0, 5.0), shift=5.0, seed=9)
     assert compiled == []
+
+
+def test_forgetting_prompts_keeps_those_in_use(pipe, monkeypatch):
+    """Old prompts make room for new ones, also where a call names more than are remembered, and an old one again."""
+    monkeypatch.setattr(pipeline, "CACHED_PROMPTS", 2)
+    monkeypatch.setattr(pipe, "_encoded_prompts", {})
+    separate = [pipe.encode_prompts([prompt]) for prompt in "abc"]
+    together = pipe.encode_prompts([*"cab", ""])
+    np.testing.assert_array_equal(together[:3], np.concatenate([separate[n] for n in (2, 0, 1)]))
+    assert len(pipe._encoded_prompts) == 2
 
 
 @pytest.mark.parametrize("chunk", [1, 3])

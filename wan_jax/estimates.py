@@ -79,7 +79,8 @@ def decode_scratch(config: VAEConfig, dtype: DTypeLike, width: int, height: int,
 
     The larger of two: at full resolution, seven arrays of `frames` at once around a residual block, and one in
     float32; where time is doubled for the last time, all frames of a step before and after the convolution that
-    follows, and their sum in float32. The kernels of the layers that take one frame at a time come on top: they are rearranged first.
+    follows, and their sum in float32. The kernels of the layers that take one frame at a time come on top: they are
+    rearranged first.
     """
     item = jnp.dtype(dtype).itemsize
     stages, late = config.decoder_stages, config.full_rate_stages + 1

@@ -510,19 +510,19 @@ class WanPipeline:
 
     def encode_prompts(self, prompts: Sequence[str]) -> jax.Array:
         """Prompts -> [B, text_length, text_dim]; each distinct prompt is encoded once and remembered."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded_prompts]
-        if new:
+        remembered = self._encoded_prompts
+        encoded = {prompt: remembered[prompt] for prompt in prompts if prompt in remembered}
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in encoded]:
             with self.memory.on_device(self.text_encoder) as encoder:
                 for prompt in new:
-                    if len(self._encoded_prompts) >= CACHED_PROMPTS:
-                        self._encoded_prompts.pop(next(iter(self._encoded_prompts)))
                     tokens, mask = self._tokenizer([prompt], self.config.denoiser.text_length)
                     if self.spread is not None:
                         tokens, mask = self.spread.put_whole((tokens, mask))
-                    self._encoded_prompts[prompt] = self._run(
-                        "text", self._programs.encode_text, encoder, tokens, mask
-                    )[0]
-        return jnp.stack([self._encoded_prompts[prompt] for prompt in prompts])
+                    encoded[prompt] = self._run("text", self._programs.encode_text, encoder, tokens, mask)[0]
+                    remembered[prompt] = encoded[prompt]
+            while len(remembered) > CACHED_PROMPTS:
+                remembered.pop(next(iter(remembered)))
+        return jnp.stack([encoded[prompt] for prompt in prompts])
 
     def _encode_images(self, images: ImagePrompt | None, settings: Settings) -> tuple[Conditioning, jax.Array | None]:
         """What images give to the denoise loop, and to attention beside the text ([1, image tokens, dim]).
