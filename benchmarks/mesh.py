@@ -29,7 +29,6 @@ ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",  # so that NCCL does not use NVLink's multicast, which shared hosts may not offer
     "PYTHONUNBUFFERED": "1",
 }
-RING_BY_NCCL = "--xla_gpu_use_memcpy_local_p2p=false"
 HANG_SECONDS = 75.0
 WRONG = 0.05  # latents that differ by this much of the largest; in bfloat16 meshes differ by some thousandths
 STEPS = 40
@@ -62,11 +61,11 @@ class Run:
         """The mesh with the prompt and the negative prompt apart."""
         return "cfg2" if self.gpus == 2 else f"cfg2-ulysses{self.gpus // 2}"
 
-    def bench(self, part: str, size: str, limit: float, *arguments: str, flags: str = "") -> dict[str, Any]:
+    def bench(self, part: str, size: str, limit: float, *arguments: str) -> dict[str, Any]:
         command = [sys.executable, "-m", "wan_jax.cli", "bench", part, *self.options(size), *arguments]
-        return self.process(f"bench {part}", command, limit, {"XLA_FLAGS": flags} if flags else {})
+        return self.process(f"bench {part}", command, limit)
 
-    def process(self, name: str, command: list[str], limit: float, more: dict[str, str]) -> dict[str, Any]:
+    def process(self, name: str, command: list[str], limit: float) -> dict[str, Any]:
         """Runs a command that is given --output; returns what it wrote there, and what went wrong."""
         result = self.folder / "process.json"
         result.unlink(missing_ok=True)
@@ -78,7 +77,7 @@ class Run:
             before = errors.tell()
             # In a session of its own: its processes end with it, and none of them keeps a GPU.
             process = subprocess.Popen(
-                [*command, "--output", str(result)], env=os.environ | ENVIRONMENT | more, stderr=errors,
+                [*command, "--output", str(result)], env=os.environ | ENVIRONMENT, stderr=errors,
                 start_new_session=True,
             )  # fmt: skip
             failure: dict[str, Any] = {}
@@ -125,15 +124,11 @@ class Run:
         count = self.gpus
         meshes = ["single", self.together, *(f"{axis}{count}" for axis in ("ulysses", "tensor", "fsdp", "ring"))]
         self.meshes("forwards", "1280x720", limit, meshes, "--forwards")
-        if f"ring{count}" not in seconds_of_forwards(self.report["forwards"]) and self.left > 40:
-            arguments = f"--mesh=ring{count}", "--forwards", "--repeats", "1"
-            figures = self.bench("mesh", "1280x720", 60, *arguments, flags=RING_BY_NCCL)
-            self.report["forwards"]["ring_by_nccl"] = figures
 
     def peer(self, limit: float) -> None:
         launch = ["torch.distributed.run", "--standalone", "--local-addr=localhost", f"--nproc-per-node={self.gpus}"]
         command = [sys.executable, "-m", *launch, "-m", "benchmarks.mesh_peer", *self.options("1280x720")]
-        self.report["peer"] = self.process("diffusers", command, limit, {})
+        self.report["peer"] = self.process("diffusers", command, limit)
 
     def pipeline(self, limit: float) -> None:
         self.meshes("pipeline", "832x480", limit, ["single", "pipeline2"], "--forwards", "--prompts", "2")

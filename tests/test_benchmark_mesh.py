@@ -58,14 +58,14 @@ def test_summary():
 def test_a_process_that_hangs_ends_with_all_that_it_started(run):
     code = f"{WRITE} import subprocess; subprocess.run(['sleep', '50'])"
     start = time.monotonic()
-    figures = run.process("hangs", [sys.executable, "-c", code], 1.5, {})
+    figures = run.process("hangs", [sys.executable, "-c", code], 1.5)
     assert time.monotonic() - start < 10
     assert figures["error"] == "ended after 2 s"
     assert figures["rows"] == [1]  # what it wrote before
 
 
 def test_a_process_that_fails_says_why(run):
-    figures = run.process("fails", [sys.executable, "-c", f"{WRITE} raise SystemExit('no memory')"], 20, {})
+    figures = run.process("fails", [sys.executable, "-c", f"{WRITE} raise SystemExit('no memory')"], 20)
     assert figures["error"] == "exit code 1"
     assert "no memory" in figures["stderr"]
 

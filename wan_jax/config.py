@@ -324,7 +324,7 @@ PRESETS: dict[str, WanConfig] = {
                 latents_std=(1.0,) * 16,
             ),
             sampling=SamplingConfig(
-                size=(96, 96), frames=33, steps=20, shift=5.0, guidance=(2.0, 4.0), negative_prompt=""
+                size=(96, 96), frames=33, steps=20, shift=5.0, guidance=(3.0, 3.0), negative_prompt=""
             ),
         ),
     )

@@ -16,7 +16,6 @@ Left alone after a look at them:
 
 import os
 import pathlib
-from collections.abc import Mapping
 
 # The encoder rounds where the original rounds; XLA may not skip that.
 TEXT_ENCODER_OPTIONS: dict[str, bool | int | str] = {"xla_allow_excess_precision": False}
@@ -30,19 +29,14 @@ ONCE_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_autotune_level": 0}
 
 # On several GPUs: the scheduler that starts an exchange as early and waits for it as late as data allow.
 MESH_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_enable_latency_hiding_scheduler": True}
-# Around a ring within one process: the copy engines send keys and values, which NCCL's kernels would do on the
-# multiprocessors that attention wants.
-RING_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_use_memcpy_local_p2p": True}
 
 
-def step_options(axes: Mapping[str, int], processes: int = 1) -> dict[str, bool | int | str]:
-    """Compiler options of the denoising step on NVIDIA GPUs over a mesh with these axes ({}: one GPU).
+def step_options(spread: bool) -> dict[str, bool | int | str]:
+    """Compiler options of the denoising step on NVIDIA GPUs, on one of them or spread over several.
 
-    Of those for meshes, what the user sets in XLA_FLAGS stays the user's.
+    Of those for several, what the user sets in XLA_FLAGS stays the user's.
     """
-    options = dict(MESH_OPTIONS) if axes else {}
-    if "ring" in axes and processes == 1:
-        options |= RING_OPTIONS
+    options = MESH_OPTIONS if spread else {}
     flags = os.environ.get("XLA_FLAGS", "")
     return CUBLASLT_OPTIONS | {name: value for name, value in options.items() if f"--{name}" not in flags}
 

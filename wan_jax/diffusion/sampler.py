@@ -294,8 +294,8 @@ def compile_step(
         (parameters, expert.positive, expert.negative),
     )
     on_nvidia = _on_nvidia(parameters)
-    axes = {} if expert.spread is None else expert.spread.strategy.axes
-    step = _sample_step(tuple(step_options(axes, jax.process_count()).items()) if on_nvidia else ())
+    options = step_options(expert.spread is not None) if on_nvidia else {}
+    step = _sample_step(tuple(options.items()))
     with gelu_in_epilogue(on_nvidia):
         return step.lower(
             graphdef, solver, expert.spread, *arrays, state, conditioning, *numbers, np.float32(1)
