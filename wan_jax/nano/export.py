@@ -45,8 +45,7 @@ text encoder, a causal video VAE), the diffusers layout.
 **What it knows.** One or two objects on a white, light gray, dark gray or black background: circle, square, triangle,
 star, cross, ring, heart, crescent moon, and handwritten digits 0 to 9, in red, orange, yellow, green, cyan, blue,
 purple or pink, that move left, right, up, down or diagonally, in a circle, bounce, grow, shrink, rotate or stay,
-slowly, normally or fast. Prompts in English, Chinese or Japanese. {width}x{height} with {frames} frames is what it saw
-most; 128x96, 96x128 and 17 or 49 frames it saw too.
+slowly, normally or fast. Prompts in English, Chinese or Japanese. It is best at {width}x{height} with {frames} frames.
 
 **Data.** All of it is made by `wan_jax/nano`: videos are drawn on the device while training goes on, captions come from
 a grammar in three languages. The digits are those of scikit-learn (UCI, E. Alpaydin and C. Kaynak, 1998, CC BY 4.0),
