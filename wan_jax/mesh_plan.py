@@ -95,8 +95,8 @@ class MeshPlan(Plan):
         sizes["denoise"] = denoise
         width, height = self.settings.size
         tile = width, -(-height // strategy.devices)
-        # As many latent frames are decoded at once as there are tiles, and at full resolution two frames a device.
-        frames = 2 if strategy.devices > 1 else 1
+        # As many latent frames are decoded at once as there are tiles; at full resolution see models/vae.py, Decoder.
+        frames = 4 // self.vae_dtype.itemsize if strategy.devices > 1 else 1
         sizes["decode"] = decode_scratch(self.config.vae, self.vae_dtype, width, height, frames)
         if "encode" in sizes:
             sizes["encode"] = encode_scratch(self.config.vae, self.vae_dtype, *tile, self._encoded_frames)

@@ -201,7 +201,7 @@ def test_scan_equals_a_loop_over_layers(monkeypatch):
     expected = forward(denoiser, latents, timesteps, text)
     loops = []
 
-    def unrolled_scan(function, carry, xs):
+    def unrolled_scan(function, carry, xs, unroll):
         loops.append(function)
         outputs = []
         for layer in range(TINY.num_layers):

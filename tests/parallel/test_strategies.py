@@ -30,8 +30,7 @@ FIVE_HEADS = DenoiserConfig(
 )
 
 
-def run(config: DenoiserConfig, strategy: str | None, dtype: str = "float32") -> np.ndarray:
-    batch = 2
+def run(config: DenoiserConfig, strategy: str | None, dtype: str = "float32", *, batch: int = 2) -> np.ndarray:
     model = random_model(Denoiser, config, dtype)
     spread = None
     if strategy is not None:

@@ -68,6 +68,7 @@ class Denoiser(nnx.Module):
       param_dtype: in which parameters are stored; `dtype` if None.
       attention_implementation: see wan_jax.kernels.attention; None takes the fastest.
       remat: for training, what the backward pass computes again; see `layers.scan_layers`.
+      unroll: for training small models, no loop over the layers; see there.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Denoiser(nnx.Module):
         param_dtype: DTypeLike | None = None,
         attention_implementation: str | None = None,
         remat: str | None = None,
+        unroll: bool = False,
         rngs: nnx.Rngs,
     ):
         param_dtype = dtype if param_dtype is None else param_dtype
@@ -99,6 +101,7 @@ class Denoiser(nnx.Module):
         self.config = config
         self.dtype = dtype
         self.remat = remat
+        self.unroll = unroll
 
     def encode_context(self, text: jax.Array, image: jax.Array | None = None) -> Context:
         """Projects text and image for the cross-attention of every layer; neither latents nor timestep matter to it.
@@ -176,7 +179,7 @@ class Denoiser(nnx.Module):
         def layer(x: jax.Array, block: DenoiserBlock, context: Context) -> tuple[jax.Array, None]:
             return block(x, conditions, context), None
 
-        return scan_layers(layer, x, self.blocks, context, remat=self.remat)[0]
+        return scan_layers(layer, x, self.blocks, context, remat=self.remat, unroll=self.unroll)[0]
 
     def run_stage(
         self, arrived: jax.Array, latents: jax.Array, timesteps: jax.Array, context: Context

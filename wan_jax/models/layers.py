@@ -176,6 +176,7 @@ def scan_layers(
     per_layer: Any = None,
     *,
     remat: str | None = None,
+    unroll: bool = False,
 ) -> tuple[Any, Any]:
     """Runs stacked layers one after the other: `carry, y = step(carry, layer, x)` for each layer.
 
@@ -189,6 +190,8 @@ def scan_layers(
       layers: made by `stack_layers`.
       per_layer: arrays with a leading layers axis, such as a context; `step` gets one layer's x of it.
       remat: a name in REMAT_POLICIES: the backward pass computes a layer again instead of keeping what it needs of it.
+      unroll: write the layers out one by one instead of as a loop, where they lie on the device. What a backward pass
+        keeps of them is not stacked then: training steps of a few small layers move less memory, and compile longer.
 
     Returns:
       The last carry, and the ys stacked.
@@ -210,7 +213,7 @@ def scan_layers(
             lambda carry, layer, x: alone(carry, whole(layer), x), policy=REMAT_POLICIES[remat], prevent_cse=False
         )
     if not any(far):
-        return lax.scan(lambda carry, xs: run(carry, *xs), carry, (leaves, per_layer))
+        return lax.scan(lambda carry, xs: run(carry, *xs), carry, (leaves, per_layer), unroll=unroll)
 
     def gather(layer: list[jax.Array | None]) -> list[jax.Array | None]:
         return [

@@ -50,12 +50,10 @@ class History:
     def in_slices(self, function: Callable[[jax.Array, "History"], jax.Array], x: jax.Array, frames: int) -> jax.Array:
         """function(x, history), run on few frames of x [B, T, ...] at a time, to hold less at once.
 
-        `frames` is how many where frames are whole; where they are cut, twice as many more as there are tiles, so that
-        neighbours exchange borders less often. A device holds no more than one alone, because its cache is smaller.
+        `frames` is how many where frames are whole; where they are cut, as many more as there are tiles, so that a
+        device holds the same, and neighbours exchange borders less often.
         """
-        if self.cut.tiles > 1:
-            frames *= 2 * self.cut.tiles
-        frames = max(count for count in range(1, frames + 1) if x.shape[1] % count == 0)
+        frames = max(count for count in range(1, frames * self.cut.tiles + 1) if x.shape[1] % count == 0)
         cache: Any = None if self.is_first_frame else next(self.previous)
         if x.shape[1] <= frames:
             history = History(cache, self.cut)

@@ -368,7 +368,9 @@ class Decoder(nnx.Module):
         x = self.middle(x, history)
         for stage in self.stages[: -self.full_rate_stages]:
             x = stage(x, history)
-        return history.in_slices(self.full_rate, x, FRAMES_AT_ONCE)
+        # In tiles the device's share of the cache is smaller, and in bfloat16 there is room for two.
+        several = 4 // jnp.dtype(self.conv_in.dtype).itemsize if history.cut.tiles > 1 else 1
+        return history.in_slices(self.full_rate, x, several * FRAMES_AT_ONCE)
 
     def full_rate(self, x: jax.Array, history: History) -> jax.Array:
         """The layers after time was doubled for the last time."""

@@ -199,7 +199,9 @@ def init_expert(config: WanConfig, seed: int) -> dict[str, jax.Array]:
     return parameters
 
 
-def expert_loss(config: WanConfig, compute: DTypeLike, *, dropout: float = 0.1, attention: str | None = None):
+def expert_loss(
+    config: WanConfig, compute: DTypeLike, *, dropout: float = 0.1, attention: str | None = None, unroll: bool = False
+):
     """Flow matching of one expert in its own range of timesteps.
 
     batch: "index" [b] into the pools of `frozen`: latents [N, C, F, h, w] and texts [N, languages, T, dim]; a text is
@@ -214,6 +216,7 @@ def expert_loss(config: WanConfig, compute: DTypeLike, *, dropout: float = 0.1, 
             dtype=compute,
             param_dtype=jnp.float32,
             attention_implementation=attention,
+            unroll=unroll,
             rngs=nnx.Rngs(0),
         )
 

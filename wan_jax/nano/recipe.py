@@ -38,6 +38,7 @@ class Recipe:
 
     compute: str = "bfloat16"
     attention: str | None = "cudnn"  # None: what is fastest, tried when the experts' stage begins
+    unroll: bool = True  # no loop over an expert's layers: less memory traffic, a longer compilation
     workers: int = 12
     chunk: int = CHUNK
     text_batch: int = 1024
@@ -100,6 +101,7 @@ class NanoOptions(Recipe):
 SMALL: dict[str, Any] = {
     "compute": "float32",
     "attention": None,
+    "unroll": False,
     "workers": 0,
     "chunk": 256,
     "text_batch": 64,

@@ -220,7 +220,7 @@ def train_experts(run: Run, seconds: float, experts: Sequence[str] | None = None
         implementation = fastest_attention(config, recipe.compute, recipe.buckets[0])
     run.log(experts[0], attention=implementation)
     # One program for all experts: what differs between them is an argument.
-    step = first.make_step(losses.expert_loss(config, recipe.compute, attention=implementation))
+    step = first.make_step(losses.expert_loss(config, recipe.compute, attention=implementation, unroll=recipe.unroll))
     tokens, mask = Tokenizer.from_pretrained(run.tokenizer)([config.sampling.negative_prompt], run.text_length)
     encoder = with_parameters(losses.build(TextEncoder, config.text_encoder, recipe.compute), trained["text_encoder"])
     empty = encoder(jnp.asarray(tokens), jnp.asarray(mask))[0].astype(jnp.bfloat16)
