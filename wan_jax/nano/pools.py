@@ -23,11 +23,6 @@ class Later:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), args)
         self._compiled = threads.submit(lambda: jitted.lower(*shapes).compile())
 
-    @property
-    def ready(self) -> bool:
-        """False while it compiles, and for good where it does not."""
-        return self._compiled.done() and self._compiled.exception() is None
-
     def __call__(self, *args: Any) -> Any:
         """Waits until it is compiled, and raises what that raised."""
         return self._compiled.result()(*args)

@@ -48,9 +48,8 @@ class Recipe:
     vae_batch: int = 3
     vae_rate: float = 1e-3
     vae_optimizer: str = "adamw"
-    vae_window: tuple[int, int, int] = (33, 96, 96)  # shorter ones do not teach the decoder what follows them
-    vae_whole_part: float = 0.0  # of the time at the end: whole videos
-    vae_whole_batch: int = 8
+    # Frames, width, height of the part that is drawn: a decoder that learned from fewer frames drifts after them.
+    vae_window: tuple[int, int, int] = (33, 96, 96)
     decoder_rate: float = 5e-4  # the rest is the VAE's
     decoder_optimizer: str = "adamw"
     decoder_noise: float = 1.0  # on what it decodes, of the deviation that the encoder gives; the VAE learns with 1
@@ -108,7 +107,6 @@ SMALL: dict[str, Any] = {
     "text_capacity": 4096,
     "vae_batch": 4,
     "vae_window": (5, 32, 32),
-    "vae_whole_part": 0.0,
     "fill": 4,
     "fill_every": 4,
     "buckets": (Bucket(33, (96, 96), 8, 512, 1.0),),

@@ -103,7 +103,7 @@ def text_accuracy(run: Run, parameters: Parameters, number: int = 512) -> dict[s
 
 
 def train_vae(run: Run, seconds: float) -> None:
-    """The VAE, on windows of videos and at the end on whole ones."""
+    """The VAE, on videos or windows of them."""
     recipe, config = run.recipe, run.config
     initial = run.earlier(losses.init_vae(config, run.seed), "vae", "decoder")
     threads = concurrent.futures.ThreadPoolExecutor(1)
@@ -117,7 +117,7 @@ def train_vae(run: Run, seconds: float) -> None:
     run.forget("decoder")  # it is for the latents of before
     compute_moments = jax.jit(functools.partial(latent_moments, run), compiler_options=xla_flags.ONCE_OPTIONS)
     moments = Later(threads, compute_moments, stage.state.parameters, test_videos)
-    averaged = learn_videos(run, stage, losses.vae_loss(config, recipe.compute), None, threads)
+    averaged = learn_videos(run, stage, losses.vae_loss(config, recipe.compute), None)
     run.log("vae", **psnr(run, averaged))
 
 
@@ -136,29 +136,22 @@ def train_decoder(run: Run, seconds: float) -> None:
         ema_decay=0.999,
     )
     loss = losses.decoder_loss(run.config, recipe.compute, recipe.decoder_noise)
-    averaged = learn_videos(run, stage, loss, encoder, concurrent.futures.ThreadPoolExecutor(1))
+    averaged = learn_videos(run, stage, loss, encoder)
     run.log("decoder", **psnr(run, {**encoder, **averaged}))
 
 
-def learn_videos(run: Run, stage: Stage, loss: Loss, frozen: Any, threads: concurrent.futures.Executor) -> Parameters:
-    """The loop of a stage whose batches are videos: windows of them, and at the end whole ones. Returns the average."""
+def learn_videos(run: Run, stage: Stage, loss: Loss, frozen: Any) -> Parameters:
+    """The loop of a stage whose batches are videos or windows of them. Returns the average."""
     recipe = run.recipe
     scenes = draw_scenes(run.seed + stage.step, 200_000 if recipe.workers else 2_000)
     generator = np.random.default_rng(stage.step)
 
-    def draw(number: int, window: tuple[int, int, int] | None) -> dict[str, jax.Array]:
-        some = scenes[generator.integers(0, len(scenes), number)]
-        return {"videos": run.draw(int(generator.integers(2**31)), some, recipe.buckets[0], window)[None]}
-
     step = stage.make_step(loss)
-    on_whole = None
-    if recipe.vae_whole_part > 0:
-        on_whole = Later(threads, step, stage.state, frozen, draw(recipe.vae_whole_batch, None))
 
     def one_step(state: TrainState, number: int) -> tuple[TrainState, dict[str, jax.Array]]:
-        if on_whole is not None and on_whole.ready and stage.fraction > 1 - recipe.vae_whole_part:
-            return on_whole(state, frozen, draw(recipe.vae_whole_batch, None))
-        return step(state, frozen, draw(recipe.vae_batch, recipe.vae_window))
+        some = scenes[generator.integers(0, len(scenes), recipe.vae_batch)]
+        videos = run.draw(int(generator.integers(2**31)), some, recipe.buckets[0], recipe.vae_window)
+        return step(state, frozen, {"videos": videos[None]})
 
     return stage.loop(one_step).ema
 
