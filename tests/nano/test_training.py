@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from wan_jax.models.parameters import abstract_parameters, named_parameters, ran
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.nano import files, losses, train
+from wan_jax.nano.data import train_tokenizer
 from wan_jax.nano.export import LARGEST, components, export, nano_pipeline
 from wan_jax.nano.recipe import SMALL, Bucket, Recipe, parse_stages
 from wan_jax.nano.scenes import BACKGROUNDS, KINDS, draw_scenes
@@ -311,6 +313,16 @@ def test_resume_without_a_state(run, tmp_path):
             np.testing.assert_allclose(new[key], old[key], atol=2e-5, err_msg=key)
 
 
+def test_nothing_goes_on_after_the_experts(run, tmp_path):
+    """Other sizes are prepared by a thread, which may be compiling when the time is over: an exit then would abort."""
+    files.copy_missing(run.output, tmp_path)
+    buckets = (*RECIPE.buckets, Bucket(3, (32, 16), 2, 8, 1.0))
+    other = dataclasses.replace(make_run(tmp_path), recipe=dataclasses.replace(RECIPE, buckets=buckets))
+    before = set(threading.enumerate())
+    train.train_experts(other, 0.0, ("high_noise",))
+    assert set(threading.enumerate()) <= before
+
+
 def test_weights_of_another_model(run, tmp_path):
     files.copy_missing(run.output, tmp_path)
     other = make_run(tmp_path, more=100.0)
@@ -343,13 +355,14 @@ def test_processes_share_a_folder(tmp_path, monkeypatch):
     assert files.read_shards(tmp_path, "text_encoder")["x"].tolist() == [0, 0, 0]
 
     def while_another_does(folder, vocab_size):
-        for place in (folder, tmp_path / "state" / "tokenizer"):
+        for place in (folder, tmp_path / "tokenizer"):
             place.mkdir(parents=True)
             (place / "tokenizer.json").write_text("{}")
 
     monkeypatch.setattr("wan_jax.nano.stage.train_tokenizer", while_another_does)
     run = make_run(tmp_path)
-    assert [path.name for path in run.state.iterdir()] == ["tokenizer"]
+    assert (run.tokenizer / "tokenizer.json").read_text() == "{}"
+    assert not list(tmp_path.glob(".tokenizer*"))
 
 
 def test_shards(tmp_path, monkeypatch):
@@ -375,6 +388,7 @@ def test_export(tmp_path, monkeypatch, capsys):
     config = get_preset("nano")
     run = tmp_path / "run"
     run.mkdir()
+    train_tokenizer(run / files.TOKENIZER, config.text_encoder.vocab_size)
 
     def weights(kind, model_config, seed=0):
         tree = abstract_parameters(losses.build(kind, model_config, "float32"))
@@ -385,10 +399,17 @@ def test_export(tmp_path, monkeypatch, capsys):
     experts = {name: weights(Denoiser, config.denoiser, n) for n, name in enumerate(config.experts)}
     for name, arrays in experts.items():
         files.write_shards(run, name, arrays)
-    assert all(path.stat().st_size < 16 * 2**20 for path in run.iterdir())
-    assert len(list(run.iterdir())) <= 6
+    assert all(path.stat().st_size < 16 * 2**20 for path in run.rglob("*"))
+    assert len(list(run.glob("*.npz"))) <= 6
     (run / "log-text.jsonl").write_text(
-        "".join(json.dumps({"stage": "text", "clock": clock, "step": clock}) + "\n" for clock in (10, 40, 5, 25))
+        "".join(
+            json.dumps({"stage": "text", "clock": clock, name: step}) + "\n"
+            for clock, name, step in (
+                *((10, "step", 10), (40, "step", 40)),
+                *((5, "step", 5), (25, "step", 25)),  # without a state
+                *((5, "continues_after_step", 20), (10, "step", 23)),
+            )
+        )
     )
     row = {"right": 9, "total": 10, "low": 0.6, "high": 0.98}
     wanted = {"kind": "3", "motion": "bounce"}
@@ -406,7 +427,7 @@ def test_export(tmp_path, monkeypatch, capsys):
     card = (tmp_path / "weights" / "README.md").read_text()
     assert "96x96 with 33 frames" in card
     assert "{" not in card
-    assert "| text | 50 | 40 |" in card  # seconds: a clock that begins again goes on
+    assert "| text | 55 | 68 |" in card  # what all calls did together
     assert "| motion | 90 [60, 98] | 90 [60, 98] |" in card
     assert "Most often wrong: 3 (1 of 2)." in card
     assert json.loads((tmp_path / "weights" / "evaluation.json").read_text()).keys() == {"scores"}

@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +19,7 @@ from wan_jax.models.parameters import with_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.nano import WEIGHTS
-from wan_jax.nano.data import train_tokenizer
-from wan_jax.nano.files import find_shards, read_shards
+from wan_jax.nano.files import TOKENIZER, find_shards, read_shards
 from wan_jax.nano.losses import build
 from wan_jax.pipeline import WanPipeline
 from wan_jax.tokenizer import Tokenizer
@@ -71,9 +69,7 @@ EVALUATION = "evaluation.json"  # of a run, as `python -m wan_jax.nano.evaluate 
 def nano_pipeline(run: Path, dtype: str = "bfloat16", *, vae_dtype: str = "float32") -> WanPipeline:
     """The pipeline of a training run's averaged weights."""
     config = get_preset("nano")
-    with tempfile.TemporaryDirectory() as folder:
-        train_tokenizer(folder, config.text_encoder.vocab_size)
-        tokenizer = Tokenizer.from_pretrained(folder, vocab_size=config.text_encoder.vocab_size)
+    tokenizer = Tokenizer.from_pretrained(run / TOKENIZER, vocab_size=config.text_encoder.vocab_size)
     parts = {
         name: {key: jnp.asarray(x) for key, x in arrays.items()} for name, arrays in components(run, config).items()
     }
@@ -108,10 +104,8 @@ def export(run: Path, destination: Path = WEIGHTS) -> ConversionSummary:
     Raises RuntimeError where that is larger than it may be.
     """
     config = get_preset("nano")
-    with tempfile.TemporaryDirectory() as folder:
-        train_tokenizer(folder, config.text_encoder.vocab_size)
-        checkpoint = memory_checkpoint(config, components(run, config), Path(folder))
-        summary = convert(checkpoint, destination, to="diffusers")
+    checkpoint = memory_checkpoint(config, components(run, config), run / TOKENIZER)
+    summary = convert(checkpoint, destination, to="diffusers")
     (destination / "README.md").write_text(model_card(run, config, summary), encoding="utf-8")
     if (evaluation := _read_evaluation(run)) is not None:
         figures = {name: value for name, value in evaluation.items() if name != "videos"}
@@ -184,14 +178,24 @@ def _stages(run: Path) -> str:
     lines = ["| stage | seconds | steps | last figures |", "|---|---|---|---|"]
     for stage in dict.fromkeys(row["stage"] for row in rows):
         mine = [row for row in rows if row["stage"] == stage]
-        # A run that goes on starts its clock anew.
+        # A call that goes on starts its clock anew.
         seconds = sum(max(later["clock"] - row["clock"], 0) for row, later in itertools.pairwise(mine))
-        steps = max((row["step"] for row in mine if "step" in row), default=0)
         last = {name: value for name, value in mine[-1].items() if name not in ("stage", "clock", "step", "done")}
-        lines.append(
-            f"| {stage} | {seconds:.0f} | {steps:,} | {', '.join(f'{name} {value}' for name, value in last.items())} |"
-        )
+        figures = ", ".join(f"{name} {value}" for name, value in last.items())
+        lines.append(f"| {stage} | {seconds:.0f} | {_steps_done(mine):,} | {figures} |")
     return "\n".join(lines)
+
+
+def _steps_done(rows: Sequence[dict[str, Any]]) -> int:
+    """By all calls together: one that goes on from a state counts on from there, one without a state from nothing."""
+    done = before = 0
+    for row in rows:
+        if "continues_after_step" in row:
+            before = row["continues_after_step"]
+        elif "step" in row:
+            done += row["step"] - (before if row["step"] >= before else 0)
+            before = row["step"]
+    return done
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
 import json
 import os
+import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jax.typing import ArrayLike
 from wan_jax.errors import InputError
 
 SHARD_BYTES = 15 * 2**20
+TOKENIZER = "tokenizer"  # a folder
 
 
 class Log:
@@ -69,8 +71,22 @@ def read_shards(folder: Path, name: str) -> dict[str, np.ndarray]:
     return arrays
 
 
+def write_folder(place: Path, write: Callable[[Path], Any]) -> None:
+    """A folder that is there whole or not at all, made by `write` unless it exists."""
+    if place.exists():
+        return
+    temporary = place.with_name(f".{place.name}-{os.getpid()}")
+    write(temporary)
+    try:
+        temporary.rename(place)
+    except OSError:  # another process was faster, with the same files
+        shutil.rmtree(temporary)
+
+
 def copy_missing(source: Path, destination: Path) -> None:
-    """Copies the shards that the destination lacks: what is there already may be newer."""
+    """Copies the shards and the tokenizer that the destination lacks: what is there already may be newer."""
+    if (source / TOKENIZER).is_dir():
+        write_folder(destination / TOKENIZER, lambda folder: shutil.copytree(source / TOKENIZER, folder))
     for path in sorted(source.glob("[!.]*-*.npz")):
         place = destination / path.name
         if not place.exists():

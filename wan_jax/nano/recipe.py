@@ -56,12 +56,12 @@ class Recipe:
     expert_rate: float = 2e-3
     expert_optimizer: str = "muon"
     fill: int = 64  # videos rendered and encoded at once
-    fill_every: int = 4  # steps between that
+    fill_every: int = 8  # steps between that
     buckets: tuple[Bucket, ...] = (
-        Bucket(33, (96, 96), 256, 96 * 1024, 0.82),
-        Bucket(33, (128, 96), 192, 12 * 1024, 0.06),
-        Bucket(17, (96, 128), 256, 12 * 1024, 0.06),
-        Bucket(49, (96, 96), 160, 12 * 1024, 0.06),
+        Bucket(33, (96, 96), 256, 96 * 1024, 0.91),
+        Bucket(33, (128, 96), 192, 12 * 1024, 0.03),
+        Bucket(17, (96, 128), 256, 12 * 1024, 0.03),
+        Bucket(49, (96, 96), 160, 12 * 1024, 0.03),
     )
     first_fill: int = 8 * 1024  # videos in a pool before it is learnt from
 

@@ -1,7 +1,5 @@
 """What all stages of training share: the run with its files, and the loop of one stage."""
 
-import os
-import shutil
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
@@ -17,7 +15,16 @@ from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
 from wan_jax.nano.data import chunks, train_tokenizer
 from wan_jax.nano.digits import digit_atlas
-from wan_jax.nano.files import Log, copy_missing, find_shards, read_shards, write_arrays, write_shards
+from wan_jax.nano.files import (
+    TOKENIZER,
+    Log,
+    copy_missing,
+    find_shards,
+    read_shards,
+    write_arrays,
+    write_folder,
+    write_shards,
+)
 from wan_jax.nano.optimizer import make_optimizer, with_learning_rate
 from wan_jax.nano.recipe import Bucket, Recipe
 from wan_jax.nano.render import render_batch
@@ -35,7 +42,7 @@ class Run:
 
     config: WanConfig
     recipe: Recipe
-    output: Path  # small files: averaged weights
+    output: Path  # small files: the tokenizer, averaged weights
     state: Path  # everything
     digits: Path | None
     log: Log
@@ -49,17 +56,8 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         copy_missing(self.state, self.output)
         self.atlas = jnp.asarray(digit_atlas(self.digits))
-        self.tokenizer = self.state / "tokenizer"
-        if not self.tokenizer.exists():
-            self._write_tokenizer()
-
-    def _write_tokenizer(self) -> None:
-        temporary = self.state / f".tokenizer-{os.getpid()}"
-        train_tokenizer(temporary, self.config.text_encoder.vocab_size)
-        try:
-            temporary.rename(self.tokenizer)
-        except OSError:  # another process was faster, with the same files
-            shutil.rmtree(temporary)
+        self.tokenizer = self.output / TOKENIZER
+        write_folder(self.tokenizer, lambda folder: train_tokenizer(folder, self.config.text_encoder.vocab_size))
 
     def draw(
         self,

@@ -3,8 +3,8 @@
 Stages: "text" (the text encoder, on captions alone), "vae", "experts" (both, on latents that are rendered and encoded
 all the while; --experts names one of them alone), "decoder" (the VAE's decoder on from there, for the same latents).
 A stage ends when its seconds are over; the learning rate falls with them. The next call goes on where the last one
-ended: from --state, which holds everything, or from --output or --resume, which hold the averaged weights in a few
-small files. Processes that train different things may share --output and --state.
+ended: from --state, which holds everything, or from --output or --resume, which hold the tokenizer and the averaged
+weights in a few small files. Processes that train different things may share --output and --state.
 """
 
 import argparse
@@ -227,12 +227,17 @@ def train_experts(run: Run, seconds: float, experts: Sequence[str] | None = None
     run.log(experts[0], prepared=str(pools[0].bucket))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first.state)
 
+    over = threading.Event()
+
     def prepare_others() -> None:
         for pool in pools[1:]:
+            if over.is_set():
+                return
             pool.prepare(shapes, frozen[experts[0]])
             run.log(experts[0], prepared=str(pool.bucket))
 
-    threading.Thread(target=prepare_others, daemon=True).start()
+    others = threading.Thread(target=prepare_others, daemon=True)
+    others.start()
     generator = np.random.default_rng(first.step)
     parts = np.array([bucket.part for bucket in recipe.buckets])
 
@@ -249,6 +254,8 @@ def train_experts(run: Run, seconds: float, experts: Sequence[str] | None = None
             stage.take(functools.partial(one_step, pool, frozen[name]))
     for stage in stages.values():
         stage.finish()
+    over.set()
+    others.join()  # a process that exits while a thread compiles aborts
     source.close()
 
 
@@ -294,6 +301,8 @@ def train(options: NanoOptions) -> Path:
     xla_flags.configure()
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
+    if options.resume is not None:
+        copy_missing(Path(options.resume), output)
     run = Run(
         get_preset("nano"),
         options,
@@ -304,8 +313,6 @@ def train(options: NanoOptions) -> Path:
         fraction_start=options.fraction_start,
         seed=options.seed,
     )
-    if options.resume is not None:
-        copy_missing(Path(options.resume), run.output)
     # Kept beside the state: the next call compiles nothing anew.
     jax.config.update("jax_compilation_cache_dir", str((run.state / "compiled").resolve()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
