@@ -44,12 +44,14 @@ if WEIGHTS.is_dir():
             assert (found.colour, found.motion) == (list(COLOURS)[colour], MOTIONS[motion])
 
     def test_generated_videos():
-        """What nobody trained on, in three languages: most of it is right (chance is below one in eight)."""
+        """What nobody trained on, in three languages: most of it is right (chance is one in eight at best)."""
         pipe = WanPipeline.from_pretrained(WEIGHTS, "float32")
         prompts = make_prompts(4, 0, seed=123)
         classifier = Classifier.load()
         videos = generate_videos(pipe, prompts, Settings.resolve(pipe.config), batch=12)
         verdicts = [judge(prompt, measure(video, classifier)) for prompt, video in zip(prompts, videos, strict=True)]
-        right = {metric: sum(verdict[metric] for verdict in verdicts) for metric in ("object and colour", "motion")}
+        metrics = ("object and colour", "shape or digit", "motion")
+        right = {metric: sum(verdict[metric] for verdict in verdicts) for metric in metrics}
         print(right)
-        assert min(right.values()) >= 8
+        # Of 12; the package's evaluation.json has 100, 92 and 99 % over many.
+        assert min(right.values()) >= 9

@@ -14,6 +14,7 @@ import numpy as np
 from wan_jax.checkpoint import ConversionSummary, convert
 from wan_jax.checkpoint.memory import memory_checkpoint
 from wan_jax.config import WanConfig, get_preset
+from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.parameters import with_parameters
 from wan_jax.models.text_encoder import TextEncoder
@@ -203,7 +204,10 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="the --output of wan_jax.nano.train")
     parser.add_argument("destination", type=Path, nargs="?", default=WEIGHTS)
     values = parser.parse_args()
-    print(export(values.run, values.destination))
+    try:
+        print(export(values.run, values.destination))
+    except InputError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
