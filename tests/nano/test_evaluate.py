@@ -192,6 +192,9 @@ def test_evaluation(prompts, videos, tmp_path):
     same = Comparison(first, first, psnr(list(videos), list(videos)))
     assert "PSNR inf" in str(same)
     assert same.changes("motion") == (0, 0)
+    shorter = Comparison(first, second, psnr(list(videos), [video[:17] for video in videos]))
+    assert "wrong against right: videos of another size" in str(shorter)
+    assert shorter.as_json()["psnr"] is None
 
 
 def test_judge_of_a_wrong_colour(prompts, videos, classifier):

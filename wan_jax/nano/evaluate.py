@@ -224,7 +224,7 @@ class Comparison:
 
     first: Evaluation
     second: Evaluation
-    psnr: float  # mean over videos, dB; inf where all frames are equal
+    psnr: float  # mean over videos, dB; inf where all frames are equal, nan where sizes differ
 
     def changes(self, metric: str) -> tuple[int, int]:
         """Prompts that only the first, and that only the second gets right."""
@@ -241,7 +241,8 @@ class Comparison:
         return {"first": self.first.label, "second": self.second.label, "psnr": psnr, "only_right_in": changes}
 
     def __str__(self) -> str:
-        lines = [f"{self.second.label} against {self.first.label}: PSNR {self.psnr:.1f} dB"]
+        psnr = "videos of another size" if math.isnan(self.psnr) else f"PSNR {self.psnr:.1f} dB"
+        lines = [f"{self.second.label} against {self.first.label}: {psnr}"]
         for metric in METRICS:
             if (total := self.first.score(metric)[1]) == 0:
                 continue
@@ -262,7 +263,9 @@ def sign_test(lost: int, won: int) -> float:
 
 
 def psnr(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
-    """Mean over videos of their peak signal-to-noise ratio, dB."""
+    """Mean over videos of their peak signal-to-noise ratio, dB; nan where they differ in size or length."""
+    if any(a.shape != b.shape for a, b in zip(first, second, strict=True)):
+        return math.nan
     errors = [np.square(a.astype(np.float32) - b).mean() for a, b in zip(first, second, strict=True)]
     with np.errstate(divide="ignore"):
         return float(np.mean(10 * np.log10(255**2 / np.array(errors))))
