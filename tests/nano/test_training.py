@@ -362,6 +362,15 @@ def test_processes_share_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("wan_jax.nano.stage.train_tokenizer", while_another_does)
     run = make_run(tmp_path)
     assert (run.tokenizer / "tokenizer.json").read_text() == "{}"
+    # The state is newer than an earlier output, which has a tokenizer.
+    (first / "tokenizer").mkdir()
+    (first / "tokenizer" / "tokenizer.json").write_text("of the first")
+    files.write_shards(run.state, "high_noise", {"x": np.ones(3)})
+    for name in ("high_noise", "low_noise"):
+        files.write_shards(first, name, {"x": np.zeros(3)})
+    later = Run(TINY, RECIPE, tmp_path / "later", run.state, None, run.log, resume=first)
+    assert [later.weights(name)["x"].tolist() for name in ("high_noise", "low_noise")] == [[1, 1, 1], [0, 0, 0]]
+    assert (later.tokenizer / "tokenizer.json").read_text() == "of the first"
     assert not list(tmp_path.glob(".tokenizer*"))
 
 

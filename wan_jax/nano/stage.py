@@ -46,6 +46,7 @@ class Run:
     state: Path  # everything
     digits: Path | None
     log: Log
+    resume: Path | None = None  # an earlier output, for files that neither output nor state has
     more: float = 0.0  # seconds of the last stage that later calls will add
     fraction_start: float = 0.0  # how much of a stage's schedule is over when it begins
     seed: int = 0
@@ -55,6 +56,8 @@ class Run:
         for folder in (self.output, self.state):
             folder.mkdir(parents=True, exist_ok=True)
         copy_missing(self.state, self.output)
+        if self.resume is not None:
+            copy_missing(self.resume, self.output)
         self.atlas = jnp.asarray(digit_atlas(self.digits))
         self.tokenizer = self.output / TOKENIZER
         write_folder(self.tokenizer, lambda folder: train_tokenizer(folder, self.config.text_encoder.vocab_size))

@@ -34,7 +34,7 @@ from wan_jax.nano import losses
 from wan_jax.nano.captions import LANGUAGES, write_captions
 from wan_jax.nano.data import TEST_SEED, scenes_of
 from wan_jax.nano.digits import digit_atlas
-from wan_jax.nano.files import Log, copy_missing
+from wan_jax.nano.files import Log
 from wan_jax.nano.pools import Later, Pool, Shared
 from wan_jax.nano.recipe import SMALL, Bucket, NanoOptions, load_nano_recipe, parse_stages
 from wan_jax.nano.scenes import draw_scenes
@@ -301,8 +301,6 @@ def train(options: NanoOptions) -> Path:
     xla_flags.configure()
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
-    if options.resume is not None:
-        copy_missing(Path(options.resume), output)
     run = Run(
         get_preset("nano"),
         options,
@@ -310,6 +308,7 @@ def train(options: NanoOptions) -> Path:
         output / "state" if options.state is None else Path(options.state),
         None if options.digits is None else Path(options.digits),
         Log(output),
+        None if options.resume is None else Path(options.resume),
         fraction_start=options.fraction_start,
         seed=options.seed,
     )
