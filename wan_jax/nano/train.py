@@ -244,19 +244,21 @@ def train_experts(run: Run, seconds: float, experts: Sequence[str] | None = None
     def one_step(pool: Pool, own: Any, state: TrainState, number: int) -> tuple[TrainState, dict[str, jax.Array]]:
         return pool.step(state, own)
 
-    while first.goes_on:
-        pool = pools[generator.choice(len(pools), p=parts / parts.sum())]
-        if not pool.ready:
-            pool = pools[0]
-        if first.step % recipe.fill_every == 0:
-            pool.refill()
-        for name, stage in stages.items():
-            stage.take(functools.partial(one_step, pool, frozen[name]))
-    for stage in stages.values():
-        stage.finish()
-    over.set()
-    others.join()  # a process that exits while a thread compiles aborts
-    source.close()
+    try:
+        while first.goes_on:
+            pool = pools[generator.choice(len(pools), p=parts / parts.sum())]
+            if not pool.ready:
+                pool = pools[0]
+            if first.step % recipe.fill_every == 0:
+                pool.refill()
+            for name, stage in stages.items():
+                stage.take(functools.partial(one_step, pool, frozen[name]))
+        for stage in stages.values():
+            stage.finish()
+    finally:
+        over.set()
+        others.join()  # a process that exits while a thread compiles aborts
+        source.close()
 
 
 def _named(name: str, averaged: Parameters) -> dict[str, Parameters]:
