@@ -202,7 +202,7 @@ def main() -> None:
 
 def add_device_facts(run: Run) -> None:
     """Before the first part of ours: JAX takes the GPU's memory when it starts, and the peer needs it."""
-    from wan_jax import bench
+    from wan_bench import parts as bench
 
     if "device" not in run.report:
         run.report |= bench.device_facts()
@@ -211,8 +211,8 @@ def add_device_facts(run: Run) -> None:
 
 def benches(run: Run, preset: str, group: str, sizes: list[str] | None = None, **choices: Any) -> Iterator[Any]:
     """A Bench for each size, whose rows go into the report; stops when time is up."""
-    from wan_jax.bench import Bench, get_config
-    from wan_jax.settings import Settings, parse_size
+    from wan_bench.parts import Bench, get_config
+    from wan_jax.diffusion.params import Settings, parse_size
 
     config = get_config(preset)
     matmul = run.report["matmul_tflop_per_second"] * 1e12
@@ -236,8 +236,8 @@ def denoiser(bench: Any, implementation: str | None = None) -> Any:
     import jax.numpy as jnp
     from flax import nnx
 
-    from wan_jax.demo import random_model
     from wan_jax.models.denoiser import Denoiser
+    from wan_jax.testing.demo import random_model
 
     config = bench.config.denoiser
     if None not in _models:
@@ -260,14 +260,14 @@ def time_forward(
 
 
 def time_vae(run: Run, preset: str, dtype: str) -> None:
-    from wan_jax.bench import bench_decode
+    from wan_bench.parts import bench_decode
 
     for bench in benches(run, preset, "vae", vae_dtype=dtype):
         bench_decode(bench)
 
 
 def text(run: Run, preset: str) -> None:
-    from wan_jax.bench import bench_text
+    from wan_bench.parts import bench_text
 
     for bench in benches(run, preset, "text", run.sizes[:1]):
         bench_text(bench)
@@ -280,10 +280,10 @@ def psnr(run: Run, preset: str) -> None:
     import numpy as np
     from flax import nnx
 
-    from wan_jax.bench import get_config, normal
-    from wan_jax.demo import random_model
-    from wan_jax.models.parameters import named_parameters, with_parameters
+    from wan_bench.parts import get_config, normal
     from wan_jax.models.vae import VAE
+    from wan_jax.parameters import named_parameters, with_parameters
+    from wan_jax.testing.demo import random_model
 
     config = get_config(preset).vae
     for bench in benches(run, preset, "psnr", run.sizes[-1:]):
@@ -305,7 +305,7 @@ def psnr(run: Run, preset: str) -> None:
 
 
 def block(run: Run, preset: str) -> None:
-    from wan_jax.bench import denoiser_parts
+    from wan_bench.parts import denoiser_parts
 
     for bench in benches(run, preset, "block", run.sizes[:1], repeats=5):
         denoiser_parts(bench, denoiser(bench))

@@ -114,17 +114,17 @@ def compare(part: dict[str, Any]) -> None:
 def ours(part: str, demo: bool, report: Report) -> None:
     import jax
 
-    from wan_jax import xla_flags
+    from wan_jax.runtime import xla_flags
 
     xla_flags.configure()
-    from wan_jax.memory import PROFILES, Memory
+    from wan_jax.models.compiled import CompiledModels
     from wan_jax.pipeline import peak_bytes
-    from wan_jax.program import Programs
+    from wan_jax.runtime.offload import PROFILES, Memory
 
     config = small(part) if demo else full(part)
     report("device", {"kind": jax.devices()[0].device_kind, "jax": jax.__version__})
     start = time.perf_counter()
-    pipeline = made_up_pipeline(config, Memory(PROFILES["resident"]), "bfloat16", Programs(exact=False))
+    pipeline = made_up_pipeline(config, Memory(PROFILES["resident"]), "bfloat16", CompiledModels(exact=False))
     report("weights", {"seconds": time.perf_counter() - start})
     if part == "t2v-a14b":
         for frames in (5, 9) if demo else LENGTHS:
@@ -135,8 +135,8 @@ def ours(part: str, demo: bool, report: Report) -> None:
 
 
 def prompt_to_mp4(pipeline: Any, frames: int, size: tuple[int, int], report: Report) -> None:
-    from wan_jax.settings import Settings
-    from wan_jax.video import VideoWriter
+    from wan_jax.diffusion.params import Settings
+    from wan_jax.media.video import VideoWriter
 
     def run(prompt: str, **choices: Any) -> dict[str, Any]:
         settings = Settings.resolve(pipeline.config, size=size, frames=frames, **FEW_STEPS | choices)
@@ -161,7 +161,7 @@ def prompt_to_mp4(pipeline: Any, frames: int, size: tuple[int, int], report: Rep
 
 
 def guided_steps(pipeline: Any, choices: dict[str, Any], report: Report) -> None:
-    from wan_jax.settings import Settings
+    from wan_jax.diffusion.params import Settings
 
     settings = Settings.resolve(pipeline.config, **{"steps": 3, **choices})
     steps = watch_steps(pipeline)
@@ -269,7 +269,7 @@ def small(part: str) -> Any:
     """The part's model with little of everything."""
     import dataclasses
 
-    from wan_jax.demo import DEMO
+    from wan_jax.testing.demo import DEMO
 
     config = full(part)
     narrow = {"num_layers": 2, "dim": 96, "num_heads": 4, "ffn_dim": 256, "text_dim": 64, "freq_dim": 64}

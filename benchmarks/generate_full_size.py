@@ -16,12 +16,12 @@ import time
 import jax
 
 from wan_jax.config import get_preset
-from wan_jax.demo import random_pipeline
-from wan_jax.demo_tokenizer import train_small_tokenizer
+from wan_jax.diffusion.params import Settings, parse_size
+from wan_jax.media.video import Video
 from wan_jax.pipeline import WanPipeline, peak_bytes
-from wan_jax.settings import Settings, parse_size
-from wan_jax.tokenizer import Tokenizer
-from wan_jax.video import Video
+from wan_jax.testing.demo import random_pipeline
+from wan_jax.testing.tokenizer import train_small_tokenizer
+from wan_jax.text.tokenizer import Tokenizer
 
 PROMPTS = ("Two cats in boxing gear and bright gloves fight on a spotlighted stage.", "一只白色的小狗在草地上奔跑。")
 

@@ -12,8 +12,8 @@ import time
 from typing import Any
 
 from benchmarks.diffusers_peer import diffusers_denoiser
-from wan_jax.bench import get_config
-from wan_jax.settings import parse_size
+from wan_bench.parts import get_config
+from wan_jax.diffusion.params import parse_size
 
 
 def main() -> None:

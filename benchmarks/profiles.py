@@ -108,11 +108,11 @@ def run_part(part: str, demo: bool) -> dict[str, Any]:
     import jax
 
     from wan_jax.config import get_preset
-    from wan_jax.demo import DEMO
-    from wan_jax.memory import PROFILES
-    from wan_jax.plan import Plan, memory_limit
-    from wan_jax.program import Programs
-    from wan_jax.settings import Settings, parse_size
+    from wan_jax.diffusion.params import Settings, parse_size
+    from wan_jax.models.compiled import CompiledModels
+    from wan_jax.planning.memory import Plan, memory_limit
+    from wan_jax.runtime.offload import PROFILES
+    from wan_jax.testing.demo import DEMO
 
     size, vae_dtype, names, _, steps = PARTS[part]
     config = DEMO if demo else get_preset("t2v-a14b")
@@ -135,7 +135,7 @@ def run_part(part: str, demo: bool) -> dict[str, Any]:
         "plan": {},
     }
     start = time.perf_counter()
-    programs = Programs(exact=False)
+    programs = CompiledModels(exact=False)
     plan = Plan(config, settings, "bfloat16", vae_dtype, programs=programs)
     for name in names:
         profile = PROFILES[name]
@@ -154,7 +154,7 @@ def run_pipeline(config, settings, profile, vae_dtype: str, programs, started: f
     import numpy as np
 
     from wan_jax import pipeline as pipelines
-    from wan_jax.memory import Memory
+    from wan_jax.runtime.offload import Memory
 
     start = time.perf_counter()
     pipeline = made_up_pipeline(config, Memory(profile), vae_dtype, programs)
@@ -206,13 +206,13 @@ def made_up_pipeline(config, memory, vae_dtype: str, programs):
     import numpy as np
     from flax import nnx
 
-    from wan_jax.demo_tokenizer import train_small_tokenizer
     from wan_jax.models.denoiser import Denoiser
-    from wan_jax.models.parameters import abstract_parameters, with_parameters
     from wan_jax.models.text_encoder import TextEncoder
     from wan_jax.models.vae import VAE
+    from wan_jax.parameters import abstract_parameters, with_parameters
     from wan_jax.pipeline import WanPipeline
-    from wan_jax.tokenizer import Tokenizer
+    from wan_jax.testing.tokenizer import train_small_tokenizer
+    from wan_jax.text.tokenizer import Tokenizer
 
     noise = np.random.default_rng(0).standard_normal(1 << 24, np.float32)
 

@@ -23,13 +23,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wan_jax.bench import device_facts, normal
+from wan_bench.parts import device_facts, normal
 from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.config import get_preset
-from wan_jax.models.parameters import random_parameters
+from wan_jax.diffusion.params import Settings, parse_size
+from wan_jax.parameters import random_parameters
 from wan_jax.pipeline import peak_bytes
-from wan_jax.program import scratch_bytes
-from wan_jax.settings import Settings, parse_size
+from wan_jax.runtime.compiled import workspace_bytes
 from wan_jax.training.adapters import LoraConfig, adapter_tree, initial_adapters
 from wan_jax.training.denoiser_loss import DenoiserLoss, NoiseConfig, training_flops
 from wan_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -101,7 +101,7 @@ def measure(config: Any, values: Any, base: Any, tree: Any, remat: str, matmul: 
     step = jax.jit(make_step(loss, optimizer, 0.99), donate_argnums=0).lower(state, frozen, batch).compile()
     compile_seconds = time.perf_counter() - start
     analysis: Any = step.memory_analysis()
-    program_bytes = analysis.argument_size_in_bytes + scratch_bytes(step)
+    program_bytes = analysis.argument_size_in_bytes + workspace_bytes(step)
     print(f"{remat}: compiled in {compile_seconds:.1f} s, {program_bytes / 2**30:.1f} GiB", flush=True)
     seconds, losses = [], []
     for _ in range(2 + values.steps):

@@ -6,7 +6,7 @@ The defaults are for one H200. Two GPUs train the experts side by side, each in 
 
 from ml_collections import ConfigDict
 
-from wan_jax.nano.recipe import nano_recipe
+from wan_nano.recipe import nano_recipe
 
 
 def get_config() -> ConfigDict:

@@ -36,7 +36,7 @@ def compiled() -> list[str]:
 def tokenizer_folder(tmp_path_factory) -> pathlib.Path:
     """A small Unigram tokenizer for English and Chinese, as T5's."""
     from tests.originals import PROMPTS
-    from wan_jax.demo_tokenizer import train_small_tokenizer
+    from wan_jax.testing.tokenizer import train_small_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     train_small_tokenizer(PROMPTS, 300, folder)

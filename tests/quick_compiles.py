@@ -1,4 +1,4 @@
-"""Programs that run once or twice on tiny models: what takes time is XLA's optimising, and so they go without most."""
+"""Functions that run once or twice on tiny models: XLA's optimising takes the time, and so they go without most."""
 
 import functools
 

@@ -8,16 +8,16 @@ import pytest
 from PIL import Image
 
 from wan_jax import WanPipeline, read_video
-from wan_jax.cli import main
+from wan_jax.cli.main import main
 from wan_jax.config import ImageEncoderConfig
-from wan_jax.demo import DEMO, random_pipeline, write_demo
+from wan_jax.diffusion.params import Settings
 from wan_jax.errors import InputError
-from wan_jax.images import ImagePrompt
-from wan_jax.memory import PROFILES, Memory, place
-from wan_jax.models.parameters import named_parameters
-from wan_jax.settings import Settings
-from wan_jax.tokenizer import Tokenizer
-from wan_jax.video import Video
+from wan_jax.media.image import ImagePrompt
+from wan_jax.media.video import Video
+from wan_jax.parameters import named_parameters
+from wan_jax.runtime.offload import PROFILES, Memory, place
+from wan_jax.testing.demo import DEMO, random_pipeline, write_demo
+from wan_jax.text.tokenizer import Tokenizer
 
 I2V = replace(
     DEMO, name="demo-i2v", denoiser=replace(DEMO.denoiser, in_channels=16 + 4 + 16), conditioning="image_latents"

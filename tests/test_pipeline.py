@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from wan_jax import pipeline
-from wan_jax.demo import DEMO, random_pipeline
+from wan_jax.diffusion.params import Settings
 from wan_jax.errors import InputError
 from wan_jax.pipeline import WanPipeline
-from wan_jax.settings import Settings
-from wan_jax.tokenizer import Tokenizer
+from wan_jax.testing.demo import DEMO, random_pipeline
+from wan_jax.text.tokenizer import Tokenizer
 
 SHAPE = (16, 2, 4, 6)  # 48x32, 5 frames
 SMALL = {"size": (48, 32), "frames": 5, "steps": 2}

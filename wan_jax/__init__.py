@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from wan_jax.config import PRESETS, WanConfig, get_preset
     from wan_jax.errors import InputError
-    from wan_jax.lora import Lora
+    from wan_jax.lora.apply import Lora
+    from wan_jax.media.video import Video, read_video
     from wan_jax.pipeline import WanPipeline
-    from wan_jax.video import Video, read_video
 
 __version__ = "0.1.0"
 
@@ -25,10 +25,10 @@ _HOMES = {
     "WanConfig": "wan_jax.config",
     "get_preset": "wan_jax.config",
     "InputError": "wan_jax.errors",
-    "Lora": "wan_jax.lora",
+    "Lora": "wan_jax.lora.apply",
     "WanPipeline": "wan_jax.pipeline",
-    "Video": "wan_jax.video",
-    "read_video": "wan_jax.video",
+    "Video": "wan_jax.media.video",
+    "read_video": "wan_jax.media.video",
 }
 __all__ = ["PRESETS", "InputError", "Lora", "Video", "WanConfig", "WanPipeline", "get_preset", "read_video"]
 

@@ -306,7 +306,7 @@ PRESETS: dict[str, WanConfig] = {
             image_encoder=ImageEncoderConfig(),
             conditioning="image_latents",
         ),
-        # Ours: trained on the procedural world of wan_jax/nano, small enough to ship in the package.
+        # Ours: trained on the procedural world of wan_nano, small enough to ship in the package.
         WanConfig(
             name="nano",
             denoiser=DenoiserConfig(

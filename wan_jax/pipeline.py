@@ -17,7 +17,6 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
-from wan_jax import xla_flags
 from wan_jax.checkpoint import Checkpoint, open_checkpoint
 from wan_jax.checkpoint.components import Shardings
 from wan_jax.checkpoint.hub import local_checkpoint
@@ -26,26 +25,28 @@ from wan_jax.config import WanConfig
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, known_frames
 from wan_jax.diffusion.guidance import guidance_by_expert
 from wan_jax.diffusion.noise import initial_noise
+from wan_jax.diffusion.params import DTYPES, PROFILE_NAMES, Settings, check_name
 from wan_jax.diffusion.relay import denoise_in_relay
 from wan_jax.diffusion.sampler import Expert, StepReport, denoise, plan_steps
 from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.errors import InputError
-from wan_jax.images import ImagePrompt, check_images
-from wan_jax.lora import AdaptedDenoiser, Lora, LoraFile, adapter_bytes, open_loras, with_loras
-from wan_jax.memory import PROFILES, Memory
-from wan_jax.mesh_plan import Mesh, spread_over
+from wan_jax.lora.apply import AdaptedDenoiser, Lora, LoraFile, adapter_bytes, open_loras, with_loras
+from wan_jax.media.image import ImagePrompt, check_images
+from wan_jax.media.video import Video, check_frames
+from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.image_encoder import ImageEncoder
-from wan_jax.models.parameters import with_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
-from wan_jax.parallel.spread import Spread
-from wan_jax.plan import choose_profile
-from wan_jax.program import Program, Programs
-from wan_jax.progress import Bars
-from wan_jax.settings import DTYPES, PROFILE_NAMES, Settings, check_name
-from wan_jax.tokenizer import Tokenizer
-from wan_jax.video import Video, check_frames
+from wan_jax.parallel.placement import Placement
+from wan_jax.parameters import with_parameters
+from wan_jax.planning.memory import choose_profile
+from wan_jax.planning.mesh import Mesh, spread_over
+from wan_jax.runtime import xla_flags
+from wan_jax.runtime.compiled import CompiledFunction
+from wan_jax.runtime.offload import PROFILES, Memory
+from wan_jax.runtime.progress import Bars
+from wan_jax.text.tokenizer import Tokenizer
 
 CACHED_PROMPTS = 64
 CACHED_IMAGES = 8
@@ -77,8 +78,8 @@ class WanPipeline:
         vae: VAE,
         image_encoder: ImageEncoder | None = None,
         memory: Memory | None = None,
-        spread: Spread | None = None,
-        programs: Programs | None = None,
+        spread: Placement | None = None,
+        programs: CompiledModels | None = None,
         progress: bool | Bars = False,
     ):
         self.config = config
@@ -102,7 +103,7 @@ class WanPipeline:
         self.vae = vae
         self.image_encoder = image_encoder
         if programs is None:
-            programs = Programs(exact=next(iter(denoisers.values())).dtype == jnp.float32, spread=spread)
+            programs = CompiledModels(exact=next(iter(denoisers.values())).dtype == jnp.float32, spread=spread)
         self._programs = programs
         self._encoded_prompts: dict[str, jax.Array] = {}
         self._encoded_images: dict[tuple[Any, ...], tuple[Conditioning, jax.Array | None]] = {}
@@ -126,7 +127,7 @@ class WanPipeline:
             dtype: "bfloat16" or "float32", for the text encoder and the denoisers. An image encoder is always float32.
             vae_dtype: the same for the VAE, which the official code runs in float32. "bfloat16" is faster, takes half
                 the memory, and moves the frames by less than one of their 255 levels on average.
-            profile: where the weights are kept (wan_jax/memory.py): "resident", "swap" or "stream"; "auto" takes the
+            profile: where the weights are kept (runtime/offload.py): "resident", "swap" or "stream"; "auto" takes the
                 first of them that the device has room for at the preset's size. On a mesh weights are resident.
             mesh: how the work is spread over the devices: "cfg2-ulysses2", {"cfg": 2, "ulysses": 2}, or "auto" for what
                 suits the model, their number and their memory (wan_jax/parallel/collectives.py says what the axes are);
@@ -177,7 +178,7 @@ class WanPipeline:
         adapters = [adapter_bytes(each, config.denoiser) for each in open_loras(loras, config).by_expert.values()]
         run = settings or Settings.resolve(config)
         spread = spread_over(mesh, config, run, dtype, vae_dtype, profile, max(adapters), bars.note)
-        programs = Programs(exact=dtype == "float32", spread=spread)
+        programs = CompiledModels(exact=dtype == "float32", spread=spread)
         if spread is not None:
             chosen = PROFILES["resident"]
         elif profile == "auto":
@@ -576,12 +577,12 @@ class WanPipeline:
         else:
             warnings.warn(message, stacklevel=4)  # of the caller of a call
 
-    def _run(self, stage: str, program: Program, *args: Any) -> Any:
+    def _run(self, stage: str, program: CompiledFunction, *args: Any) -> Any:
         """Runs a program to its end, counts the time under `stage` and the time to compile it under "compile"."""
         with self._stage(stage):
             return jax.block_until_ready(self._start(program, *args))
 
-    def _start(self, program: Program, *args: Any) -> Any:
+    def _start(self, program: CompiledFunction, *args: Any) -> Any:
         """Runs a program without waiting for its end; counts the time to compile it."""
         start = time.perf_counter()
         program.compile(*args)

@@ -2,20 +2,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wan_jax.diffusion.guidance import guidance_by_expert, guide
+from wan_jax.diffusion.guidance import classifier_free_guidance, guidance_by_expert
 from wan_jax.errors import InputError
 
 
 def test_guide():
     conditional, unconditional = np.float32([1.0, -2.0]), np.float32([0.5, 3.0])
-    np.testing.assert_array_equal(guide(conditional, unconditional, np.float32(4.0)), [2.5, -17.0])
-    np.testing.assert_array_equal(guide(conditional, unconditional, np.float32(0.0)), unconditional)
+    np.testing.assert_array_equal(classifier_free_guidance(conditional, unconditional, np.float32(4.0)), [2.5, -17.0])
+    np.testing.assert_array_equal(classifier_free_guidance(conditional, unconditional, np.float32(0.0)), unconditional)
 
 
 def test_guide_is_float32():
     """bfloat16 arithmetic would lose the difference of nearly equal velocities times the scale."""
     conditional, unconditional = jnp.bfloat16(1.0078125), jnp.bfloat16(1.0)
-    result = guide(conditional, unconditional, np.float32(3.0))
+    result = classifier_free_guidance(conditional, unconditional, np.float32(3.0))
     assert result.dtype == jnp.float32
     assert result == 1.0234375
 

@@ -9,17 +9,17 @@ from flax import nnx
 
 from tests.parallel.test_strategies import CONFIG, LATENTS
 from wan_jax.config import get_preset
-from wan_jax.demo import random_model
 from wan_jax.diffusion.relay import denoise_in_relay
 from wan_jax.diffusion.sampler import Expert, StepReport, denoise
 from wan_jax.diffusion.schedule import make_schedule
 from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.errors import InputError
-from wan_jax.memory import place
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.parameters import abstract_parameters
-from wan_jax.parallel.spread import Spread
-from wan_jax.parallel.strategy import Strategy
+from wan_jax.parallel.mesh_spec import MeshSpec
+from wan_jax.parallel.placement import Placement
+from wan_jax.parameters import abstract_parameters
+from wan_jax.runtime.offload import place
+from wan_jax.testing.demo import random_model
 
 VIDEOS = 3
 EXPERTS = ("high_noise", "low_noise")
@@ -45,7 +45,7 @@ CHOICES = SCHEDULE, get_solvers(("unipc", "euler")), (3.0, 1.0), 0.9
 
 @pytest.mark.parametrize("mesh", ["experts2-ulysses2", "experts2-cfg2-pipeline2"])
 def test_relay_gives_the_latents_of_one_device(mesh: str, models: dict, inputs: tuple) -> None:
-    spread = Spread.over(Strategy.parse(mesh))
+    spread = Placement.over(MeshSpec.parse(mesh))
     spreads = spread.by_expert(EXPERTS)
     assert not set(spreads["high_noise"].devices) & set(spreads["low_noise"].devices)
     tree = abstract_parameters(lambda: Denoiser(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))
@@ -86,5 +86,5 @@ def test_an_error_at_one_expert_ends_the_relay(inputs: tuple) -> None:
 
 def test_experts_of_a_model_with_one() -> None:
     with pytest.raises(InputError, match="t2v-14b has 1 experts; use experts1, or none"):
-        Strategy.parse("experts2").check(get_preset("t2v-14b"))
-    Strategy.parse("experts2-ulysses4").check(get_preset("t2v-a14b"))
+        MeshSpec.parse("experts2").check(get_preset("t2v-14b"))
+    MeshSpec.parse("experts2-ulysses4").check(get_preset("t2v-a14b"))

@@ -18,7 +18,7 @@ from wan_jax.diffusion.schedule import make_schedule
 from wan_jax.diffusion.solvers import SOLVERS, get_solver
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.parameters import named_parameters, with_parameters
+from wan_jax.parameters import named_parameters, with_parameters
 
 SHAPE = (2, 3, 2, 4, 5)  # B C F h w
 TOKENS, TEXT_DIM = 7, 6

@@ -8,17 +8,17 @@ from flax import nnx
 
 from wan_jax.config import PRESETS, DenoiserConfig
 from wan_jax.errors import InputError
-from wan_jax.memory import PROFILES, Memory, place
 from wan_jax.models.denoiser import (
     Context,
     Denoiser,
-    rotary_frequencies,
-    rotary_tables,
-    rotate,
-    timestep_embedding,
+    apply_rope,
+    rope_frequencies,
+    rope_tables,
+    sinusoidal_embedding,
 )
-from wan_jax.models.layers import on_host
-from wan_jax.models.parameters import abstract_parameters, named_parameters, with_parameters
+from wan_jax.models.nn.layers import on_host
+from wan_jax.parameters import abstract_parameters, named_parameters, with_parameters
+from wan_jax.runtime.offload import PROFILES, Memory, place
 
 TINY = DenoiserConfig(
     num_layers=3,
@@ -140,7 +140,7 @@ def test_logical_axes():
 
 
 def test_timestep_embedding_golden_values():
-    embedding = jax.jit(lambda t: timestep_embedding(t, 256))(jnp.asarray([937.0]))[0]
+    embedding = jax.jit(lambda t: sinusoidal_embedding(t, 256))(jnp.asarray([937.0]))[0]
     golden = {0: 0.69283062, 1: 0.15343250, 128: 0.72110039, 129: -0.98815912}
     for index, value in golden.items():
         assert abs(float(embedding[index]) - value) < 5e-7, index  # as below
@@ -151,13 +151,13 @@ def test_timestep_embedding_agrees_with_float64(fraction):
     timesteps = np.float32(np.arange(1001) + fraction)
     angles = timesteps.astype(np.float64)[:, None] * 10000.0 ** (-np.arange(128) / 128)
     expected = np.concatenate([np.cos(angles), np.sin(angles)], axis=-1)
-    ours = jax.jit(lambda t: timestep_embedding(t, 256))(timesteps)
+    ours = jax.jit(lambda t: sinusoidal_embedding(t, 256))(timesteps)
     # Angles of up to pi carry three float32 roundings (1.2e-7 each); a plain float32 product is off by 3e-5.
     assert np.abs(np.asarray(ours, np.float64) - expected).max() < 5e-7
 
 
 def test_rotary_golden_frequencies():
-    frames, rows, columns = rotary_frequencies(128)
+    frames, rows, columns = rope_frequencies(128)
     assert (len(frames), len(rows), len(columns)) == (22, 21, 21)
     np.testing.assert_allclose(frames[[0, 1, 2, 21]], [1, 0.657933225, 0.432876128, 1.51991108e-4], rtol=1e-8)
     np.testing.assert_allclose(rows[[0, 1, 2, 20]], [1, 0.644946677, 0.415956216, 1.55051578e-4], rtol=1e-8)
@@ -169,11 +169,11 @@ def test_rotation_agrees_with_complex128(head_dim):
     grid = (4, 3, 5)
     x = np.random.default_rng(0).normal(size=(2, 60, 3, head_dim)).astype(np.float32)
     positions = np.stack(np.meshgrid(*(np.arange(n) for n in grid), indexing="ij"), axis=-1).reshape(60, 3)
-    frequencies = rotary_frequencies(head_dim)
+    frequencies = rope_frequencies(head_dim)
     angles = np.concatenate([np.outer(positions[:, axis], frequencies[axis]) for axis in range(3)], axis=-1)
     turned = (x[..., 0::2] + 1j * x[..., 1::2]) * np.exp(1j * angles)[:, None]
     expected = np.stack([turned.real, turned.imag], axis=-1).reshape(x.shape)
-    ours = rotate(jnp.asarray(x), rotary_tables(grid, head_dim))
+    ours = apply_rope(jnp.asarray(x), rope_tables(grid, head_dim))
     # Values up to 5, tables rounded to float32: a few times 5 * 6e-8.
     assert np.abs(ours - expected).max() < 2e-6
 

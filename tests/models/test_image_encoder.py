@@ -7,7 +7,7 @@ from flax import nnx
 from wan_jax.config import ImageEncoderConfig
 from wan_jax.errors import InputError
 from wan_jax.models.image_encoder import ImageEncoder
-from wan_jax.models.parameters import abstract_parameters
+from wan_jax.parameters import abstract_parameters
 
 TINY = ImageEncoderConfig(image_size=21, patch_size=7, dim=22, num_layers=3, num_heads=2, ffn_dim=36)
 

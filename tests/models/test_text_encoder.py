@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from wan_jax.config import TextEncoderConfig
-from wan_jax.models.parameters import abstract_parameters, named_parameters, with_parameters
 from wan_jax.models.text_encoder import TextEncoder, gelu, relative_position_buckets
+from wan_jax.parameters import abstract_parameters, named_parameters, with_parameters
 
 CONFIG = TextEncoderConfig(vocab_size=50, dim=12, num_layers=3, num_heads=3, head_dim=5, ffn_dim=20)
 

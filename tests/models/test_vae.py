@@ -13,9 +13,9 @@ from jax import lax
 
 from wan_jax.config import VAEConfig
 from wan_jax.errors import InputError
-from wan_jax.models.parameters import abstract_parameters, named_parameters, with_parameters
-from wan_jax.models.streaming import overlap_add
+from wan_jax.models.nn.causal_conv import overlap_add
 from wan_jax.models.vae import VAE
+from wan_jax.parameters import abstract_parameters, named_parameters, with_parameters
 
 
 def vae_config(

@@ -6,12 +6,14 @@ import types
 import numpy as np
 import pytest
 
+from wan_jax.cli.options import Options
 from wan_jax.config import get_preset
+from wan_jax.diffusion.params import Settings
 from wan_jax.errors import InputError
-from wan_jax.nano.captions import LANGUAGES
-from wan_jax.nano.classifier import Classifier, make_crops, train
-from wan_jax.nano.digits import digit_atlas
-from wan_jax.nano.evaluate import (
+from wan_nano.captions import LANGUAGES
+from wan_nano.classifier import Classifier, make_crops, train
+from wan_nano.digits import digit_atlas
+from wan_nano.evaluate import (
     METRICS,
     Comparison,
     Evaluation,
@@ -23,11 +25,9 @@ from wan_jax.nano.evaluate import (
     sign_test,
     wilson,
 )
-from wan_jax.nano.measure import fit_circle, measure, nearest_speed
-from wan_jax.nano.render import render_scenes
-from wan_jax.nano.scenes import COLOURS, DISTANCE, KINDS, MOTIONS, SIZE_RATIO, SPEEDS, Scenes, held_out
-from wan_jax.options import Options
-from wan_jax.settings import Settings
+from wan_nano.measure import fit_circle, measure, nearest_speed
+from wan_nano.render import render_scenes
+from wan_nano.scenes import COLOURS, DISTANCE, KINDS, MOTIONS, SIZE_RATIO, SPEEDS, Scenes, held_out
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,11 @@ from optax.contrib import MuonDimensionNumbers
 
 from wan_jax.config import get_preset
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.parameters import abstract_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
-from wan_jax.nano.losses import build
-from wan_jax.nano.optimizer import make_optimizer, matrices, with_learning_rate
+from wan_jax.parameters import abstract_parameters
+from wan_nano.losses import build
+from wan_nano.optimizer import make_optimizer, matrices, with_learning_rate
 
 MATRIX, LAYERS = MuonDimensionNumbers((0,), 1), MuonDimensionNumbers(1, 2)
 FRAMES, VIDEOS = MuonDimensionNumbers((0, 1, 2), 3), MuonDimensionNumbers((0, 1, 2, 3), 4)

@@ -4,11 +4,11 @@ import pathlib
 
 import pytest
 
-from wan_jax.cli import main
+from wan_jax.cli.main import main
 from wan_jax.errors import InputError
-from wan_jax.nano.recipe import SMALL, Bucket, NanoOptions, Recipe, nano_recipe
-from wan_jax.nano.train import parse_options
 from wan_jax.training.recipe import TrainOptions, load_train_recipe, make
+from wan_nano.recipe import SMALL, Bucket, NanoOptions, Recipe, nano_recipe
+from wan_nano.train import parse_options
 
 CONFIG = str(pathlib.Path(__file__).parent.parent.parent / "configs" / "train_nano.py")
 KINDS = (TrainOptions, NanoOptions)
@@ -67,7 +67,7 @@ def test_bad_values(argument, message, capsys):
 
 def test_the_command(monkeypatch, tmp_path, capsys):
     asked = []
-    monkeypatch.setattr("wan_jax.nano.train.train", lambda options: asked.append(options) or tmp_path)
+    monkeypatch.setattr("wan_nano.train.train", lambda options: asked.append(options) or tmp_path)
     assert main(["train", "--config", CONFIG, "--config.output=elsewhere"]) == 0
     assert asked[0].output == "elsewhere"
     assert capsys.readouterr().out.strip() == str(tmp_path)

@@ -12,23 +12,23 @@ import pytest
 from einops import rearrange
 
 from wan_jax.checkpoint import open_checkpoint
+from wan_jax.cli.generate import load_pipeline, open_model
+from wan_jax.cli.options import Options
 from wan_jax.config import DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig, get_preset
-from wan_jax.demo import random_model, run_demo
 from wan_jax.errors import InputError
-from wan_jax.generate import load_pipeline, open_model
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.parameters import abstract_parameters, named_parameters, random_parameters, with_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
-from wan_jax.nano import files, losses, train
-from wan_jax.nano.data import train_tokenizer
-from wan_jax.nano.export import LARGEST, components, export, nano_pipeline
-from wan_jax.nano.recipe import SMALL, Bucket, Recipe, parse_stages
-from wan_jax.nano.scenes import BACKGROUNDS, KINDS, draw_scenes
-from wan_jax.nano.stage import Run, Stage, rate_factor
-from wan_jax.nano.whole_video import decode_whole, encode_moments
-from wan_jax.options import Options
-from wan_jax.progress import Bars
+from wan_jax.parameters import abstract_parameters, named_parameters, random_parameters, with_parameters
+from wan_jax.runtime.progress import Bars
+from wan_jax.testing.demo import random_model, run_demo
+from wan_nano import files, losses, train
+from wan_nano.data import train_tokenizer
+from wan_nano.export import LARGEST, components, export, nano_pipeline
+from wan_nano.recipe import SMALL, Bucket, Recipe, parse_stages
+from wan_nano.scenes import BACKGROUNDS, KINDS, draw_scenes
+from wan_nano.stage import Run, Stage, rate_factor
+from wan_nano.whole_video import decode_whole, encode_moments
 
 TINY = WanConfig(
     name="tiny",
@@ -71,7 +71,7 @@ RECIPE = dataclasses.replace(
 def short_text():
     """The tokenizer's text: all of it is for test_world.py."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("wan_jax.nano.data.TOKENIZER_SCENES", 200)
+        patch.setattr("wan_nano.data.TOKENIZER_SCENES", 200)
         yield
 
 
@@ -359,7 +359,7 @@ def test_processes_share_a_folder(tmp_path, monkeypatch):
             place.mkdir(parents=True)
             (place / "tokenizer.json").write_text("{}")
 
-    monkeypatch.setattr("wan_jax.nano.stage.train_tokenizer", while_another_does)
+    monkeypatch.setattr("wan_nano.stage.train_tokenizer", while_another_does)
     run = make_run(tmp_path)
     assert (run.tokenizer / "tokenizer.json").read_text() == "{}"
     # The state is newer than an earlier output, which has a tokenizer.
@@ -442,12 +442,12 @@ def test_export(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "weights" / "evaluation.json").read_text()).keys() == {"scores"}
     assert nano_pipeline(run).config == config
     # What the package holds is what runs where nothing is named.
-    monkeypatch.setattr("wan_jax.nano.WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr("wan_jax.assets.NANO_WEIGHTS", tmp_path / "weights")
     assert load_pipeline(Options(quiet=True)).config.name == "nano"
     open_model(None, Bars(True))
     assert "this is the nano model" in capsys.readouterr().err
     asked = []
-    monkeypatch.setattr("wan_jax.demo.generate", asked.append)
+    monkeypatch.setattr("wan_jax.testing.demo.generate", asked.append)
     run_demo(tmp_path / "demo")
     assert open_checkpoint(asked[0].checkpoint).config == config
     assert asked[0].size == "96x96"

@@ -3,16 +3,16 @@
 import numpy as np
 
 from wan_jax import WanPipeline
+from wan_jax.assets import NANO_WEIGHTS
 from wan_jax.config import get_preset
-from wan_jax.nano import WEIGHTS
-from wan_jax.nano.classifier import Classifier
-from wan_jax.nano.digits import digit_atlas
-from wan_jax.nano.evaluate import generate_videos, judge, make_prompts, psnr
-from wan_jax.nano.export import LARGEST
-from wan_jax.nano.measure import measure
-from wan_jax.nano.render import render_scenes
-from wan_jax.nano.scenes import COLOURS, KINDS, MOTIONS, draw_scenes
-from wan_jax.settings import Settings
+from wan_jax.diffusion.params import Settings
+from wan_nano.classifier import Classifier
+from wan_nano.digits import digit_atlas
+from wan_nano.evaluate import generate_videos, judge, make_prompts, psnr
+from wan_nano.export import LARGEST
+from wan_nano.measure import measure
+from wan_nano.render import render_scenes
+from wan_nano.scenes import COLOURS, KINDS, MOTIONS, draw_scenes
 
 
 def test_the_classifier_ships():
@@ -20,15 +20,15 @@ def test_the_classifier_ships():
 
 
 # A tree without trained weights has nothing more to test.
-if WEIGHTS.is_dir():
+if NANO_WEIGHTS.is_dir():
 
     def test_size():
-        assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) <= LARGEST
-        assert (WEIGHTS / "README.md").is_file()
+        assert sum(path.stat().st_size for path in NANO_WEIGHTS.rglob("*") if path.is_file()) <= LARGEST
+        assert (NANO_WEIGHTS / "README.md").is_file()
 
     def test_reconstruction():
         """Held-out videos through the VAE: at least 32 dB, and the measuring program still sees what they show."""
-        pipe = WanPipeline.from_pretrained(WEIGHTS, "float32")
+        pipe = WanPipeline.from_pretrained(NANO_WEIGHTS, "float32")
         assert pipe.config == get_preset("nano")
         scenes = draw_scenes(11, 6, pairs=0.0, want_held_out=True)
         videos = render_scenes(0, scenes, digit_atlas(test=True))
@@ -45,7 +45,7 @@ if WEIGHTS.is_dir():
 
     def test_generated_videos():
         """What nobody trained on, in three languages: most of it is right (chance is one in eight at best)."""
-        pipe = WanPipeline.from_pretrained(WEIGHTS, "float32")
+        pipe = WanPipeline.from_pretrained(NANO_WEIGHTS, "float32")
         prompts = make_prompts(4, 0, seed=123)
         classifier = Classifier.load()
         videos = generate_videos(pipe, prompts, Settings.resolve(pipe.config), batch=12)

@@ -5,12 +5,12 @@ import json
 
 import pytest
 
-from wan_jax.cli import main
+from wan_jax.cli.main import main
 from wan_jax.config import get_preset
+from wan_jax.diffusion.params import Settings
 from wan_jax.errors import InputError
-from wan_jax.mesh_plan import choose_strategy, resolve
-from wan_jax.parallel.strategy import Strategy
-from wan_jax.settings import Settings
+from wan_jax.parallel.mesh_spec import MeshSpec
+from wan_jax.planning.mesh import choose_strategy, resolve
 
 A14B = get_preset("t2v-a14b")  # 40 heads, 40 layers
 FIVE_HEADS = dataclasses.replace(A14B, denoiser=dataclasses.replace(A14B.denoiser, num_heads=5, dim=640))
@@ -36,7 +36,7 @@ GIB = 2**30
 )
 def test_illegal_meshes(mesh, message):
     with pytest.raises(InputError) as error:
-        Strategy.parse(mesh).check(A14B)
+        MeshSpec.parse(mesh).check(A14B)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -44,21 +44,21 @@ def test_illegal_meshes(mesh, message):
 def test_widths_that_do_not_divide():
     denoiser = dataclasses.replace(A14B.denoiser, ffn_dim=13825)
     with pytest.raises(InputError, match="ffn_dim 13825 cannot be divided over tensor 4; use 1, 5 or 7"):
-        Strategy(tensor=4).check(dataclasses.replace(A14B, denoiser=denoiser))
+        MeshSpec(tensor=4).check(dataclasses.replace(A14B, denoiser=denoiser))
 
 
 def test_prompts_and_devices():
     with pytest.raises(InputError, match="a batch of 3 cannot be divided over data 2; use 1 or 3, or give more"):
-        Strategy(data=2).check(A14B, prompts=3)
-    Strategy(data=3).check(A14B, prompts=3)
+        MeshSpec(data=2).check(A14B, prompts=3)
+    MeshSpec(data=3).check(A14B, prompts=3)
     with pytest.raises(InputError, match="needs 16 devices and there are 8; use a smaller one, or auto"):
-        Strategy(ring=16).make_mesh()
+        MeshSpec(ring=16).make_mesh()
 
 
 def test_five_heads_go_in_a_ring():
     with pytest.raises(InputError, match="5 heads cannot be divided over ulysses 4; use 1 or 5, or ring"):
-        Strategy(ulysses=4).check(FIVE_HEADS)
-    Strategy(ring=4).check(FIVE_HEADS)
+        MeshSpec(ulysses=4).check(FIVE_HEADS)
+    MeshSpec(ring=4).check(FIVE_HEADS)
     assert auto(4, config=FIVE_HEADS) == "cfg2-ring2"
 
 

@@ -9,15 +9,15 @@ from jax.sharding import AxisType
 
 from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.config import DenoiserConfig
-from wan_jax.demo import random_model
 from wan_jax.diffusion.sampler import Expert, denoise
 from wan_jax.diffusion.schedule import make_schedule
 from wan_jax.diffusion.solvers import get_solver
-from wan_jax.memory import place
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.collectives import MESH_AXES
-from wan_jax.parallel.spread import Spread, gather_outside_layers
-from wan_jax.parallel.strategy import Strategy
+from wan_jax.parallel.mesh_spec import MeshSpec
+from wan_jax.parallel.placement import Placement, gather_outside_layers
+from wan_jax.runtime.offload import place
+from wan_jax.testing.demo import random_model
 
 # 3 x 1 x 3 = 9 tokens: over four devices the last has none, only padding.
 LATENTS = (2, 4, 3, 2, 6)
@@ -44,7 +44,7 @@ def gradients(mesh: str | None) -> dict[str, np.ndarray]:
         return denoiser(latents, jnp.full(latents.shape[:1], 500.0), denoiser.encode_context(text))
 
     if mesh is not None:
-        spread = Spread.over(Strategy.parse(mesh))
+        spread = Placement.over(MeshSpec.parse(mesh))
         forward = spread.shard_map(forward, (spread.state_specs(state), spread.batch, spread.batch), spread.batch)
 
     def loss(state: nnx.State, latents: jax.Array, text: jax.Array) -> jax.Array:
@@ -71,7 +71,7 @@ def test_gradients_of_one_device(alone: dict[str, np.ndarray], mesh: str) -> Non
 
 
 def test_a_mesh_with_explicit_axes() -> None:
-    def run(spread: Spread | None) -> np.ndarray:
+    def run(spread: Placement | None) -> np.ndarray:
         latents, _, text = inputs()
         model = random_model(Denoiser, CONFIG, "float32")
         if spread is not None:
@@ -82,10 +82,10 @@ def test_a_mesh_with_explicit_axes() -> None:
         result = denoise(latents, schedule, get_solver("unipc"), 3.0, None, lambda name: expert)
         return np.asarray(result)
 
-    strategy = Strategy(data=2, ulysses=2, tensor=2)
+    strategy = MeshSpec(data=2, ulysses=2, tensor=2)
     sizes = tuple(getattr(strategy, name) for name in MESH_AXES)
     mesh = jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(sizes))
     with jax.set_mesh(mesh):
-        spread = run(Spread(strategy, mesh))
+        spread = run(Placement(strategy, mesh))
     single = run(None)
     assert np.abs(spread - single).max() < 1e-5 * np.abs(single).max()  # as under a mesh of Auto axes

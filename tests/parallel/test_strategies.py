@@ -11,14 +11,14 @@ import pytest
 from flax import nnx
 
 from wan_jax.config import DenoiserConfig
-from wan_jax.demo import random_model
 from wan_jax.diffusion.sampler import Expert, denoise
 from wan_jax.diffusion.schedule import make_schedule
 from wan_jax.diffusion.solvers import get_solver
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.parameters import abstract_parameters, named_parameters, with_parameters
-from wan_jax.parallel.spread import Spread
-from wan_jax.parallel.strategy import Strategy
+from wan_jax.parallel.mesh_spec import MeshSpec
+from wan_jax.parallel.placement import Placement
+from wan_jax.parameters import abstract_parameters, named_parameters, with_parameters
+from wan_jax.testing.demo import random_model
 
 # 3 x 3 x 5 = 45 tokens: no axis divides them.
 LATENTS = (4, 3, 6, 10)
@@ -34,7 +34,7 @@ def run(config: DenoiserConfig, strategy: str | None, dtype: str = "float32", *,
     model = random_model(Denoiser, config, dtype)
     spread = None
     if strategy is not None:
-        spread = Spread.over(Strategy.parse(strategy))
+        spread = Placement.over(MeshSpec.parse(strategy))
         build = lambda: Denoiser(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))  # noqa: E731
         places = spread.shardings(abstract_parameters(build))
         arrays = {name: jax.device_put(array, places[name]) for name, array in named_parameters(model).items()}

@@ -6,13 +6,13 @@ import pytest
 from tests.test_image_to_video import I2V, picture
 from wan_jax.checkpoint.memory import memory_checkpoint
 from wan_jax.config import WanConfig
-from wan_jax.demo import DEMO, random_pipeline
+from wan_jax.diffusion.params import Settings
 from wan_jax.errors import InputError
-from wan_jax.images import ImagePrompt
-from wan_jax.models.parameters import named_parameters
+from wan_jax.media.image import ImagePrompt
+from wan_jax.parameters import named_parameters
 from wan_jax.pipeline import WanPipeline
-from wan_jax.settings import Settings
-from wan_jax.tokenizer import Tokenizer
+from wan_jax.testing.demo import DEMO, random_pipeline
+from wan_jax.text.tokenizer import Tokenizer
 
 SMALL = {"size": (48, 32), "frames": 5, "steps": 2}
 

@@ -13,7 +13,7 @@ from flax import nnx
 from wan_jax.checkpoint.layouts import denoiser_rows
 from wan_jax.config import DenoiserConfig
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.parameters import with_parameters
+from wan_jax.parameters import with_parameters
 
 # Awkward on purpose: few dimensions are equal, and none is a multiple of 8.
 THREE_HEADS = DenoiserConfig(

@@ -13,7 +13,7 @@ from tests import originals
 from wan_jax.checkpoint.layouts import image_encoder_rows
 from wan_jax.config import ImageEncoderConfig
 from wan_jax.models.image_encoder import ImageEncoder
-from wan_jax.models.parameters import with_parameters
+from wan_jax.parameters import with_parameters
 
 SMALL = ImageEncoderConfig(image_size=56, patch_size=14, dim=22, num_layers=3, num_heads=2, ffn_dim=36)
 CASES = {

@@ -14,8 +14,8 @@ from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
 from wan_jax.checkpoint.layouts import text_encoder_rows
 from wan_jax.config import TextEncoderConfig
-from wan_jax.models.parameters import with_parameters
 from wan_jax.models.text_encoder import TextEncoder, gelu, relative_position_buckets
+from wan_jax.parameters import with_parameters
 
 # Awkward on purpose: no dimension equals another, and num_heads * head_dim (30) is not dim.
 CONFIG = TextEncoderConfig(vocab_size=97, dim=28, num_layers=3, num_heads=5, head_dim=6, ffn_dim=44)

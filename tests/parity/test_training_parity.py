@@ -11,7 +11,7 @@ import torch
 from tests.parity.test_denoiser_parity import THREE_HEADS, ported, random_original, relative_error
 from wan_jax.checkpoint.layouts import denoiser_rows
 from wan_jax.config import SamplingConfig, WanConfig
-from wan_jax.models.parameters import named_parameters
+from wan_jax.parameters import named_parameters
 from wan_jax.training.denoiser_loss import DenoiserLoss, NoiseConfig
 
 CONFIG = dataclasses.replace(THREE_HEADS, in_channels=4, num_layers=2)

@@ -12,8 +12,8 @@ from flax import nnx
 
 from wan_jax.checkpoint.layouts import vae_rows
 from wan_jax.config import VAEConfig
-from wan_jax.models.parameters import with_parameters
 from wan_jax.models.vae import VAE
+from wan_jax.parameters import with_parameters
 
 # Compilation is most of these tests' time.
 fast_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

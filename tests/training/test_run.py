@@ -7,12 +7,12 @@ import pytest
 
 from wan_jax import WanPipeline, read_video
 from wan_jax.checkpoint import open_checkpoint
-from wan_jax.checkpoint.lora import Lora, open_lora
-from wan_jax.cli import main
+from wan_jax.cli.main import main
 from wan_jax.config import DenoiserConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig
-from wan_jax.demo import write_demo
+from wan_jax.lora.files import Lora, open_lora
+from wan_jax.media.video import Video
+from wan_jax.testing.demo import write_demo
 from wan_jax.training.metrics import read_metrics
-from wan_jax.video import Video
 
 TINY = WanConfig(
     name="tiny",

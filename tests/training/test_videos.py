@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from wan_jax.demo import DEMO
 from wan_jax.errors import InputError
+from wan_jax.media.video import Video
+from wan_jax.testing.demo import DEMO
 from wan_jax.training.videos import (
     Bucket,
     choose_bucket,
@@ -13,7 +14,6 @@ from wan_jax.training.videos import (
     read_clip,
     read_metadata,
 )
-from wan_jax.video import Video
 
 
 def test_metadata(tmp_path):

@@ -24,12 +24,12 @@ from wan_jax.checkpoint.export import (
     write_official_component,
 )
 from wan_jax.checkpoint.layouts import Naming, Row
-from wan_jax.checkpoint.lora import Lora, open_loras
-from wan_jax.checkpoint.lora_export import merge_loras
 from wan_jax.checkpoint.orbax import TOKENIZER, write_manifest, write_orbax
 from wan_jax.checkpoint.sources import INCOMPLETE, OFFICIAL_IMAGE_ENCODER, OFFICIAL_TOKENIZER
 from wan_jax.checkpoint.tensors import BFLOAT16, Progress, TensorInfo, readable
 from wan_jax.errors import InputError
+from wan_jax.lora.export import merge_loras
+from wan_jax.lora.files import Lora, open_loras
 
 Target = Literal["orbax", "diffusers", "official"]
 

@@ -19,7 +19,7 @@ from flax import nnx
 from wan_jax.checkpoint.tensors import Box
 from wan_jax.checkpoint.vae_names import vae_entries
 from wan_jax.config import DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig, WanConfig
-from wan_jax.models.parameters import ParameterInfo, abstract_parameters
+from wan_jax.parameters import ParameterInfo, abstract_parameters
 
 Naming = Literal["ours", "official", "diffusers"]
 ModelConfig = DenoiserConfig | TextEncoderConfig | VAEConfig | ImageEncoderConfig

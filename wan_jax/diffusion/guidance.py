@@ -9,7 +9,7 @@ from wan_jax.diffusion.experts import as_pair, by_expert
 from wan_jax.errors import InputError
 
 
-def guide(conditional: jax.Array, unconditional: jax.Array, scale: jax.Array) -> jax.Array:
+def classifier_free_guidance(conditional: jax.Array, unconditional: jax.Array, scale: jax.Array) -> jax.Array:
     """v = v_uncond + scale * (v_cond - v_uncond), in float32 (Ho and Salimans 2022)."""
     conditional, unconditional = conditional.astype(jnp.float32), unconditional.astype(jnp.float32)
     return unconditional + scale * (conditional - unconditional)

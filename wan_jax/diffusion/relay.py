@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning
-from wan_jax.diffusion.sampler import Expert, Leg, StepReport, plan_legs, run_leg
+from wan_jax.diffusion.sampler import Expert, Segment, StepReport, plan_segments, run_segment
 from wan_jax.diffusion.schedule import Schedule
 from wan_jax.diffusion.solvers import Solver
 
@@ -34,21 +34,21 @@ def denoise_in_relay(
             together.
         schedule, solver, guidance, boundary: see `denoise`.
         get_expert: gives the expert of a name for a video, the denoiser being the same for all. Its `spread` says where
-            it runs; see `Spread.by_expert`. Called in threads.
+            it runs; see `Placement.by_expert`. Called in threads.
         on_step: called after each step of a video, in the thread of its expert.
         conditioning: of each video.
 
     Returns:
         The latents of each video, in order, on the devices of the last expert.
     """
-    legs = plan_legs(schedule, solver, guidance, boundary)
+    segments = plan_segments(schedule, solver, guidance, boundary)
     known = [TEXT_ONLY] * len(videos) if conditioning is None else list(conditioning)
     # A thread for each expert, which takes the videos in order.
-    threads = {leg.expert: ThreadPoolExecutor(1, thread_name_prefix=leg.expert) for leg in legs}
+    threads = {segment.expert: ThreadPoolExecutor(1, thread_name_prefix=segment.expert) for segment in segments}
 
     is_over = threading.Event()
 
-    def run(leg: Leg, index: int, before: Future | None) -> Any:
+    def run(segment: Segment, index: int, before: Future | None) -> Any:
         def after_step(report: StepReport) -> None:
             if is_over.is_set():
                 raise CancelledError
@@ -56,19 +56,19 @@ def denoise_in_relay(
                 on_step(index, report)
 
         state = None if before is None else before.result()
-        expert = get_expert(leg.expert, index)
+        expert = get_expert(segment.expert, index)
         assert expert.spread is not None
         here = jax.device_put(known[index], expert.spread.replicated)
         if state is None:
-            state = leg.run.solver.init(here.restore(expert.spread.put_batch(videos[index])))
-        return run_leg(leg, expert, expert.spread.put_batch(state), here, after_step)
+            state = segment.run.solver.init(here.restore(expert.spread.put_batch(videos[index])))
+        return run_segment(segment, expert, expert.spread.put_batch(state), here, after_step)
 
     try:
         states = []
         for index in range(len(videos)):
             future: Future | None = None
-            for leg in legs:
-                future = threads[leg.expert].submit(run, leg, index, future)
+            for segment in segments:
+                future = threads[segment.expert].submit(run, segment, index, future)
             states.append(future)
         return [state.result().latents for state in states if state is not None]
     finally:

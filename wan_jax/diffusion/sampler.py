@@ -24,16 +24,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning
 from wan_jax.diffusion.experts import by_expert
-from wan_jax.diffusion.guidance import guidance_by_expert, guide
+from wan_jax.diffusion.guidance import classifier_free_guidance, guidance_by_expert
 from wan_jax.diffusion.schedule import TRAIN_TIMESTEPS, Schedule
 from wan_jax.diffusion.solvers import Solver
 from wan_jax.errors import InputError
-from wan_jax.models.layers import on_host
-from wan_jax.parallel import collectives, pipeline
+from wan_jax.kernels.precision import gelu_in_epilogue
+from wan_jax.models.nn.layers import on_host
+from wan_jax.parallel import collectives, stages
 from wan_jax.parallel.collectives import CFG, PIPELINE
-from wan_jax.parallel.spread import Spread, gather_outside_layers
-from wan_jax.precision import gelu_in_epilogue
-from wan_jax.xla_flags import step_options
+from wan_jax.parallel.placement import Placement, gather_outside_layers
+from wan_jax.runtime.xla_flags import step_options
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Expert:
     denoiser: nnx.Module
     positive: Any  # Context of the prompts
     negative: Any = None  # Context of the negative prompts; needed only for guidance
-    spread: Spread | None = None  # over which devices the arrays lie; None: one device
+    spread: Placement | None = None  # over which devices the arrays lie; None: one device
 
     @classmethod
     def prepare(
@@ -52,7 +52,7 @@ class Expert:
         positive: jax.Array,
         negative: jax.Array | None = None,
         image: jax.Array | None = None,
-        spread: Spread | None = None,
+        spread: Placement | None = None,
     ) -> "Expert":
         """Computes the contexts from encoded text, [B, text_length, text_dim] each, and an image's features."""
         graphdef, parameters = nnx.split(denoiser)
@@ -118,11 +118,11 @@ def denoise(
     Raises:
         InputError: a boundary, solver or guidance that cannot be used, or guidance without a negative context.
     """
-    legs = plan_legs(schedule, solver, guidance, boundary)
-    state = legs[0].run.solver.init(conditioning.restore(latents))
-    for leg in legs:
+    segments = plan_segments(schedule, solver, guidance, boundary)
+    state = segments[0].run.solver.init(conditioning.restore(latents))
+    for segment in segments:
         # The call holds the only reference to the expert, so that it is gone before the next one is asked for.
-        state = run_leg(leg, get_expert(leg.expert), state, conditioning, on_step)
+        state = run_segment(segment, get_expert(segment.expert), state, conditioning, on_step)
     return state.latents
 
 
@@ -142,7 +142,7 @@ class _Run:
 
 
 @dataclass(frozen=True, eq=False)
-class Leg:
+class Segment:
     """An unbroken run of one expert's steps."""
 
     expert: str
@@ -151,38 +151,42 @@ class Leg:
     scale: float  # of guidance
 
 
-def plan_legs(
+def plan_segments(
     schedule: Schedule,
     solver: Solver | tuple[Solver, Solver],
     guidance: float | tuple[float, float],
     boundary: float | None,
-) -> list[Leg]:
+) -> list[Segment]:
     """What each expert does, in order; arguments and errors as of `denoise`."""
     names = plan_steps(schedule, boundary)
     experts = tuple(dict.fromkeys(names))
     scales, solvers = guidance_by_expert(guidance, experts), by_expert("solver", solver, experts)
-    legs: list[Leg] = []
+    segments: list[Segment] = []
     run = _Run.starting_at(0, schedule, solvers[names[0]])
     for name, group in itertools.groupby(range(schedule.num_steps), key=names.__getitem__):
         steps = list(group)
         if solvers[name] != run.solver:
             run = _Run.starting_at(steps[0], schedule, solvers[name])
-        legs.append(Leg(name, steps, run, scales[name]))
-    return legs
+        segments.append(Segment(name, steps, run, scales[name]))
+    return segments
 
 
-def run_leg(
-    leg: Leg, expert: Expert, state: Any, conditioning: Conditioning, on_step: Callable[[StepReport], None] | None
+def run_segment(
+    segment: Segment,
+    expert: Expert,
+    state: Any,
+    conditioning: Conditioning,
+    on_step: Callable[[StepReport], None] | None,
 ) -> Any:
     """Runs consecutive steps of one expert: solver state before them -> solver state after them."""
-    run, scale = leg.run, leg.scale
+    run, scale = segment.run, segment.scale
     if scale == 1:
         expert = replace(expert, negative=None)
     elif expert.negative is None:
         raise InputError(
-            f"guidance {scale:g} of expert {leg.expert!r} needs a negative prompt; give one, or use guidance 1"
+            f"guidance {scale:g} of expert {segment.expert!r} needs a negative prompt; give one, or use guidance 1"
         )
-    if leg.steps[0] == run.first > 0:
+    if segment.steps[0] == run.first > 0:
         state = run.solver.init(state.latents)
     start = time.perf_counter()
     step = compile_step(expert, run.schedule, run.solver, state, conditioning)
@@ -191,19 +195,19 @@ def run_leg(
     total = run.first + run.schedule.num_steps
     carry = jax.tree.map(_zeros, _carry(expert, state))
     start = time.perf_counter()
-    for numbers, done in _calls(expert, run, leg.steps, len(state.latents)):
+    for numbers, done in _calls(expert, run, segment.steps, len(state.latents)):
         carry = step(*arrays, carry, conditioning, *numbers, np.float32(scale))
         if done is None:
             continue
         # Waiting here makes the reported seconds true and lets Ctrl-C in; it costs far less than a step.
         jax.block_until_ready(carry)
         if on_step is not None:
-            on_step(StepReport(done, total, leg.expert, time.perf_counter() - start, compile_seconds))
+            on_step(StepReport(done, total, segment.expert, time.perf_counter() - start, compile_seconds))
         start, compile_seconds = time.perf_counter(), 0.0
-    return carry.state if isinstance(carry, Queue) else carry
+    return carry.state if isinstance(carry, PipelineState) else carry
 
 
-class Queue(NamedTuple):
+class PipelineState(NamedTuple):
     """What the stages of a pipeline hand on from one turn to the next."""
 
     state: Any  # the solver's, of all videos
@@ -212,7 +216,7 @@ class Queue(NamedTuple):
 
 
 def _carry(expert: Expert, state: Any) -> Any:
-    """What the compiled step takes and returns: the state, or a Queue with it and with the shapes of the rest."""
+    """The carry of the compiled step: the solver state, or a PipelineState around it with the shapes of the rest."""
     spread = _in_stages(expert.spread)
     if spread is None:
         return state
@@ -222,7 +226,7 @@ def _carry(expert: Expert, state: Any) -> Any:
     tokens = math.prod(size // patch for size, patch in zip(shape[1:], config.patch_size, strict=True))
     parts = strategy.ring * strategy.fsdp * strategy.ulysses
     groups = strategy.data * strategy.cfg
-    return Queue(
+    return PipelineState(
         state,
         spread.abstract((groups * strategy.pipeline, -(-tokens // parts) * parts, config.dim), spread.stages),
         spread.abstract((groups, *shape), spread.evaluation),
@@ -233,7 +237,7 @@ def _zeros(array: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     return array if isinstance(array, jax.Array) else jnp.zeros(array.shape, array.dtype, device=array.sharding)
 
 
-def _in_stages(spread: Spread | None) -> Spread | None:
+def _in_stages(spread: Placement | None) -> Placement | None:
     """The same where it is a pipeline, else None."""
     return spread if spread is not None and spread.strategy.pipeline > 1 else None
 
@@ -255,7 +259,7 @@ def _calls(expert: Expert, run: _Run, steps: Sequence[int], videos: int) -> Iter
         return
     strategy = spread.strategy
     evaluations = 1 if expert.negative is None or strategy.cfg > 1 else 2
-    for turn in pipeline.turns(len(steps), videos // strategy.data, strategy.pipeline, evaluations):
+    for turn in stages.turns(len(steps), videos // strategy.data, strategy.pipeline, evaluations):
         coefficients, _ = numbers(first + turn.steps[-1])
         timesteps = run.schedule.timesteps[first + turn.steps]
         done = None if turn.done is None else steps[turn.done]
@@ -315,7 +319,7 @@ def _spread_step(graphdef, solver, spread, parameters, positive, negative, state
         return _step(graphdef, solver, *arguments)
     step, state_specs = _step, spread.batch
     if _in_stages(spread) is not None:
-        step, state_specs = _turn, Queue(spread.batch, spread.stages, spread.evaluation)
+        step, state_specs = _turn, PipelineState(spread.batch, spread.stages, spread.evaluation)
     contexts = spread.context, spread.context
     known = jax.tree.map(lambda x: spread.batch if x.ndim and len(x) > 1 else PartitionSpec(), conditioning)
     in_specs = spread.state_specs(parameters), *contexts, state_specs, known, PartitionSpec()
@@ -338,11 +342,11 @@ def _step(graphdef, solver, parameters, positive, negative, state, conditioning,
         velocity = denoiser(*conditioning.inputs(state.latents, timesteps), positive)
     elif collectives.size(CFG) > 1:
         conditional, unconditional = lax.all_gather(evaluate(lax.axis_index(CFG) == 0), CFG)
-        velocity = guide(conditional, unconditional, scale)
+        velocity = classifier_free_guidance(conditional, unconditional, scale)
     else:
         # A loop of two turns, so that the denoiser is compiled once and its activations exist once.
         conditional, unconditional = lax.map(evaluate, jnp.array([True, False]))
-        velocity = guide(conditional, unconditional, scale)
+        velocity = classifier_free_guidance(conditional, unconditional, scale)
     return _solve(solver, state, velocity, coefficients, conditioning)
 
 
@@ -368,12 +372,12 @@ def _turn(graphdef, solver, parameters, positive, negative, queue, conditioning,
         conditional, unconditional = queue.velocity, newest
         if collectives.size(CFG) > 1:
             conditional, unconditional = lax.all_gather(newest, CFG)
-        velocity = guide(conditional, unconditional, scale)
+        velocity = classifier_free_guidance(conditional, unconditional, scale)
     before = row(queue.state, last)
     after = _solve(solver, before, velocity, coefficients, row(conditioning, last))
     after = jax.tree.map(partial(jnp.where, finishes), after, before)
     state = jax.tree.map(lambda x, one: lax.dynamic_update_slice_in_dim(x, one, last, 0), queue.state, after)
-    return Queue(state, hidden, newest)
+    return PipelineState(state, hidden, newest)
 
 
 def _solve(solver, state, velocity, coefficients, conditioning):

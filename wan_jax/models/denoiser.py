@@ -25,9 +25,9 @@ from jax.typing import DTypeLike
 from wan_jax.config import DenoiserConfig
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
-from wan_jax.models.layers import LayerNorm, Linear, RMSNorm, gelu_erf, layer_norm, scan_layers, stack_layers
-from wan_jax.parallel import pipeline, sequence
-from wan_jax.precision import gelu
+from wan_jax.kernels.precision import gelu
+from wan_jax.models.nn.layers import LayerNorm, Linear, RMSNorm, gelu_erf, layer_norm, scan_layers, stack_layers
+from wan_jax.parallel import sequence, stages
 
 IMAGE_EPS = 1e-5  # of the image embedding's norms
 
@@ -54,7 +54,7 @@ class Context:
 class Conditions:
     """What every layer reads beside its input and the context; on a mesh, for this device's tokens."""
 
-    time: jax.Array  # [B, n, dim] float32, n as in `add_table`
+    time: jax.Array  # [B, n, dim] float32, n as in `modulate`
     modulation: jax.Array  # [B, n, 6, dim] float32
     rotary: tuple[jax.Array, jax.Array]  # cos, sin [S, 1, head_dim / 2] float32
     tokens: int  # of the whole video
@@ -84,7 +84,7 @@ class Denoiser(nnx.Module):
     ):
         param_dtype = dtype if param_dtype is None else param_dtype
         linear = partial(Linear, param_dtype=param_dtype, rngs=rngs)
-        embedding = partial(ConditionEmbedding, param_dtype=param_dtype, rngs=rngs)
+        embedding = partial(TimestepEmbedder, param_dtype=param_dtype, rngs=rngs)
         patch_features = config.in_channels * int(np.prod(config.patch_size))
         self.patch_embedding = linear(patch_features, config.dim, axes=(None, "embed"), dtype=dtype)
         self.text_embedding = embedding(config.text_dim, config.dim, activation=gelu, dtype=dtype)
@@ -154,15 +154,15 @@ class Denoiser(nnx.Module):
 
     def embed_conditions(self, timesteps: jax.Array, grid: tuple[int, int, int]) -> "Conditions":
         """What all layers need to know of the timesteps and of the tokens' places."""
-        # What is the same for many tokens is computed once: n is 1, the number of frames, or S. `add_table` spreads it.
+        # What is the same for many tokens is computed once: n is 1, the number of frames, or S. `modulate` spreads it.
         tokens, timesteps = math.prod(grid), timesteps.reshape(timesteps.shape[0], -1)
-        time = self.time_embedding(timestep_embedding(timesteps, self.config.freq_dim))  # [B, n, dim]
+        time = self.time_embedding(sinusoidal_embedding(timesteps, self.config.freq_dim))  # [B, n, dim]
         modulation = rearrange(self.time_projection(jax.nn.silu(time)), "b s (six dim) -> b s six dim", six=6)
         if time.shape[1] > 1 and sequence.is_split():
             # A device's tokens begin and end anywhere in a frame.
             places = sequence.split_tokens(jnp.arange(tokens) // (tokens // time.shape[1]), axis=0)
             time, modulation = time[:, places], modulation[:, places]
-        rotary = sequence.split_tokens(rotary_tables(grid, self.config.head_dim), axis=0)
+        rotary = sequence.split_tokens(rope_tables(grid, self.config.head_dim), axis=0)
         return Conditions(time, modulation, rotary, tokens)
 
     def run_blocks(self, x: jax.Array, conditions: "Conditions", context: Context) -> jax.Array:
@@ -171,7 +171,7 @@ class Denoiser(nnx.Module):
         def run_layers(x: jax.Array, rows: tuple[jax.Array, jax.Array], context: Context) -> jax.Array:
             return self.run_layers(x, replace(conditions, time=rows[0], modulation=rows[1]), context)
 
-        return pipeline.run_stages(run_layers, x, (conditions.time, conditions.modulation), context)
+        return stages.run_stages(run_layers, x, (conditions.time, conditions.modulation), context)
 
     def run_layers(self, x: jax.Array, conditions: "Conditions", context: Context) -> jax.Array:
         """Tokens [B, S, dim] through the layers that this device has."""
@@ -195,13 +195,13 @@ class Denoiser(nnx.Module):
         """
         grid = self.check_shapes(latents, timesteps, context)
         conditions = self.embed_conditions(timesteps, grid)
-        x = jnp.where(pipeline.is_first_stage(), self.embed(latents, grid), arrived)
+        x = jnp.where(stages.is_first_stage(), self.embed(latents, grid), arrived)
         x = self.run_layers(x, conditions, context)
-        return pipeline.to_next_stage(x), self.unembed(x, conditions, grid)
+        return stages.to_next_stage(x), self.unembed(x, conditions, grid)
 
     def unembed(self, x: jax.Array, conditions: "Conditions", grid: tuple[int, int, int]) -> jax.Array:
         """Tokens [B, S, dim] -> velocity [B, out_channels, F, h, w], float32; on a mesh, of all tokens."""
-        velocity = pipeline.from_last_stage(self.head(x, conditions.time))  # [B, S, pt * ph * pw * out_channels]
+        velocity = stages.from_last_stage(self.head(x, conditions.time))  # [B, S, pt * ph * pw * out_channels]
         velocity = sequence.join_tokens(velocity, axis=1, tokens=conditions.tokens)
         pattern = "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)"
         return rearrange(velocity, pattern, **self._patch_axes(grid))
@@ -268,7 +268,7 @@ class DenoiserBlock(nnx.Module):
         implementation: str | None,
         rngs: nnx.Rngs,
     ):
-        self.modulation = modulation_table(6, config.dim, param_dtype, rngs)
+        self.modulation = scale_shift_table(6, config.dim, param_dtype, rngs)
         self.self_attention = SelfAttention(config, dtype, param_dtype, implementation, rngs)
         self.cross_attention_norm = LayerNorm(config.dim, axis="embed", eps=config.eps, param_dtype=param_dtype)
         self.cross_attention = CrossAttention(config, dtype, param_dtype, implementation, rngs)
@@ -277,7 +277,7 @@ class DenoiserBlock(nnx.Module):
 
     def __call__(self, x: jax.Array, conditions: Conditions, context: Context) -> jax.Array:
         """x [B, S, dim] in float32; this layer's part of the context."""
-        vectors = add_table(self.modulation, conditions.modulation, x.shape[1])
+        vectors = modulate(self.modulation, conditions.modulation, x.shape[1])
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors
         y = layer_norm(x, self.eps) * (1 + scale_1) + shift_1
         x = x + gate_1 * self.self_attention(y, conditions)
@@ -331,8 +331,10 @@ class SelfAttention(MultiHeadAttention):
 
     def __call__(self, x: jax.Array, conditions: Conditions) -> jax.Array:
         query, (key, value) = self.project_query(x), self.project_key_value(x)
-        query, key = rotate(query, conditions.rotary), rotate(key, conditions.rotary)
-        y = sequence.attend_all_tokens(query, key, value, tokens=conditions.tokens, implementation=self.implementation)
+        query, key = apply_rope(query, conditions.rotary), apply_rope(key, conditions.rotary)
+        y = sequence.sequence_parallel_attention(
+            query, key, value, tokens=conditions.tokens, implementation=self.implementation
+        )
         return self.output(rearrange(y, "b s h d -> b s (h d)"))
 
 
@@ -398,7 +400,7 @@ class Head(nnx.Module):
 
     def __init__(self, config: DenoiserConfig, param_dtype: DTypeLike, rngs: nnx.Rngs):
         features = config.out_channels * int(np.prod(config.patch_size))
-        self.modulation = modulation_table(2, config.dim, param_dtype, rngs)
+        self.modulation = scale_shift_table(2, config.dim, param_dtype, rngs)
         self.linear = Linear(
             config.dim, features, axes=("embed", None), dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
         )
@@ -406,11 +408,11 @@ class Head(nnx.Module):
 
     def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
         """x [B, S, dim], time [B, n, dim] -> [B, S, features]."""
-        shift, scale = add_table(self.modulation, time[:, :, None], x.shape[1])
+        shift, scale = modulate(self.modulation, time[:, :, None], x.shape[1])
         return self.linear(layer_norm(x, self.eps) * (1 + scale) + shift)
 
 
-class ConditionEmbedding(nnx.Module):
+class TimestepEmbedder(nnx.Module):
     """Linear, activation, Linear: brings the text or the timestep to the model's width."""
 
     def __init__(
@@ -454,12 +456,12 @@ class ImageEmbedding(nnx.Module):
         return self.norm_2(self.linear_2(gelu_erf(self.linear_1(self.norm_1(x)))))
 
 
-def modulation_table(rows: int, dim: int, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
+def scale_shift_table(rows: int, dim: int, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
     """What a layer adds to the time embedding to get its shifts, scales and gates."""
     return nnx.Param(jax.random.normal(rngs.params(), (rows, dim), param_dtype) * dim**-0.5, axes=(None, "embed"))
 
 
-def add_table(table: nnx.Param, time: jax.Array, tokens: int) -> list[jax.Array]:
+def modulate(table: nnx.Param, time: jax.Array, tokens: int) -> list[jax.Array]:
     """Table (rows, dim) + time [B, n, rows or 1, dim] -> rows arrays [B, 1 or S, dim], in float32.
 
     n divides the S tokens, in runs of equal length. XLA spreads n to S where the values are used, not in memory.
@@ -470,7 +472,7 @@ def add_table(table: nnx.Param, time: jax.Array, tokens: int) -> list[jax.Array]
     return rows
 
 
-def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
+def sinusoidal_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
     """[...] -> [..., dim] float32: the cosines, then the sines, of timestep * 10000^(-j / (dim / 2)).
 
     The official code computes this in float64. In float32 the product alone would be off by up to 3e-5 radians, so it
@@ -487,7 +489,7 @@ def timestep_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def rotary_frequencies(head_dim: int) -> list[np.ndarray]:
+def rope_frequencies(head_dim: int) -> list[np.ndarray]:
     """Radians per position of the pairs that turn with the frame, the row and the column, float64.
 
     Rows and columns get a third of the pairs each, rounded down; frames get the rest.
@@ -496,9 +498,9 @@ def rotary_frequencies(head_dim: int) -> list[np.ndarray]:
     return [10000.0 ** (-np.arange(n) / n) for n in (head_dim // 2 - 2 * spatial, spatial, spatial)]
 
 
-def rotary_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[jax.Array, jax.Array]:
+def rope_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines [S, 1, head_dim / 2], float32, for tokens in the order (frame, row, column)."""
-    angles = [np.outer(np.arange(n), f) for n, f in zip(grid, rotary_frequencies(head_dim), strict=True)]
+    angles = [np.outer(np.arange(n), f) for n, f in zip(grid, rope_frequencies(head_dim), strict=True)]
     frames, rows, columns = angles[0][:, None, None], angles[1][None, :, None], angles[2][None, None]
 
     def table(function):
@@ -510,7 +512,7 @@ def rotary_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[jax.Array,
     return table(np.cos), table(np.sin)
 
 
-def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+def apply_rope(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Turns the pairs (x[2j], x[2j + 1]) of [B, S, heads, head_dim] in float32; the same dtype out.
 
     (a, b) becomes (a cos - b sin, b cos + a sin): the pair times cos, and the reversed pair times -sin and sin. On GPUs

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from wan_jax.config import ImageEncoderConfig
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
-from wan_jax.models.layers import LayerNorm, Linear, gelu_erf, scan_layers, stack_layers
+from wan_jax.models.nn.layers import LayerNorm, Linear, gelu_erf, scan_layers, stack_layers
 
 CHANNELS = 3
 

@@ -15,9 +15,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from wan_jax.config import TextEncoderConfig
-from wan_jax.models.layers import Linear, RMSNorm, scan_layers, stack_layers
+from wan_jax.kernels.precision import matmul_precision, rounded
+from wan_jax.models.nn.layers import Linear, RMSNorm, scan_layers, stack_layers
 from wan_jax.parallel import collectives
-from wan_jax.precision import matmul_precision, rounded
 
 
 class TextEncoder(nnx.Module):

@@ -28,11 +28,11 @@ from jax.typing import DTypeLike
 from wan_jax.config import VAEConfig
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
-from wan_jax.models.folding import average_down, patchify, repeat_up, unpatchify
-from wan_jax.models.layers import Linear
-from wan_jax.models.streaming import Cache, History, overlap_add, scan_over_time, sum_float32
-from wan_jax.parallel.spatial import FrameCut
-from wan_jax.precision import matmul_precision
+from wan_jax.kernels.precision import matmul_precision
+from wan_jax.models.nn.causal_conv import Cache, History, overlap_add, scan_over_time, sum_float32
+from wan_jax.models.nn.layers import Linear
+from wan_jax.models.nn.pixel_shuffle import average_down, patchify, repeat_up, unpatchify
+from wan_jax.parallel.tiles import FrameCut
 
 # How many frames pass the layers of full time resolution at once: memory there is proportional to it.
 FRAMES_AT_ONCE = 1

@@ -44,7 +44,7 @@ def join_tokens(array: jax.Array, axis: int, tokens: int) -> jax.Array:
     return collectives.join_axis(array, TOKEN_AXES, axis, tokens)
 
 
-def attend_all_tokens(
+def sequence_parallel_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, *, tokens: int, implementation: str | None
 ) -> jax.Array:
     """Attention of this device's tokens to all tokens of the video.

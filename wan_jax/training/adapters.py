@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from wan_jax.errors import InputError
-from wan_jax.models.adapters import adapt, find_linear
+from wan_jax.lora.adapters import adapt, find_linear
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.layers import Adapter
-from wan_jax.models.parameters import ParameterInfo
+from wan_jax.models.nn.layers import Adapter
+from wan_jax.parameters import ParameterInfo
 
 KERNEL = ".kernel"
 

@@ -21,10 +21,10 @@ from jax.typing import DTypeLike
 from wan_jax.config import DenoiserConfig, WanConfig
 from wan_jax.diffusion.schedule import TRAIN_TIMESTEPS, shift_sigmas
 from wan_jax.errors import InputError, unknown_name
-from wan_jax.estimates import denoiser_flops
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.parameters import with_parameters
-from wan_jax.parallel.mesh import whole
+from wan_jax.parallel.sharding import whole
+from wan_jax.parameters import with_parameters
+from wan_jax.planning.time import denoiser_flops
 from wan_jax.training.adapters import with_adapters
 
 DISTRIBUTIONS = ("uniform", "logit-normal")

@@ -13,10 +13,10 @@ import numpy as np
 from flax import nnx
 
 from wan_jax.errors import InputError
-from wan_jax.models.parameters import named_parameters
+from wan_jax.media.video import temporary_name
+from wan_jax.parameters import named_parameters
 from wan_jax.pipeline import WanPipeline
 from wan_jax.training.videos import Bucket, Example, choose_bucket, fit_to_bucket, read_clip
-from wan_jax.video import temporary_name
 
 FORMAT = 1  # of the cache; another number makes everything anew
 FINGERPRINT_VALUES = 1024

@@ -16,10 +16,10 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from wan_jax.cli.recipes import read_config
+from wan_jax.diffusion.params import DTYPES, check_name
 from wan_jax.errors import InputError, unknown_name
-from wan_jax.models.layers import REMAT_POLICIES
-from wan_jax.recipes import read_config
-from wan_jax.settings import DTYPES, check_name
+from wan_jax.models.nn.layers import REMAT_POLICIES
 from wan_jax.training.adapters import LoraConfig
 from wan_jax.training.denoiser_loss import NoiseConfig
 from wan_jax.training.trainer import TrainerConfig

@@ -11,27 +11,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wan_jax import xla_flags
-from wan_jax.bench import matmul_rate
+from wan_bench.parts import matmul_rate
 from wan_jax.checkpoint import Checkpoint, convert
 from wan_jax.checkpoint.layouts import abstract_model
-from wan_jax.checkpoint.lora import Lora
 from wan_jax.checkpoint.memory import memory_checkpoint
+from wan_jax.cli.generate import open_model
+from wan_jax.diffusion.params import Settings, parse_size
 from wan_jax.errors import InputError
-from wan_jax.generate import open_model
-from wan_jax.lora import save_lora
-from wan_jax.memory import PROFILES, Memory, place, single_device
+from wan_jax.lora.apply import save_lora
+from wan_jax.lora.files import Lora
+from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.parameters import named_parameters, with_parameters
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
-from wan_jax.parallel.mesh import ShardingRules, make_mesh
-from wan_jax.parallel.strategy import Strategy
+from wan_jax.parallel.mesh_spec import MeshSpec
+from wan_jax.parallel.sharding import ShardingRules, make_mesh
+from wan_jax.parameters import named_parameters, with_parameters
 from wan_jax.pipeline import WanPipeline
-from wan_jax.program import Programs
-from wan_jax.progress import Bars
-from wan_jax.settings import Settings, parse_size
-from wan_jax.tokenizer import Tokenizer
+from wan_jax.runtime import xla_flags
+from wan_jax.runtime.offload import PROFILES, Memory, place, single_device
+from wan_jax.runtime.progress import Bars
+from wan_jax.text.tokenizer import Tokenizer
 from wan_jax.training.adapters import adapter_tree, initial_adapters, make_adapters
 from wan_jax.training.denoiser_loss import DenoiserLoss, training_flops
 from wan_jax.training.latents import LatentBatches, encode_examples
@@ -172,7 +172,7 @@ class TrainingRun:
         return (wanted,)
 
     def _mesh(self) -> jax.sharding.Mesh | None:
-        strategy = Strategy.parse(self.options.mesh)
+        strategy = MeshSpec.parse(self.options.mesh)
         if others := strategy.axes.keys() - {"data", "fsdp"}:
             raise InputError(f"mesh {strategy}: training spreads over data and fsdp, not {min(others)}")
         if strategy.devices > len(jax.devices()):
@@ -218,7 +218,7 @@ class TrainingRun:
             denoisers={},
             vae=load("vae", VAE, config.vae, "float32"),
             memory=self._memory,
-            programs=Programs(exact=dtype == "float32"),
+            programs=CompiledModels(exact=dtype == "float32"),
         )
 
     def _parameters(self) -> dict[str, dict[str, jax.Array]]:

@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from wan_jax.errors import InputError
-from wan_jax.parallel.mesh import ShardingRules
-from wan_jax.program import Program
+from wan_jax.parallel.sharding import ShardingRules
+from wan_jax.runtime.compiled import CompiledFunction
 from wan_jax.training.checkpoints import Checkpoints
 from wan_jax.training.metrics import MetricsLog
 from wan_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
@@ -141,7 +141,7 @@ class Trainer:
         self.state = init_state(parameters, optimizer, seed=config.seed, ema=ema, replicated=replicated)
         places = jax.tree.map(lambda array: array.sharding, self.state)
         step = make_step(loss, optimizer, config.ema_decay or 0.0)
-        self._step = Program(step, donate_argnums=(0,), out_shardings=(places, replicated))
+        self._step = CompiledFunction(step, donate_argnums=(0,), out_shardings=(places, replicated))
         self._checkpoints = Checkpoints(
             folder / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every
         )

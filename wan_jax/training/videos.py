@@ -13,7 +13,7 @@ import numpy as np
 
 from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
-from wan_jax.images import cover
+from wan_jax.media.image import cover
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_KEYS = ("file_name", "video")  # whichever the metadata has

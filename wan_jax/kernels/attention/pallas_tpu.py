@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention.block_lists import BlockLists
-from wan_jax.precision import matmul_precision
+from wan_jax.kernels.precision import matmul_precision
 
 LOG2_E = math.log2(math.e)
 LOWEST = -1e30  # where a running maximum starts: finite, so that LOWEST - LOWEST is 0 and never NaN

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from wan_jax.kernels.attention.block_lists import BlockLists
-from wan_jax.precision import matmul_precision
+from wan_jax.kernels.precision import matmul_precision
 
 
 def supports(

@@ -1,0 +1,295 @@
+"""Memory profiles: where weights lie, that no copy stays behind, and that no bit of a result changes."""
+
+import gc
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from wan_jax import WanPipeline
+from wan_jax.diffusion import sampler
+from wan_jax.errors import InputError
+from wan_jax.models.denoiser import Denoiser
+from wan_jax.models.nn.layers import Linear, on_host, scan_layers, stack_layers
+from wan_jax.parameters import abstract_parameters, dotted, named_parameters
+from wan_jax.runtime import offload as memory
+from wan_jax.runtime.offload import PROFILES, Memory, abstract_array, place, single_device, streams
+from wan_jax.testing.demo import DEMO, random_pipeline
+from wan_jax.text.tokenizer import Tokenizer
+
+SMALL = {"size": (48, 32), "frames": 5, "steps": 3, "shift": 5.0, "seed": 3}
+MODELS = ("text_encoder", "vae", "high_noise", "low_noise")
+
+
+@pytest.fixture(scope="module")
+def pipelines(tokenizer_folder):
+    """The same weights under every profile, put where they wait."""
+    resident = random_pipeline(DEMO, Tokenizer.from_pretrained(tokenizer_folder))
+
+    def under(profile: str) -> WanPipeline:
+        keeper = Memory(PROFILES[profile])
+
+        def wait(model):
+            return place(model, dict.fromkeys(named_parameters(model), keeper.waiting()))
+
+        return WanPipeline(
+            DEMO,
+            tokenizer=Tokenizer.from_pretrained(tokenizer_folder),
+            text_encoder=wait(resident.text_encoder),
+            denoisers={name: wait(denoiser) for name, denoiser in resident.denoisers.items()},
+            vae=wait(resident.vae),
+            memory=keeper,
+        )
+
+    return {profile: under(profile) for profile in PROFILES}
+
+
+@pytest.fixture(scope="module")
+def videos(pipelines):
+    return {profile: pipeline("a red circle", **SMALL) for profile, pipeline in pipelines.items()}
+
+
+def kinds(model: nnx.Module) -> dict[str, str]:
+    return {name: array.sharding.memory_kind for name, array in named_parameters(model).items()}
+
+
+def models(pipeline: WanPipeline) -> dict[str, nnx.Module]:
+    return {"text_encoder": pipeline.text_encoder, "vae": pipeline.vae, **pipeline.denoisers}
+
+
+@pytest.mark.parametrize("profile", ["swap", "stream"])
+def test_no_bit_changes(videos, profile):
+    np.testing.assert_array_equal(videos[profile].latents, videos["resident"].latents)
+    np.testing.assert_array_equal(videos[profile].frames, videos["resident"].frames)
+
+
+def test_encoding_frees_what_it_copied(pipelines, videos):
+    gc.collect()  # what other tests left
+    live = len(jax.live_arrays())
+    latents = pipelines["swap"].encode(videos["swap"].frames)
+    gc.collect()
+    assert len(jax.live_arrays()) == live
+    np.testing.assert_array_equal(latents, pipelines["resident"].encode(videos["swap"].frames))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_weights_wait_where_the_profile_says_also_after_a_run(pipelines, videos, profile):
+    expected = "device" if profile == "resident" else "pinned_host"
+    for name, model in models(pipelines[profile]).items():
+        assert set(kinds(model).values()) == {expected}, name
+        assert not any(array.is_deleted() for array in named_parameters(model).values()), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_running_models(pipelines, name):
+    with pipelines["swap"].memory.on_device(models(pipelines["swap"])[name]) as running:
+        assert set(kinds(running).values()) == {"device"}
+    assert all(array.is_deleted() for array in named_parameters(running).values())
+
+    waiting = models(pipelines["stream"])[name]
+    with pipelines["stream"].memory.on_device(waiting) as running:
+        for parameter, kind in kinds(running).items():
+            assert kind == ("pinned_host" if streams(parameter) else "device"), parameter
+        assert any(map(streams, kinds(running))) == (name != "vae")
+    for parameter, array in named_parameters(running).items():
+        assert array.is_deleted() != streams(parameter), parameter
+
+    resident = models(pipelines["resident"])[name]
+    with pipelines["resident"].memory.on_device(resident) as running:
+        assert running is resident
+
+
+def test_an_error_frees_the_copies_too(pipelines):
+    with pytest.raises(KeyboardInterrupt), pipelines["swap"].memory.on_device(pipelines["swap"].vae) as running:
+        raise KeyboardInterrupt
+    assert all(array.is_deleted() for array in named_parameters(running).values())
+
+
+def test_one_expert_at_a_time(pipelines, monkeypatch):
+    """While an expert runs, no copy of the text encoder or of the other expert is on the device."""
+    pipeline, resident = pipelines["swap"], pipelines["resident"]
+    denoiser, encoder = pipeline.denoisers["high_noise"], pipeline.text_encoder
+    down = [model.blocks.feed_forward.down.kernel.get_value() for model in (denoiser, encoder)]
+    counts = []
+
+    def on_device(array: jax.Array) -> int:
+        return sum(
+            other.shape == array.shape and other.dtype == array.dtype and other.sharding.memory_kind == "device"
+            for other in jax.live_arrays()
+        )
+
+    add_seconds = pipeline._add_seconds
+    monkeypatch.setattr(
+        pipeline,
+        "_add_seconds",
+        lambda stage, seconds: (counts.append((stage, *map(on_device, down))), add_seconds(stage, seconds)),
+    )
+    gc.collect()
+    pipeline("a blue square", **SMALL)
+    assert len(resident.denoisers) == 2  # beside the resident pipeline's three models, which have the same shapes
+    assert [count for count in counts if count[0] == "text"] == [("text", 2, 2)]
+    assert [count for count in counts if count[0] == "denoise"] == [("denoise", 3, 1)] * SMALL["steps"]
+    assert {count for count in counts if count[0] == "decode"} == {("decode", 2, 1)}
+
+
+def test_prefetch_where_there_is_room(pipelines, videos, monkeypatch):
+    pipeline = pipelines["swap"]
+    calls = []
+    real = Memory.prefetch
+    monkeypatch.setattr(Memory, "prefetch", lambda self, model: calls.append(real(self, model)) or calls[-1])
+    pipeline("a red circle", **SMALL)
+    assert calls
+    assert not any(calls)  # a CPU does not say how much it has
+
+    calls.clear()
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 40)
+    again = pipeline("a red circle", **SMALL)
+    assert calls.count(True) == 1
+    np.testing.assert_array_equal(again.latents, videos["resident"].latents)
+    assert not pipeline.memory._prefetched
+
+
+def test_an_interrupted_run_leaves_nothing(pipelines, monkeypatch):
+    pipeline = pipelines["swap"]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 40)
+
+    def interrupt(*args, **kwargs):
+        assert pipeline.memory._prefetched
+        raise KeyboardInterrupt
+
+    finish = Memory.on_device
+    calls = []
+
+    def on_device(self, model):
+        calls.append(model)
+        if model is pipeline.denoisers["low_noise"]:
+            interrupt()
+        return finish(self, model)
+
+    monkeypatch.setattr(Memory, "on_device", on_device)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline("a red circle", **SMALL)
+    assert not pipeline.memory._prefetched
+
+
+def test_prefetched_and_never_used(pipelines, monkeypatch):
+    keeper, vae = pipelines["swap"].memory, pipelines["swap"].vae
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 40)
+    assert keeper.prefetch(vae)
+    assert not keeper.prefetch(vae)
+    ((placed, _),) = keeper._prefetched.values()
+    keeper.drop_prefetched()
+    assert all(array.is_deleted() for array in named_parameters(placed).values())
+    assert not any(array.is_deleted() for array in named_parameters(vae).values())
+
+
+def test_streamed_parameters_are_nearly_all():
+    tree = abstract_parameters(lambda: Denoiser(DEMO.denoiser, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    stacked = {name for name, info in tree.items() if info.stacked}
+    assert {name for name in stacked if not streams(name)} == {name for name in stacked if not name.endswith("kernel")}
+    assert not any(streams(name) for name in tree.keys() - stacked)
+
+
+@pytest.fixture
+def layers():
+    class Layer(nnx.Module):
+        def __init__(self, rngs):
+            options = {"axes": (None, None), "dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": rngs}
+            self.read = Linear(8, 8, **options)
+            self.unread = Linear(8, 8, **options)
+
+        def __call__(self, x):
+            return jnp.tanh(self.read(x))
+
+    return stack_layers(Layer, 5, nnx.Rngs(0))
+
+
+def fetched(layers, names=(".kernel",)):
+    device = jax.devices()[0]
+    return place(
+        layers, {name: single_device(device, name.endswith(tuple(names))) for name in named_parameters(layers)}
+    )
+
+
+def run(layers, x, offsets):
+    def step(x, layer, offset):
+        y = layer(x) + offset
+        return y, (y.sum(), {"offset": offset})
+
+    return scan_layers(step, x, layers, offsets)
+
+
+@pytest.mark.parametrize("names", [(".kernel",), (".bias",), (".kernel", ".bias")])
+def test_scan_layers_from_host_memory(layers, names):
+    x, offsets = jnp.linspace(-1, 1, 16).reshape(2, 8), jnp.arange(5.0)
+    here, there = jax.jit(run)(layers, x, offsets), jax.jit(run)(fetched(layers, names), x, offsets)
+    jax.tree.map(np.testing.assert_array_equal, here, there)
+    assert here[1][0].shape == (5,)
+
+
+def test_one_layer_alone(layers):
+    first = jax.tree.map(lambda array: array[:1], layers)
+    x, offsets = jnp.ones((2, 8)), jnp.zeros(1)
+    here, there = jax.jit(run)(first, x, offsets), jax.jit(run)(fetched(first), x, offsets)
+    jax.tree.map(np.testing.assert_array_equal, here, there)
+
+
+def test_shapes_in_the_place_of_layers(layers):
+    """What is compiled from shapes is what is compiled from the arrays: otherwise no copy is asked for."""
+    there = fetched(layers)
+    shapes = jax.tree.map(lambda array: abstract_array(array.shape, array.dtype, array.sharding), there)
+    if not on_host(shapes.read.kernel.get_value()):
+        assert jax.__version_info__ < (0, 11)  # and the plan asks a formula
+        return
+    inputs = jnp.ones((2, 8)), jnp.zeros(5)
+    assert "device_put" in str(jax.make_jaxpr(run)(shapes, *inputs))
+    assert str(jax.make_jaxpr(run)(shapes, *inputs)) == str(jax.make_jaxpr(run)(there, *inputs))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_step_is_told_what_is_on_the_host(pipelines, videos, monkeypatch, profile):
+    pipeline = pipelines[profile]
+    step, told = sampler._sample_step(()), []
+
+    def lower(graphdef, solver, spread, parameters, *rest):
+        told.append({dotted(path): on_host(variable.get_value()) for path, variable in parameters.flat_state()})
+        return step.lower(graphdef, solver, spread, parameters, *rest)
+
+    monkeypatch.setattr(sampler, "_sample_step", lambda options: SimpleNamespace(lower=lower))
+    pipeline("a red circle", **SMALL)
+    assert len(told) == 2  # one for each expert
+    for parameters in told:
+        assert parameters == {name: profile == "stream" and streams(name) for name in parameters}
+        assert any(map(streams, parameters))
+
+
+def test_copies_are_asked_for_one_layer_ahead_and_only_of_what_is_read(layers):
+    jaxpr = jax.make_jaxpr(run)(fetched(layers), jnp.ones((2, 8)), jnp.zeros(5)).jaxpr
+    (loop,) = [equation for equation in jaxpr.eqns if equation.primitive.name == "while"]
+    body = loop.params["body_jaxpr"].jaxpr
+    copies = [equation for equation in body.eqns if equation.primitive.name == "device_put"]
+    assert [copy.outvars[0].aval.shape for copy in copies] == [(8, 8)]  # `read`, not `unread`
+    (product,) = [equation for equation in body.eqns if equation.primitive.name == "dot_general"]
+    assert product.invars[1] in body.invars  # this turn computes with what the turn before fetched
+    assert copies[0].outvars[0] in body.outvars
+
+
+def test_layers_on_the_device_are_scanned_as_ever(layers):
+    jaxpr = jax.make_jaxpr(run)(layers, jnp.ones((2, 8)), jnp.zeros(5)).jaxpr
+    names = [equation.primitive.name for equation in jaxpr.eqns]
+    assert "scan" in names
+    assert "device_put" not in str(jaxpr)
+
+
+def test_loading(diffusers_tree):
+    pipeline = WanPipeline.from_pretrained(diffusers_tree, "float32", profile="stream")
+    for name, model in models(pipeline).items():
+        assert set(kinds(model).values()) == {"pinned_host"}, name
+    resident = WanPipeline.from_pretrained(diffusers_tree, "float32")  # auto: a CPU has room for everything
+    assert resident.memory.profile.name == "resident"
+    assert set(kinds(resident.vae).values()) == {"device"}
+    with pytest.raises(InputError, match="unknown profile 'swop'; did you mean 'swap'"):
+        WanPipeline.from_pretrained(diffusers_tree, "float32", profile="swop")

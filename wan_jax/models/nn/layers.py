@@ -1,0 +1,276 @@
+"""The few layers that more than one model uses."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+from wan_jax.kernels.attention.backward import keeps_attention
+from wan_jax.kernels.precision import matmul_precision, rounded
+from wan_jax.parallel import collectives
+from wan_jax.parallel.sharding import whole
+
+
+class Adapter(nnx.Module):
+    """A low-rank change of a Linear's kernel: kernel + (down * scale) @ up (LoRA, arXiv 2106.09685).
+
+    The kernel itself stays as it is. Several LoRAs of one kernel stand side by side along the rank; columns of zeros
+    change nothing.
+
+    Args:
+      down: [in_features, rank].
+      up: [rank, out_features].
+      scale: [rank] float32: strength * alpha / rank of the LoRA that a column belongs to.
+      axes: the kernel's logical axes.
+      merge: True adds the change to the kernel in float32 and rounds the sum once, as a merged checkpoint has it; its
+        cost does not depend on the number of tokens. False (for training) computes the change of the product,
+        ((x @ down) * scale) @ up, whose gradient needs no array of the kernel's size.
+    """
+
+    def __init__(
+        self,
+        down: jax.Array,
+        up: jax.Array,
+        scale: jax.Array,
+        *,
+        axes: tuple[str | None, str | None],
+        merge: bool = True,
+    ):
+        self.down = nnx.LoRAParam(down, axes=(axes[0], None))
+        self.up = nnx.LoRAParam(up, axes=(None, axes[1]))
+        self.scale = nnx.Variable(scale, axes=(None,))
+        self.merge = merge
+
+    def merged(self, kernel: jax.Array) -> jax.Array:
+        """The changed kernel, [in_features, out_features] in the kernel's dtype."""
+        change = jnp.dot(
+            self.down[...].astype(jnp.float32) * self.scale[...],
+            self.up[...].astype(jnp.float32),
+            precision=matmul_precision(jnp.float32),
+        )
+        return rounded(kernel.astype(jnp.float32) + change, kernel.dtype).astype(kernel.dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """The change of x @ kernel: [..., in_features] -> [..., out_features] in x's dtype."""
+        precision = matmul_precision(x.dtype)
+        low = jnp.dot(x, self.down[...].astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
+        low = (low * self.scale[...]).astype(x.dtype)
+        return jnp.dot(low, self.up[...].astype(x.dtype), precision=precision, preferred_element_type=x.dtype)
+
+
+class Linear(nnx.Module):
+    """y = x @ kernel + bias in `dtype`, whatever the stored dtype.
+
+    In bfloat16 the product accumulates in float32 and is rounded once; on GPUs XLA folds the bias into the same
+    epilogue, as PyTorch's linear does. `adapter` is None but where `models.adapters.adapt` put one.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str | None, str | None],
+        use_bias: bool = True,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        kernel = jax.random.normal(rngs.params(), (in_features, out_features), param_dtype) * in_features**-0.5
+        self.kernel = nnx.Param(kernel.astype(param_dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), axes=axes[1:]) if use_bias else None
+        self.adapter: Adapter | None = None
+        self.contracted_axis = axes[0]
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in_features] -> [..., out_features] in `dtype`."""
+        x, kernel, adapter = x.astype(self.dtype), self.kernel[...], self.adapter
+        if adapter is not None and adapter.merge:
+            kernel = adapter.merged(kernel)
+        y = jnp.dot(
+            x,
+            kernel.astype(self.dtype),
+            precision=matmul_precision(self.dtype),
+            preferred_element_type=self.dtype,
+        )
+        if adapter is not None and not adapter.merge:
+            y = y + adapter(x)
+        y = collectives.sum_over_contracted(y, self.contracted_axis)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis; statistics in float32.
+
+    As in the official code the normalised value is rounded to x's dtype before it meets the scale.
+    """
+
+    def __init__(self, features: int, *, axis: str, eps: float, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        del rngs
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype), axes=(axis,))
+        self.axis = axis
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., features] -> the same shape and dtype."""
+        x32 = x.astype(jnp.float32)
+        mean_square = collectives.mean_over_shards(jnp.mean(x32 * x32, axis=-1, keepdims=True), self.axis)
+        y = x32 * lax.rsqrt(mean_square + self.eps)
+        return rounded(y, x.dtype).astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation with a learned scale and bias, in float32."""
+
+    def __init__(self, features: int, *, axis: str | None, eps: float, param_dtype: DTypeLike):
+        self.scale = nnx.Param(jnp.ones((features,), param_dtype), axes=(axis,))
+        self.bias = nnx.Param(jnp.zeros((features,), param_dtype), axes=(axis,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return layer_norm(x, self.eps) * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+
+
+def layer_norm(x: jax.Array, eps: float) -> jax.Array:
+    """Zero mean and unit variance over the last axis, in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def gelu_erf(x: jax.Array) -> jax.Array:
+    """GELU as it is defined, not its tanh form, computed in float32 and rounded once."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
+    """Builds `num_layers` copies of a layer as one module whose parameters have a leading "layers" axis.
+
+    `scan_layers` runs them.
+    """
+
+    @nnx.split_rngs(splits=num_layers)
+    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
+    def make(rngs: nnx.Rngs):
+        return make_layer(rngs)
+
+    return make(rngs)
+
+
+# What the backward pass may keep of a layer, beside its inputs; the rest it computes again.
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "layer": None,  # nothing: least memory
+    "attention": keeps_attention,  # the results of attention, which cost most to compute again
+}
+
+
+def scan_layers(
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    layers: nnx.Module,
+    per_layer: Any = None,
+    *,
+    remat: str | None = None,
+    unroll: bool = False,
+) -> tuple[Any, Any]:
+    """Runs stacked layers one after the other: `carry, y = step(carry, layer, x)` for each layer.
+
+    Parameters in host memory (memory kind "pinned_host"), and those of which each device of a mesh has a part ("fsdp"),
+    come to the device layer by layer, those that `step` reads. Each copy runs while the layer before it computes, so
+    two layers are whole on the device at a time. Where the parameters lie changes nothing in the arithmetic.
+
+    Args:
+      step: one layer's work.
+      carry: what goes from layer to layer.
+      layers: made by `stack_layers`.
+      per_layer: arrays with a leading layers axis, such as a context; `step` gets one layer's x of it.
+      remat: a name in REMAT_POLICIES: the backward pass computes a layer again instead of keeping what it needs of it.
+      unroll: write the layers out one by one instead of as a loop, where they lie on the device. What a backward pass
+        keeps of them is not stacked then: training steps of a few small layers move less memory, and compile longer.
+
+    Returns:
+      The last carry, and the ys stacked.
+    """
+    graphdef, parameters = nnx.split(layers)
+    leaves, structure = jax.tree.flatten(parameters)
+    variables = jax.tree.leaves(parameters, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    axes = [variable.get_metadata()["axes"] for variable in variables]
+    far = [on_host(leaf) or collectives.in_parts(names) for leaf, names in zip(leaves, axes, strict=True)]
+
+    def run(carry: Any, layer: list[jax.Array | None], x: Any) -> tuple[Any, Any]:
+        return step(carry, nnx.merge(graphdef, jax.tree.unflatten(structure, layer)), x)
+
+    if remat is not None:
+        # Training. The backward pass brings a layer together again, too, instead of keeping it whole. prevent_cse would
+        # only guard against what cannot happen across the steps of a scan.
+        alone = run
+        run = jax.checkpoint(
+            lambda carry, layer, x: alone(carry, whole(layer), x), policy=REMAT_POLICIES[remat], prevent_cse=False
+        )
+    if not any(far):
+        return lax.scan(lambda carry, xs: run(carry, *xs), carry, (leaves, per_layer), unroll=unroll)
+
+    def gather(layer: list[jax.Array | None]) -> list[jax.Array | None]:
+        return [
+            leaf if leaf is None else collectives.gather_weight(leaf, n) for leaf, n in zip(layer, axes, strict=True)
+        ]
+
+    count = len(leaves[0])
+    # XLA makes every copy that it is told to, so those that no one reads are left out.
+    one_layer = jax.eval_shape(lambda: gather(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), leaves)))
+    one_x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), per_layer)
+    leaves = [leaf if read else None for leaf, read in zip(leaves, _reads(run, carry, one_layer, one_x), strict=True)]
+    distant = [leaf if is_far else None for leaf, is_far in zip(leaves, far, strict=True)]
+    rest = [None if is_far else leaf for leaf, is_far in zip(leaves, far, strict=True)]
+
+    def at(tree: Any, index: jax.Array | int) -> Any:
+        # An index of the form step + constant, within bounds, lets XLA:GPU use the copy engine instead of a kernel.
+        return jax.tree.map(
+            lambda leaf: lax.dynamic_index_in_dim(leaf, index, keepdims=False, allow_negative_indices=False), tree
+        )
+
+    def fetch(index: jax.Array | int) -> list[jax.Array | None]:
+        return gather([leaf if leaf is None else to_device(leaf) for leaf in at(distant, index)])
+
+    def run_fetched(index: jax.Array | int, carry: Any, fetched: list[jax.Array | None], ys: Any) -> tuple[Any, Any]:
+        layer = [here if copy is None else copy for copy, here in zip(fetched, at(rest, index), strict=True)]
+        carry, y = run(carry, layer, at(per_layer, index))
+        return carry, jax.tree.map(lambda ys, y: lax.dynamic_update_index_in_dim(ys, y, index, axis=0), ys, y)
+
+    def run_and_fetch_next(state: tuple[jax.Array, Any, list, Any]) -> tuple[jax.Array, Any, list, Any]:
+        index, carry, fetched, ys = state
+        following = fetch(index + 1)
+        carry, ys = run_fetched(index, carry, fetched, ys)
+        return index + 1, carry, following, ys
+
+    # A while loop, whose counter XLA knows for what it is. The last layer stands behind it: there is none to fetch
+    # beside it.
+    _, y = jax.eval_shape(run, carry, one_layer, one_x)
+    ys = jax.tree.map(lambda y: jnp.zeros((count, *y.shape), y.dtype), y)
+    _, carry, last, ys = lax.while_loop(
+        lambda state: state[0] < count - 1, run_and_fetch_next, (jnp.int32(0), carry, fetch(0), ys)
+    )
+    return run_fetched(count - 1, carry, last, ys)
+
+
+def to_device(array: jax.Array) -> jax.Array:
+    return jax.device_put(array, jax.memory.Space.Device) if on_host(array) else array
+
+
+def on_host(array: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether an array, or what is traced in its place, lies in host memory."""
+    return jax.typeof(array).memory_space == jax.memory.Space.Host
+
+
+def _reads(run: Callable, carry: Any, layer: list[Any], x: Any) -> list[bool]:
+    """Which of a layer's parameters `run(carry, layer, x)` depends on."""
+    jaxpr = jax.make_jaxpr(run)(carry, layer, x).jaxpr
+    variables = [variable for equation in jaxpr.eqns for variable in equation.invars] + jaxpr.outvars
+    read = {id(variable) for variable in variables}
+    start = len(jax.tree.leaves(carry))
+    return [id(variable) in read for variable in jaxpr.invars[start : start + len(layer)]]

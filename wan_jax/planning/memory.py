@@ -1,0 +1,525 @@
+"""What a run will need, before anything is loaded: device memory, host memory and seconds for each memory profile.
+
+Memory is bookkeeping over the stages of a run (text, encode where there are images, denoise, decode): the weights that
+are on the device in a stage, by the abstract trees and the profile; its inputs, by their shapes; and its scratch. That
+comes from the compiled program's own analysis where the program that will run can be compiled here, on an accelerator.
+XLA:CPU compiles other programs, which need far more; there a formula takes its place (`estimated_scratch`).
+
+Seconds are arithmetic operations over rates measured on the kind of device at hand (`estimates.RATES`).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Sharding
+
+from wan_jax.config import WanConfig
+from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, KnownFrames
+from wan_jax.diffusion.experts import by_expert
+from wan_jax.diffusion.guidance import guidance_by_expert
+from wan_jax.diffusion.params import DTYPES, PROFILE_NAMES, Settings, check_name
+from wan_jax.diffusion.sampler import Expert, compile_step, plan_steps
+from wan_jax.diffusion.solvers import Solver, get_solvers
+from wan_jax.errors import InputError
+from wan_jax.models.compiled import CompiledModels
+from wan_jax.models.denoiser import Context, Denoiser
+from wan_jax.models.image_encoder import ImageEncoder
+from wan_jax.models.nn.causal_conv import Cache
+from wan_jax.models.nn.layers import on_host
+from wan_jax.models.text_encoder import TextEncoder
+from wan_jax.models.vae import VAE
+from wan_jax.parallel.mesh_spec import MeshSpec
+from wan_jax.parameters import dotted, named_parameters
+from wan_jax.planning.time import RATES, decode_flops, decode_scratch, denoiser_flops, encode_flops, encode_scratch
+from wan_jax.runtime.compiled import workspace_bytes
+from wan_jax.runtime.offload import PROFILES, Profile, abstract_array, single_device, streams
+
+# By stage. Models that take images have them all, or all but "image".
+MODELS = {"text": "text_encoder", "image": "image_encoder", "encode": "vae", "denoise": "denoiser", "decode": "vae"}
+
+IMAGE_ENCODER_DTYPE = jnp.dtype(jnp.float32)
+
+# What fragmentation may take of the memory that JAX may use.
+RESERVE = 0.02
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one profile needs."""
+
+    profile: str
+    device_bytes: Mapping[str, int]  # peak in each stage
+    host_bytes: int  # pinned
+    seconds: Mapping[str, float] = field(default_factory=dict)  # by stage, "step" and "total"; empty if not known
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.device_bytes.values())
+
+    def fits(self, memory: int) -> bool:
+        return self.peak_bytes <= memory * (1 - RESERVE)
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "profile": self.profile,
+            "peak_bytes": self.peak_bytes,
+            "device_bytes": dict(self.device_bytes),
+            "host_bytes": self.host_bytes,
+            "seconds": dict(self.seconds),
+        }
+
+
+class Plan:
+    """The bookkeeping of one run of one model; nothing is allocated.
+
+    Args:
+      config: the model.
+      settings: the run.
+      dtype: of the text encoder and the denoisers.
+      vae_dtype: of the VAE.
+      device: where it would run; the default device if None.
+      programs: compiled programs go here, for the pipeline that will run them.
+      adapter_bytes: of an expert's LoRAs.
+    """
+
+    def __init__(
+        self,
+        config: WanConfig,
+        settings: Settings,
+        dtype: str,
+        vae_dtype: str = "float32",
+        *,
+        device: jax.Device | None = None,
+        programs: CompiledModels | None = None,
+        adapter_bytes: int = 0,
+    ):
+        self.config = config
+        self.settings = settings
+        self.dtype = jnp.dtype(dtype)
+        self.vae_dtype = jnp.dtype(vae_dtype)
+        self.device = jax.devices()[0] if device is None else device
+        self.strategy = MeshSpec()  # one device
+        self.compiled = self.device.platform != "cpu"  # whether scratch comes from compiled programs
+        self._programs = CompiledModels(exact=dtype == "float32") if programs is None else programs
+        self._scratch: dict[bool, Mapping[str, int]] = {}
+        self._models = {
+            "text_encoder": _shapes(TextEncoder, config.text_encoder, self.dtype),
+            "denoiser": _shapes(Denoiser, config.denoiser, self.dtype),
+            "vae": _shapes(VAE, config.vae, self.vae_dtype),
+        }
+        if config.image_encoder is not None:
+            self._models["image_encoder"] = _shapes(ImageEncoder, config.image_encoder, IMAGE_ENCODER_DTYPE)
+        self._weights = {
+            name: {path: _nbytes(array) for path, array in named_parameters(model).items()}
+            for name, model in self._models.items()
+        }
+        self._weights["denoiser"]["adapters"] = adapter_bytes
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Of a run, in order; images are encoded by the models that take them."""
+        return tuple(
+            stage
+            for stage, model in MODELS.items()
+            if model in self._models and (stage != "encode" or self._encoded_frames)
+        )
+
+    @property
+    def _encoded_frames(self) -> int:
+        """Frames that the VAE encodes."""
+        return {"text": 0, "image_latents": self.settings.frames, "first_frame": 1}[self.config.conditioning]
+
+    def predict(self, profile: Profile) -> Prediction:
+        """What the run needs under a profile."""
+        scratch = self.scratch(profile)
+        device_bytes = {stage: size + scratch[stage] for stage, size in self.without_scratch(profile).items()}
+        host_bytes = self._all_weights() if profile.idle_on_host else 0
+        return Prediction(profile.name, device_bytes, host_bytes, self._seconds(profile))
+
+    def without_scratch(self, profile: Profile) -> dict[str, int]:
+        """Device bytes of weights and inputs in each stage."""
+        inputs = self._input_bytes
+        if not profile.idle_on_host:
+            return {stage: self._all_weights() + inputs[stage] for stage in self.stages}
+        return {
+            stage: inputs[stage]
+            + sum(
+                size for path, size in self._weights[MODELS[stage]].items() if not profile.on_host(path, running=True)
+            )
+            for stage in self.stages
+        }
+
+    def _all_weights(self) -> int:
+        counts = {"denoiser": len(self.config.experts)}
+        return sum(counts.get(name, 1) * sum(sizes.values()) for name, sizes in self._weights.items())
+
+    def scratch(self, profile: Profile) -> Mapping[str, int]:
+        """Bytes that each stage's program takes beside weights and inputs."""
+        if not self.compiles(profile):
+            return self.estimated_scratch(profile)
+        if profile.layers_on_host not in self._scratch:  # resident and swap run the same programs
+            self._scratch[profile.layers_on_host] = self._compiled_scratch(profile)
+        return self._scratch[profile.layers_on_host]
+
+    def compiles(self, profile: Profile) -> bool:
+        """Whether scratch comes from compiled programs: JAX 0.10 has no shapes that stand for arrays in host memory."""
+        return self.compiled and (not profile.layers_on_host or self._has_shapes_on_host)
+
+    @functools.cached_property
+    def _has_shapes_on_host(self) -> bool:
+        return on_host(abstract_array((), jnp.float32, single_device(self.device, on_host=True)))
+
+    def estimated_scratch(self, profile: Profile) -> dict[str, int]:
+        """The formula: the largest set of arrays that are needed at one time.
+
+        Denoise: at the feed-forward layer, the float32 residual stream, its normalised copy and both sides of GELU for
+        every token; that layer's weights, which the loop slices out; one context, because guidance selects it. A
+        streamed layer comes on top.
+        Text: the same of 512 tokens, and the scores of all heads in float32, three times.
+        Image: the residual stream, both sides of GELU, the scores of all heads.
+        Encode, decode: see estimates.py.
+        """
+        denoiser, encoder, vae = self.config.denoiser, self.config.text_encoder, self.config.vae
+        item = self.dtype.itemsize
+        tokens = self._tokens()
+        layer = sum(size for path, size in self._weights["denoiser"].items() if streams(path)) // denoiser.num_layers
+        denoise = tokens * (4 * denoiser.dim + item * (denoiser.dim + 2 * denoiser.ffn_dim))
+        denoise += item * 2 * denoiser.dim * denoiser.ffn_dim + self._context_bytes()
+        denoise += layer if profile.layers_on_host else 0
+        length = denoiser.text_length
+        encoder_layer = sum(size for path, size in self._weights["text_encoder"].items() if streams(path))
+        text = 3 * 4 * encoder.num_heads * length**2 + length * item * (encoder.dim + 3 * encoder.ffn_dim)
+        text += encoder_layer // encoder.num_layers * (2 if profile.layers_on_host else 1)
+        decode = decode_scratch(vae, self.vae_dtype, *self.settings.size)
+        sizes = {"text": text, "denoise": denoise, "decode": decode}
+        if self._encoded_frames:
+            sizes["encode"] = encode_scratch(vae, self.vae_dtype, *self.settings.size, self._encoded_frames)
+        if (clip := self.config.image_encoder) is not None:
+            width = 2 * clip.dim + 2 * clip.ffn_dim + 2 * clip.num_heads * clip.num_tokens
+            sizes["image"] = IMAGE_ENCODER_DTYPE.itemsize * self._image_tokens() * width
+        return sizes
+
+    def _compiled_scratch(self, profile: Profile) -> dict[str, int]:
+        models = {
+            name: _placed(model, lambda path: single_device(self.device, profile.on_host(path, running=True)))
+            for name, model in self._models.items()
+        }
+        text_encoder, denoiser, vae = models["text_encoder"], models["denoiser"], models["vae"]
+        here = single_device(self.device, on_host=False)
+        tokens = jax.ShapeDtypeStruct((1, self.config.denoiser.text_length), jnp.int32)
+        text = self._programs.encode_text.workspace_bytes(text_encoder, tokens, tokens)
+
+        context = self._context(here)
+        denoise = 0
+        for solver, guided in self._step_kinds:
+            expert = Expert(denoiser, context, context if guided else None)
+            state = jax.eval_shape(solver.init, self._latents())
+            step = compile_step(expert, self.settings.make_schedule(), solver, state, self._conditioning())
+            denoise = max(denoise, workspace_bytes(step))
+
+        frame = self._latent_frame(here)
+        cache = _on(here, jax.eval_shape(_decode_cache, vae, frame))
+        decode = self._programs.decode_first.workspace_bytes(vae, frame) - _nbytes(
+            cache
+        )  # the cache is an input, below
+        if self.settings.frames > 1:
+            decode = max(decode, self._programs.decode_next.workspace_bytes(vae, cache, frame))
+        sizes = {"text": text, "denoise": denoise, "decode": decode}
+        if self._encoded_frames:
+            first, following = self._frames(1, here), self._frames(self.config.vae.temporal_stride, here)
+            cache = _on(here, jax.eval_shape(_encode_cache, vae, first))
+            sizes["encode"] = self._programs.encode_first.workspace_bytes(vae, first) - _nbytes(cache)
+            if self._encoded_frames > 1:
+                following_bytes = self._programs.encode_next.workspace_bytes(vae, cache, following)
+                sizes["encode"] = max(sizes["encode"], following_bytes)
+        if (clip := self.config.image_encoder) is not None:
+            shape = (self._image_tokens() // clip.num_tokens, clip.image_size, clip.image_size, 3)
+            images = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here)
+            sizes["image"] = self._programs.encode_image.workspace_bytes(models["image_encoder"], images)
+        return sizes
+
+    @functools.cached_property
+    def _input_bytes(self) -> dict[str, int]:
+        """Bytes of what each stage works on: encoded text; contexts and solver state; latents and the VAE's cache."""
+        latents = self._latents()
+        state = max(_nbytes(jax.eval_shape(solver.init, latents)) for solver, _ in self._step_kinds)
+        text = 2 * self.config.denoiser.text_length * self.config.denoiser.text_dim * self.dtype.itemsize
+        contexts = self._context_bytes() * (2 if any(guided for _, guided in self._step_kinds) else 1)
+        vae, frame = self._models["vae"], self._frames(self.config.vae.temporal_stride, None)
+        cache = jax.eval_shape(_decode_cache, vae, self._latent_frame(None))
+        sizes = {
+            "text": text,
+            "denoise": text + contexts + _nbytes(latents) + state + _nbytes(self._conditioning()),
+            "decode": text + _nbytes(latents) + self._cache_bytes(cache),
+        }
+        if self._encoded_frames:
+            cache = jax.eval_shape(_encode_cache, vae, self._frames(1, None))
+            sizes["encode"] = text + _nbytes(latents) + self._cache_bytes(cache) + _nbytes(frame)
+        if (clip := self.config.image_encoder) is not None:
+            sizes["image"] = text + IMAGE_ENCODER_DTYPE.itemsize * self._image_tokens() * clip.dim
+        return sizes
+
+    def _seconds(self, profile: Profile) -> dict[str, float]:
+        """Seconds by stage; nothing for a kind of device that was never measured."""
+        rates = RATES.get(self.device.device_kind)
+        if rates is None:
+            return {}
+        settings = self.settings
+        encoder, pixels = self.config.text_encoder, math.prod(settings.size) * settings.frames
+        bytes_of = {name: sum(sizes.values()) for name, sizes in self._weights.items()}
+        experts = plan_steps(settings.make_schedule(), settings.boundary)
+        scales = guidance_by_expert(settings.guidance, tuple(dict.fromkeys(experts)))
+        forward = denoiser_flops(self.config.denoiser, self._tokens()) / rates.denoiser
+        if profile.layers_on_host:
+            streamed = sum(size for path, size in self._weights["denoiser"].items() if streams(path))
+            copies = streamed / rates.copy
+            # Half of them hides behind the layer before; measured (benchmarks/NOTES.md).
+            forward = max(forward + copies / 2, copies)
+        forwards = sum(1 if scales[name] == 1 else 2 for name in experts)
+        weights_per_layer = 2 * encoder.dim * (4 * encoder.num_heads * encoder.head_dim + 3 * encoder.ffn_dim)
+        text = 2 * self.config.denoiser.text_length * encoder.num_layers * weights_per_layer / rates.text
+        vae = self.config.vae
+        vae_rate = rates.vae_bfloat16 if self.vae_dtype == jnp.bfloat16 else rates.vae
+        seconds = {"text": text, "denoise": forwards * forward, "decode": decode_flops(vae, pixels) / vae_rate}
+        if self._encoded_frames:
+            seconds["encode"] = encode_flops(vae, math.prod(settings.size) * self._encoded_frames) / vae_rate
+        if profile.idle_on_host:
+            seconds["text"] += bytes_of["text_encoder"] / rates.copy
+            for stage in {"encode", "decode"} & seconds.keys():
+                seconds[stage] += bytes_of["vae"] / rates.copy
+        if profile.idle_on_host and not profile.layers_on_host:
+            seconds["denoise"] += len(set(experts)) * bytes_of["denoiser"] / rates.copy
+        return seconds | {"step": forward * forwards / len(experts), "total": sum(seconds.values())}
+
+    @functools.cached_property
+    def _step_kinds(self) -> set[tuple[Solver, bool]]:
+        """The steps that are compiled: for each expert its solver, and whether it has guidance."""
+        experts = tuple(set(plan_steps(self.settings.make_schedule(), self.settings.boundary)))
+        scales = guidance_by_expert(self.settings.guidance, experts)
+        solvers = by_expert("solver", get_solvers(self.settings.solver), experts)
+        return {(solvers[name], scales[name] != 1) for name in experts}
+
+    def _tokens(self) -> int:
+        _, *sizes = self.settings.latents_shape(self.config)
+        return math.prod(size // step for size, step in zip(sizes, self.config.denoiser.patch_size, strict=True))
+
+    def _latents(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, *self.settings.latents_shape(self.config)), jnp.float32)
+
+    def _latent_frame(self, sharding: Sharding | None) -> jax.ShapeDtypeStruct:
+        channels, _, height, width = self.settings.latents_shape(self.config)
+        return jax.ShapeDtypeStruct((1, channels, 1, height, width), jnp.float32, sharding=sharding)
+
+    def _frames(self, count: int, sharding: Sharding | None) -> jax.ShapeDtypeStruct:
+        """Of a video, as they are encoded."""
+        width, height = self.settings.size
+        return jax.ShapeDtypeStruct((count, height, width, 3), jnp.float32, sharding=sharding)
+
+    def _conditioning(self) -> Conditioning:
+        """What the denoise loop is given of the images."""
+        if self.config.conditioning == "text":
+            return TEXT_ONLY
+        if self.config.conditioning == "first_frame":
+            frame: Any = self._latent_frame(None)
+            known: Any = jax.ShapeDtypeStruct((), jnp.bool)
+            return FirstFrame(frame, known)
+        channels, *sizes = self.settings.latents_shape(self.config)
+        stride = self.config.vae.temporal_stride
+        array: Any = jax.ShapeDtypeStruct((1, stride + channels, *sizes), jnp.float32)
+        return KnownFrames(array)
+
+    def _image_tokens(self) -> int:
+        """Rows of image features that the denoiser attends to."""
+        assert self.config.image_encoder is not None
+        return self.config.denoiser.image_position_length or self.config.image_encoder.num_tokens
+
+    def _context(self, sharding: Sharding | None) -> Context:
+        config = self.config.denoiser
+
+        def array(tokens: int) -> Any:
+            shape = (config.num_layers, 1, tokens, config.num_heads, config.head_dim)
+            return jax.ShapeDtypeStruct(shape, self.dtype, sharding=sharding)
+
+        text, image = array(config.text_length), None
+        if self.config.image_encoder is not None:
+            image = array(self._image_tokens())
+        return Context(text, text, image, image)
+
+    def _cache_bytes(self, cache: Cache) -> int:
+        return _nbytes(cache)
+
+    def _context_bytes(self) -> int:
+        return _nbytes(self._context(None))
+
+
+@dataclass(frozen=True)
+class Report:
+    """Predictions for the profiles asked for. str() is for people."""
+
+    plan: Plan
+    predictions: tuple[Prediction, ...]
+    device_memory: int | None  # bytes that JAX may use
+    reason: str | None = None  # for the mesh, where "auto" chose it
+
+    def fits(self, prediction: Prediction) -> bool | None:
+        """None where the device's memory is not known."""
+        return None if self.device_memory is None else prediction.fits(self.device_memory)
+
+    @property
+    def best(self) -> str | None:
+        """The fastest profile that fits; None where none does, or where that is not known."""
+        return next((each.profile for each in self.predictions if self.fits(each)), None)
+
+    def as_json(self) -> dict[str, Any]:
+        plan = self.plan
+        return {
+            "model": plan.config.name,
+            "settings": plan.settings.as_json(),
+            "dtype": plan.dtype.name,
+            "vae_dtype": plan.vae_dtype.name,
+            "device": plan.device.device_kind,
+            "mesh": str(plan.strategy),
+            "devices": plan.strategy.devices,
+            "reason": self.reason,
+            "device_memory": self.device_memory,
+            "scratch": "compiled" if plan.compiled else "formula",
+            "profiles": [each.as_json() | {"fits": self.fits(each)} for each in self.predictions],
+            "best": self.best,
+        }
+
+    def __str__(self) -> str:
+        plan, settings = self.plan, self.plan.settings
+        memory = "" if self.device_memory is None else f", {_gib(self.device_memory)} for JAX"
+        count = plan.strategy.devices
+        mesh = f", each of {count} in mesh {plan.strategy}" if count > 1 else ""
+        titles = " ".join(f"{stage:>10}" for stage in plan.stages)
+        lines = [
+            f"{plan.config.name} {settings.size[0]}x{settings.size[1]}, {settings.frames} frames, "
+            f"{settings.make_schedule().num_steps} steps, {plan.dtype.name}; {plan.device.device_kind}{memory}{mesh}",
+            f"{'profile':<9} {'device peak':>11} {titles} {'pinned host':>12} {'a step':>8} {'a video':>9}",
+        ]
+        for each in self.predictions:
+            stages = " ".join(f"{_gib(each.device_bytes[stage]):>10}" for stage in plan.stages)
+            times = " ".join(
+                f"{each.seconds[name]:>{width}.1f} s" if each.seconds else f"{'?':>{width + 2}}"
+                for name, width in (("step", 6), ("total", 7))
+            )
+            verdict = {True: "fits", False: "does not fit", None: ""}[self.fits(each)]
+            lines.append(
+                f"{each.profile:<9} {_gib(each.peak_bytes):>11} {stages} {_gib(each.host_bytes):>12} {times}  {verdict}"
+            )
+        if self.reason is not None:
+            lines.insert(0, f"auto: {self.reason}")
+        if count > 1:
+            lines.append(
+                "Scratch memory is a formula's; seconds assume the links that wan_jax/planning/mesh.py states."
+            )
+        elif plan.compiled:
+            formula = [each.profile for each in self.predictions if not plan.compiles(PROFILES[each.profile])]
+            note = f"; for {formula[0]} a formula's, until JAX is 0.11" if formula else ""
+            lines.append(f"Scratch memory is that of the programs as compiled for this device{note}.")
+        else:
+            lines.append(
+                "Scratch memory is a formula's, for GPUs: programs compiled for the CPU at hand need other amounts."
+            )
+        if not self.predictions[0].seconds:
+            lines.append(f"No seconds: wan_jax/planning/time.py has no measured rates for {plan.device.device_kind!r}.")
+        if self.device_memory is None:
+            lines.append("How much memory the device has is not known; say it with --device-memory.")
+        else:
+            lines.append(f"Best: {self.best}." if self.best else "None fits: take a smaller size or fewer frames.")
+        return "\n".join(lines)
+
+
+def report(
+    config: WanConfig,
+    settings: Settings,
+    dtype: str,
+    profile: str = "auto",
+    device_memory: float | None = None,
+    vae_dtype: str = "float32",
+) -> Report:
+    """Predicts one profile, or all of them for "auto".
+
+    `device_memory` is in GiB and takes the place of what the default device has.
+    """
+    check_name("dtype", dtype, DTYPES)
+    check_name("VAE dtype", vae_dtype, DTYPES)
+    check_name("profile", profile, PROFILE_NAMES)
+    if device_memory is not None and not device_memory > 0:
+        raise InputError(f"device memory {device_memory:g}: give GiB, more than 0")
+    plan = Plan(config, settings, dtype, vae_dtype)
+    profiles = PROFILES.values() if profile == "auto" else [PROFILES[profile]]
+    limit = memory_limit(plan.device) if device_memory is None else int(device_memory * 2**30)
+    return Report(plan, tuple(plan.predict(each) for each in profiles), limit)
+
+
+def choose_profile(
+    config: WanConfig,
+    settings: Settings,
+    dtype: str,
+    vae_dtype: str = "float32",
+    programs: CompiledModels | None = None,
+    adapter_bytes: int = 0,
+) -> Profile:
+    """The fastest profile that the default device has room for, and "stream" where none has.
+
+    Where the device does not say how much memory it has (CPUs), everything stays resident.
+    """
+    memory = memory_limit(jax.devices()[0])
+    if memory is None:
+        return PROFILES["resident"]
+    plan = Plan(config, settings, dtype, vae_dtype, programs=programs, adapter_bytes=adapter_bytes)
+    for profile in PROFILES.values():
+        # Compiling takes long: not for a profile whose weights alone are too large.
+        if max(plan.without_scratch(profile).values()) < memory and plan.predict(profile).fits(memory):
+            return profile
+    return PROFILES["stream"]
+
+
+def memory_limit(device: jax.Device) -> int | None:
+    """Bytes that JAX may use on the device; None where the backend does not say."""
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+@functools.cache
+def _shapes(make: Callable[..., Any], config: Any, dtype: Any) -> Any:
+    """A model with jax.ShapeDtypeStruct for arrays."""
+    return nnx.eval_shape(lambda: make(config, dtype=dtype, rngs=nnx.Rngs(0)))
+
+
+def _placed(model: Any, sharding: Callable[[str], Sharding]) -> Any:
+    """The same with a sharding for each array."""
+    graphdef, state = nnx.split(model)
+    leaves = [
+        (path, variable.replace(abstract_array(variable.shape, variable.dtype, sharding(dotted(path)))))
+        for path, variable in state.flat_state()
+    ]
+    return nnx.merge(graphdef, nnx.State.from_flat_path(leaves))
+
+
+def _on(sharding: Sharding, tree: Any) -> Any:
+    """Shapes with a sharding."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def _decode_cache(vae: VAE, frame: jax.Array) -> Cache:
+    return vae.decode_first(frame)[1]
+
+
+def _encode_cache(vae: VAE, frames: jax.Array) -> Cache:
+    return vae.encode_first(frames[None])[1]
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB"
+
+
+def _nbytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,69 @@
+"""What we tell JAX and XLA beyond their defaults: every flag, in one place, with its reason.
+
+`configure` sets environment variables for the whole process. It must run before JAX starts, and never touches a
+variable that the user has set. XLA_FLAGS stays the user's: XLA aborts on a flag that it does not know, and knows others
+in every version. What single programs need goes in as their compiler options instead.
+
+Left alone after a look at them:
+
+- xla_gpu_autotune_level. XLA tries convolution algorithms and lets each take all the memory that is free, so that the
+  peak that a process reports is that of compiling the VAE, not of running it. What does not fit is not chosen, so it
+  compiles under any limit. Level 0 avoids that, but then cuDNN runs convolutions without workspace.
+  (xla_gpu_redzone_scratch_max_megabytes, the bound that older versions had, is gone.)
+- On one GPU xla_gpu_enable_latency_hiding_scheduler, xla_gpu_enable_pipelined_host_offloading,
+  xla_gpu_enable_host_memory_offloading. The copies of streamed layers overlap without them (models/layers.py).
+"""
+
+import os
+import pathlib
+
+# The encoder rounds where the original rounds; XLA may not skip that.
+TEXT_ENCODER_OPTIONS: dict[str, bool | int | str] = {"xla_allow_excess_precision": False}
+
+# The denoising step on NVIDIA GPUs: cuBLASLt computes all products, with biases and GELU in their epilogues. Where XLA
+# may also take Triton it leaves GELU to a kernel of its own, 1 % of a forward. Triton won none of these products.
+CUBLASLT_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_enable_triton_gemm": False}
+
+# Functions with many convolutions that run a few times only: trying algorithms would take longer than it saves.
+ONCE_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_autotune_level": 0}
+
+# On several GPUs: the scheduler that starts an exchange as early and waits for it as late as data allow.
+MESH_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_enable_latency_hiding_scheduler": True}
+
+
+def step_options(spread: bool) -> dict[str, bool | int | str]:
+    """Compiler options of the denoising step on NVIDIA GPUs, on one of them or spread over several.
+
+    Of those for several, what the user sets in XLA_FLAGS stays the user's.
+    """
+    options = MESH_OPTIONS if spread else {}
+    flags = os.environ.get("XLA_FLAGS", "")
+    return CUBLASLT_OPTIONS | {name: value for name, value in options.items() if f"--{name}" not in flags}
+
+
+def configure() -> None:
+    """Sets what is not set yet. Without effect on what JAX has already started with."""
+    host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for name, value in {
+        # JAX takes this part of a GPU when it starts; its own 0.75 leaves 60 of 80 GB. CUDA and cuDNN need the rest.
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+        # GiB. Pinned memory ends at 64 otherwise, and experts, text encoder and VAE take 64.3 (profiles swap, stream).
+        # Not all there is: JAX pins in growing pieces, more than was asked for.
+        "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": str(max(80, host_memory * 3 // 4 // 2**30)),
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+def use_compile_cache() -> None:
+    """Keeps every compiled program across processes, unless JAX_COMPILATION_CACHE_DIR says where (empty: nowhere).
+
+    The folder also keeps the results of autotuning (XLA's per-fusion autotune cache), so that a program that changed a
+    little compiles faster. An executable of our own on disk would save tracing alone, under half a second a program.
+    """
+    for name, value in {
+        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path.home() / ".cache" / "wan_jax" / "compile"),
+        # JAX leaves out what compiles in less than a second. There are hundreds of small programs: seconds a start.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }.items():
+        os.environ.setdefault(name, value)
