@@ -1,4 +1,4 @@
-"""The one exception for bad input."""
+"""The exceptions that callers meet: bad input, and a run that was cancelled."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,10 @@ class InputError(ValueError):
 
     The command line prints the message and exits with code 2; any other exception is a bug in wan_jax.
     """
+
+
+class Cancelled(Exception):
+    """A run ended because its caller asked for it (runtime/events.py: CancelToken)."""
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:

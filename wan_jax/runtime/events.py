@@ -1,0 +1,188 @@
+"""What a piece of work tells while it runs, and how it is told to stop.
+
+    def show(event):
+        if isinstance(event, StepDone):
+            print(event.step, event.total)
+
+    token = CancelToken()
+    pipe("a red circle", on_event=show, cancel=token)  # token.cancel(), from any thread, ends it with Cancelled
+
+Progress bars, the watchdog, a server and tests are listeners: functions of one event. Every piece of work takes a
+`Run`, which holds all that belongs to one run alone.
+"""
+
+import contextlib
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from wan_jax.errors import Cancelled
+from wan_jax.runtime.compiled import CompiledFunction
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something harmless that the user should know."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    """A stage begins: "load", "text", "image", "encode", "denoise", "decode", "save", "videos", ..."""
+
+    stage: str
+    total: int | None = None  # steps, frames or files that will be reported done; None where that is not known
+
+
+@dataclass(frozen=True)
+class StageDone:
+    """The stage is over, also where it failed."""
+
+    stage: str
+    seconds: float  # without compiling
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A stage without an event of its own has come further."""
+
+    stage: str
+    done: int
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Weights on their way: how many bytes of `name` are done."""
+
+    name: str  # "load text_encoder"
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A denoising step is done."""
+
+    step: int  # counted from 1
+    total: int
+    expert: str  # "high_noise", "low_noise" or "denoiser"
+    seconds: float  # without compiling
+    compile_seconds: float = 0.0  # before this step; 0 if nothing was compiled
+    videos: tuple[int, ...] = (0,)  # which videos of the batch made the step
+    # A small uint8 picture [F', h, w, 3] of each video as the model predicts it now: [B, F', h, w, 3].
+    preview: Callable[[], np.ndarray] | None = field(default=None, repr=False, compare=False)
+    # The solver's state on the host, from which a run can go on (`pipe(..., state=...)`).
+    state: Callable[[], Any] | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, eq=False)
+class FramesDecoded:
+    """Frames have left the device."""
+
+    frames: np.ndarray = field(repr=False)  # uint8 [n, H, W, 3]
+    done: int = 0  # frames decoded so far, these included
+    total: int = 0
+    video: int = 0  # which video of the batch
+
+
+Event = Note | StageStarted | StageDone | Progress | Transfer | StepDone | FramesDecoded
+Listener = Callable[[Event], None]
+
+
+class CancelToken:
+    """Asks a run to stop, from any thread. It does so after the step or the frames at hand, and raises `Cancelled`."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def cancel(self) -> None:
+        self._event.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._event.is_set()
+
+
+class Run:
+    """One piece of work: its listener, its cancel token and its wall times.
+
+    Events of one run reach the listener one at a time. Without a listener notes are warnings.
+
+    Attributes:
+        seconds: wall time by stage, without compiling, which is counted as "compile".
+    """
+
+    def __init__(self, on_event: Listener | None = None, cancel: CancelToken | None = None):
+        self.seconds: dict[str, float] = {}
+        self._on_event = on_event
+        self._cancel = cancel
+        self._lock = threading.RLock()
+
+    def emit(self, event: Event) -> None:
+        if self._on_event is not None:
+            with self._lock:
+                self._on_event(event)
+
+    def note(self, message: str) -> None:
+        """Tells the user something harmless."""
+        if self._on_event is None:
+            warnings.warn(message, stacklevel=_levels_to_caller())
+        self.emit(Note(message))
+
+    def check(self) -> None:
+        """Raises Cancelled if the token asks for it."""
+        if self._cancel is not None and self._cancel.cancelled:
+            raise Cancelled("the run was cancelled")
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        with self._lock:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[None]:
+        """Reports a stage and counts its seconds, without those of compiling."""
+        self.check()
+        self.emit(StageStarted(name, total))
+        start, compiled = time.perf_counter(), self.seconds.get("compile", 0.0)
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start - (self.seconds.get("compile", 0.0) - compiled)
+            self.add_seconds(name, seconds)
+            self.emit(StageDone(name, seconds))
+
+    def call(self, function: CompiledFunction, *args: Any) -> Any:
+        """Calls a function without waiting for its end; counts the time to compile it."""
+        start = time.perf_counter()
+        if function.compile(*args):
+            self.add_seconds("compile", time.perf_counter() - start)
+        return function(*args)
+
+
+def listeners(*functions: Listener) -> Listener:
+    """One listener that tells all of them."""
+
+    def tell(event: Event) -> None:
+        for function in functions:
+            function(event)
+
+    return tell
+
+
+def _levels_to_caller() -> int:
+    """The stack level, for `warnings.warn` in the caller of this function, of the first frame outside of wan_jax."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        "wan_jax",
+        "contextlib",
+    ):
+        level, frame = level + 1, frame.f_back
+    return level
