@@ -28,7 +28,8 @@ from wan_jax.checkpoint.export import write_official_component
 from wan_jax.checkpoint.layouts import denoiser_rows, expand_layers
 from wan_jax.checkpoint.safetensors import SHARD_BYTES
 from wan_jax.checkpoint.tensors import TensorInfo
-from wan_jax.config import PRESETS, WanConfig
+from wan_jax.config import WanConfig
+from wan_jax.presets import PRESETS
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

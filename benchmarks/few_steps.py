@@ -260,7 +260,7 @@ def vae_arguments(config: Any) -> dict[str, Any]:
 
 
 def full(part: str) -> Any:
-    from wan_jax.config import get_preset
+    from wan_jax.presets import get_preset
 
     return get_preset(part)
 

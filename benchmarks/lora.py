@@ -41,11 +41,11 @@ def main() -> None:
     from wan_jax.runtime import xla_flags
 
     xla_flags.configure()
-    from wan_jax.config import get_preset
     from wan_jax.diffusion.params import Settings, parse_size
     from wan_jax.lora.apply import Lora
     from wan_jax.models.compiled import CompiledModels
     from wan_jax.pipeline import peak_bytes
+    from wan_jax.presets import get_preset
     from wan_jax.runtime.offload import PROFILES, Memory
     from wan_jax.testing.demo import DEMO
 

@@ -107,10 +107,10 @@ def run_part(part: str, demo: bool) -> dict[str, Any]:
     started = time.perf_counter()
     import jax
 
-    from wan_jax.config import get_preset
     from wan_jax.diffusion.params import Settings, parse_size
     from wan_jax.models.compiled import CompiledModels
     from wan_jax.planning.memory import Plan, memory_limit
+    from wan_jax.presets import get_preset
     from wan_jax.runtime.offload import PROFILES
     from wan_jax.testing.demo import DEMO
 

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wan_jax.config import WanConfig, get_preset
+from wan_jax.config import WanConfig
 from wan_jax.diffusion.params import DTYPES, Settings, check_name, parse_size, parse_steps
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import BACKENDS, attention
@@ -35,6 +35,7 @@ from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
 from wan_jax.pipeline import peak_bytes
 from wan_jax.planning.time import decode_flops, denoiser_flops, encode_flops
+from wan_jax.presets import get_preset
 from wan_jax.runtime import xla_flags
 from wan_jax.runtime.compiled import workspace_bytes
 from wan_jax.testing.demo import DEMO, random_model, random_pipeline

@@ -12,25 +12,37 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from wan_jax.config import PRESETS, WanConfig, get_preset
+    from wan_jax.config import PerExpert, WanConfig
     from wan_jax.errors import InputError
     from wan_jax.lora.apply import Lora
     from wan_jax.media.video import Video, read_video
     from wan_jax.pipeline import WanPipeline
+    from wan_jax.presets import PRESETS, get_preset
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "PRESETS": "wan_jax.config",
+    "PRESETS": "wan_jax.presets",
+    "PerExpert": "wan_jax.config",
     "WanConfig": "wan_jax.config",
-    "get_preset": "wan_jax.config",
+    "get_preset": "wan_jax.presets",
     "InputError": "wan_jax.errors",
     "Lora": "wan_jax.lora.apply",
     "WanPipeline": "wan_jax.pipeline",
     "Video": "wan_jax.media.video",
     "read_video": "wan_jax.media.video",
 }
-__all__ = ["PRESETS", "InputError", "Lora", "Video", "WanConfig", "WanPipeline", "get_preset", "read_video"]
+__all__ = [
+    "PRESETS",
+    "InputError",
+    "Lora",
+    "PerExpert",
+    "Video",
+    "WanConfig",
+    "WanPipeline",
+    "get_preset",
+    "read_video",
+]
 
 
 def __getattr__(name: str):

@@ -14,13 +14,14 @@ import numpy as np
 from wan_jax.assets import NANO_WEIGHTS
 from wan_jax.checkpoint import ConversionSummary, convert
 from wan_jax.checkpoint.memory import memory_checkpoint
-from wan_jax.config import WanConfig, get_preset
+from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parameters import with_parameters
 from wan_jax.pipeline import WanPipeline
+from wan_jax.presets import get_preset
 from wan_jax.text.tokenizer import Tokenizer
 from wan_nano.files import TOKENIZER, find_shards, read_shards
 from wan_nano.losses import build

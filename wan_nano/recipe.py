@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from wan_jax.config import get_preset
 from wan_jax.diffusion.params import DTYPES, check_name
 from wan_jax.errors import InputError, unknown_name
+from wan_jax.presets import get_preset
 from wan_nano.data import CHUNK
 from wan_nano.optimizer import OPTIMIZERS
 

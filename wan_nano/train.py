@@ -23,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from wan_jax.config import WanConfig, get_preset
+from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parameters import with_parameters
+from wan_jax.presets import get_preset
 from wan_jax.runtime import xla_flags
 from wan_jax.text.tokenizer import Tokenizer
 from wan_jax.training.step import Loss, TrainState

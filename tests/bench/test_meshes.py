@@ -8,10 +8,10 @@ import pytest
 from wan_bench.meshes import MeshBench, default_meshes
 from wan_jax import parameters
 from wan_jax.cli.main import main
-from wan_jax.config import get_preset
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import ParameterInfo, random_parameters
+from wan_jax.presets import get_preset
 from wan_jax.testing.demo import DEMO
 
 SMALL = ["--preset", "demo", "--size", "48x32", "--frames", "5", "--repeats", "1", "--dtype", "float32"]

@@ -25,8 +25,8 @@ from tests.checkpoint.trees import CONFIG, assert_same_state, bits, diffusers_mo
 from wan_jax.checkpoint import convert, open_checkpoint
 from wan_jax.checkpoint.export import check_official_can_hold
 from wan_jax.checkpoint.orbax import config_from_json
-from wan_jax.config import PRESETS
 from wan_jax.errors import InputError
+from wan_jax.presets import PRESETS
 
 TARGETS = ("orbax", "diffusers", "official")
 

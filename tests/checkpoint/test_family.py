@@ -21,8 +21,9 @@ from wan_jax.checkpoint.family import assemble_config, infer_conditioning, offic
 from wan_jax.checkpoint.layouts import component_config, expand_layers, model_rows, num_layers
 from wan_jax.checkpoint.sources import OFFICIAL_IMAGE_ENCODER, official_vae
 from wan_jax.checkpoint.tensors import BFLOAT16, TensorInfo
-from wan_jax.config import PRESETS, WAN22_VAE, ImageEncoderConfig, VAEConfig, WanConfig
+from wan_jax.config import ImageEncoderConfig, VAEConfig, WanConfig
 from wan_jax.errors import InputError
+from wan_jax.presets import PRESETS, WAN22_VAE
 
 # Widths of heads are the released ones, 128 and 80, which files without configs do not tell.
 CLIP = ImageEncoderConfig(image_size=28, patch_size=14, dim=160, num_layers=3, num_heads=2, ffn_dim=44)

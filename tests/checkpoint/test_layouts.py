@@ -17,7 +17,8 @@ from wan_jax.checkpoint.layouts import (
     text_encoder_rows,
     vae_rows,
 )
-from wan_jax.config import PRESETS, WAN22_VAE, DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig
+from wan_jax.config import DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig
+from wan_jax.presets import PRESETS, WAN22_VAE
 
 DENOISERS = (
     DenoiserConfig(num_layers=2, dim=60, num_heads=3, ffn_dim=52, text_dim=28, freq_dim=64),

@@ -23,8 +23,9 @@ from wan_jax.checkpoint.configs import (
 from wan_jax.checkpoint.family import assemble_config
 from wan_jax.checkpoint.layouts import abstract_model, component_config, expand_layers, model_rows, num_layers
 from wan_jax.checkpoint.tensors import BFLOAT16, TensorInfo
-from wan_jax.config import PRESETS, ImageEncoderConfig, WanConfig
+from wan_jax.config import ImageEncoderConfig, WanConfig
 from wan_jax.errors import InputError
+from wan_jax.presets import PRESETS
 
 
 def stacked(component: str, tensors, naming: str, dtype=np.float32) -> dict[str, np.ndarray]:

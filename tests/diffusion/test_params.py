@@ -2,9 +2,10 @@
 
 import pytest
 
-from wan_jax.config import OFFICIAL_NEGATIVE_PROMPT, PRESETS, WanConfig, get_preset
+from wan_jax.config import OFFICIAL_NEGATIVE_PROMPT, WanConfig
 from wan_jax.diffusion.params import Settings, parse_guidance, parse_names, parse_size, parse_steps
 from wan_jax.errors import InputError
+from wan_jax.presets import PRESETS, get_preset
 
 A14B = get_preset("t2v-a14b")
 

@@ -8,7 +8,6 @@ import pytest
 from flax import nnx
 
 from tests.parallel.test_strategies import CONFIG, LATENTS
-from wan_jax.config import get_preset
 from wan_jax.diffusion.relay import denoise_in_relay
 from wan_jax.diffusion.sampler import Expert, StepReport, denoise
 from wan_jax.diffusion.schedule import make_schedule
@@ -18,6 +17,7 @@ from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import abstract_parameters
+from wan_jax.presets import get_preset
 from wan_jax.runtime.offload import place
 from wan_jax.testing.demo import random_model
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from wan_jax.config import WanConfig, get_preset
+from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
 from wan_jax.media import image as images
+from wan_jax.presets import get_preset
 
 I2V, TI2V = get_preset("i2v-a14b"), get_preset("ti2v-5b")
 

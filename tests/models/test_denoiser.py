@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from wan_jax.config import PRESETS, DenoiserConfig
+from wan_jax.config import DenoiserConfig
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import (
     Context,
@@ -18,6 +18,7 @@ from wan_jax.models.denoiser import (
 )
 from wan_jax.models.nn.layers import on_host
 from wan_jax.parameters import abstract_parameters, named_parameters, with_parameters
+from wan_jax.presets import PRESETS
 from wan_jax.runtime.offload import PROFILES, Memory, place
 
 TINY = DenoiserConfig(

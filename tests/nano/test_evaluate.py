@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from wan_jax.cli.options import Options
-from wan_jax.config import get_preset
 from wan_jax.diffusion.params import Settings
 from wan_jax.errors import InputError
+from wan_jax.presets import get_preset
 from wan_nano.captions import LANGUAGES
 from wan_nano.classifier import Classifier, make_crops, train
 from wan_nano.digits import digit_atlas

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from wan_jax.config import get_preset
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parameters import abstract_parameters
+from wan_jax.presets import get_preset
 from wan_nano.losses import build
 from wan_nano.optimizer import make_optimizer, matrices, with_learning_rate
 

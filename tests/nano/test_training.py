@@ -14,12 +14,13 @@ from einops import rearrange
 from wan_jax.checkpoint import open_checkpoint
 from wan_jax.cli.generate import load_pipeline, open_model
 from wan_jax.cli.options import Options
-from wan_jax.config import DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig, get_preset
+from wan_jax.config import DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parameters import abstract_parameters, named_parameters, random_parameters, with_parameters
+from wan_jax.presets import get_preset
 from wan_jax.runtime.progress import Bars
 from wan_jax.testing.demo import random_model, run_demo
 from wan_nano import files, losses, train

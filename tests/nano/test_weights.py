@@ -4,8 +4,8 @@ import numpy as np
 
 from wan_jax import WanPipeline
 from wan_jax.assets import NANO_WEIGHTS
-from wan_jax.config import get_preset
 from wan_jax.diffusion.params import Settings
+from wan_jax.presets import get_preset
 from wan_nano.classifier import Classifier
 from wan_nano.digits import digit_atlas
 from wan_nano.evaluate import generate_videos, judge, make_prompts, psnr

@@ -6,11 +6,11 @@ import json
 import pytest
 
 from wan_jax.cli.main import main
-from wan_jax.config import get_preset
 from wan_jax.diffusion.params import Settings
 from wan_jax.errors import InputError
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.planning.mesh import choose_strategy, resolve
+from wan_jax.presets import get_preset
 
 A14B = get_preset("t2v-a14b")  # 40 heads, 40 layers
 FIVE_HEADS = dataclasses.replace(A14B, denoiser=dataclasses.replace(A14B.denoiser, num_heads=5, dim=640))

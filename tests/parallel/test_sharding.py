@@ -6,13 +6,13 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from wan_jax.config import get_preset
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.sharding import ShardingRules, make_mesh
 from wan_jax.parameters import abstract_parameters
+from wan_jax.presets import get_preset
 
 MESH = AbstractMesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from wan_jax import plan as planning
 from wan_jax.cli.main import main
-from wan_jax.config import ImageEncoderConfig, get_preset
+from wan_jax.config import ImageEncoderConfig
 from wan_jax.diffusion.params import Settings
 from wan_jax.diffusion.sampler import plan_steps
 from wan_jax.models import vae as vae_model
@@ -20,6 +20,7 @@ from wan_jax.models.compiled import CompiledModels
 from wan_jax.parameters import named_parameters
 from wan_jax.planning.memory import Plan, Prediction, choose_profile, report
 from wan_jax.planning.time import decode_flops, decode_scratch, denoiser_flops, encode_flops, encode_scratch
+from wan_jax.presets import get_preset
 from wan_jax.runtime.offload import PROFILES, Memory
 from wan_jax.testing.demo import DEMO, random_pipeline
 from wan_jax.text.tokenizer import Tokenizer

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from wan_jax.cli.main import _options, _parser
-from wan_jax.config import get_preset
 from wan_jax.parallel.mesh_spec import MeshSpec
+from wan_jax.presets import get_preset
 from wan_jax.runtime.distributed import Cluster, find_cluster
 
 DOCUMENT = (pathlib.Path(__file__).parents[2] / "docs" / "multi_host.md").read_text()

@@ -13,15 +13,9 @@ from typing import Any
 
 from wan_jax.checkpoint.layouts import Naming, Row, image_encoder_rows, other_names, text_encoder_rows
 from wan_jax.checkpoint.tensors import TensorInfo
-from wan_jax.config import (
-    PRESETS,
-    WAN22_VAE,
-    DenoiserConfig,
-    ImageEncoderConfig,
-    TextEncoderConfig,
-    VAEConfig,
-)
+from wan_jax.config import DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig
 from wan_jax.errors import InputError
+from wan_jax.presets import PRESETS, WAN22_VAE
 
 # Of every released model; the tensors alone do not tell the number of heads.
 RELEASED_HEAD_DIM = 128

@@ -31,8 +31,9 @@ from wan_jax.checkpoint.safetensors import write_safetensors
 from wan_jax.checkpoint.sources import EXPERT_FOLDERS, OFFICIAL_IMAGE_ENCODER, OFFICIAL_TEXT_ENCODER, official_vae
 from wan_jax.checkpoint.tensors import BFLOAT16, ReadMany, TensorInfo
 from wan_jax.checkpoint.torch_pickle import write_torch_pickle
-from wan_jax.config import PRESETS, DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, WanConfig
+from wan_jax.config import DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, WanConfig
 from wan_jax.errors import InputError
+from wan_jax.presets import PRESETS
 
 DIFFUSERS_VERSION = "0.36.0"  # the oldest we test with; loaders only compare it
 DIFFUSERS_FOLDERS = {

@@ -4,14 +4,8 @@ import dataclasses
 import re
 
 from wan_jax.checkpoint.configs import another_family
-from wan_jax.config import (
-    PRESETS,
-    DenoiserConfig,
-    ImageEncoderConfig,
-    TextEncoderConfig,
-    VAEConfig,
-    WanConfig,
-)
+from wan_jax.config import DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig, WanConfig
+from wan_jax.presets import PRESETS
 
 MASK_CHANNELS = VAEConfig().temporal_stride  # one for each frame in a latent frame
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from wan_jax.cli.options import Options, choices
 from wan_jax.cli.prompt_files import Item, read_items
-from wan_jax.config import WanConfig, get_preset
+from wan_jax.config import WanConfig
 from wan_jax.diffusion.params import Settings
 from wan_jax.errors import InputError
 from wan_jax.media.image import ImagePrompt, read_image
@@ -28,6 +28,7 @@ from wan_jax.media.video import (
     read_video,
     save_array,
 )
+from wan_jax.presets import get_preset
 from wan_jax.text.prompt_extension import Endpoint, LocalModel, extend_prompt, open_language_model
 
 if TYPE_CHECKING:

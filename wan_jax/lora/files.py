@@ -23,7 +23,7 @@ from wan_jax.checkpoint.hub import local_lora
 from wan_jax.checkpoint.layouts import Row, expand_layers, model_rows
 from wan_jax.checkpoint.safetensors import SafetensorsFile
 from wan_jax.checkpoint.tensors import FLOAT8_DTYPES, WEIGHT_DTYPES
-from wan_jax.config import PRESETS, DenoiserConfig, WanConfig
+from wan_jax.config import DenoiserConfig, WanConfig
 from wan_jax.errors import InputError, unknown_name
 from wan_jax.lora.names import (
     EXPERT_METADATA,
@@ -37,6 +37,7 @@ from wan_jax.lora.names import (
     parse_key,
     without_prefixes,
 )
+from wan_jax.presets import PRESETS
 
 ExpertChoice = Literal["both", "high_noise", "low_noise"]
 EXPERT_CHOICES: tuple[ExpertChoice, ...] = ("both", "high_noise", "low_noise")

@@ -18,7 +18,7 @@ from wan_jax.checkpoint import convert
 from wan_jax.checkpoint.memory import memory_checkpoint
 from wan_jax.cli.generate import generate
 from wan_jax.cli.options import Options
-from wan_jax.config import DenoiserConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig, get_preset
+from wan_jax.config import DenoiserConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.models.text_encoder import TextEncoder
@@ -26,6 +26,7 @@ from wan_jax.models.vae import VAE
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import abstract_parameters, named_parameters, random_parameters, with_parameters
 from wan_jax.pipeline import WanPipeline
+from wan_jax.presets import get_preset
 from wan_jax.runtime.progress import Bars
 from wan_jax.testing.tokenizer import train_small_tokenizer
 from wan_jax.text.tokenizer import Tokenizer
