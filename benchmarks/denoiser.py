@@ -237,7 +237,7 @@ def denoiser(bench: Any, implementation: str | None = None) -> Any:
     from flax import nnx
 
     from wan_jax.models.denoiser import Denoiser
-    from wan_jax.testing.demo import random_model
+    from wan_jax.testing.models import random_model
 
     config = bench.config.denoiser
     if None not in _models:
@@ -283,7 +283,7 @@ def psnr(run: Run, preset: str) -> None:
     from wan_bench.parts import get_config, normal
     from wan_jax.models.vae import VAE
     from wan_jax.parameters import named_parameters, with_parameters
-    from wan_jax.testing.demo import random_model
+    from wan_jax.testing.models import random_model
 
     config = get_config(preset).vae
     for bench in benches(run, preset, "psnr", run.sizes[-1:]):

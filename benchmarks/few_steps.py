@@ -269,7 +269,7 @@ def small(part: str) -> Any:
     """The part's model with little of everything."""
     import dataclasses
 
-    from wan_jax.testing.demo import DEMO
+    from wan_jax.testing.models import DEMO
 
     config = full(part)
     narrow = {"num_layers": 2, "dim": 96, "num_heads": 4, "ffn_dim": 256, "text_dim": 64, "freq_dim": 64}

@@ -19,7 +19,7 @@ from wan_jax.diffusion.params import Settings, parse_size
 from wan_jax.media.video import Video
 from wan_jax.pipeline import WanPipeline, peak_bytes
 from wan_jax.presets import get_preset
-from wan_jax.testing.demo import random_pipeline
+from wan_jax.testing.models import random_pipeline
 from wan_jax.testing.tokenizer import train_small_tokenizer
 from wan_jax.text.tokenizer import Tokenizer
 

@@ -47,7 +47,7 @@ def main() -> None:
     from wan_jax.pipeline import peak_bytes
     from wan_jax.presets import get_preset
     from wan_jax.runtime.offload import PROFILES, Memory
-    from wan_jax.testing.demo import DEMO
+    from wan_jax.testing.models import DEMO
 
     report: dict[str, Any] = {
         "benchmark": "lora",

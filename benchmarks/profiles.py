@@ -112,7 +112,7 @@ def run_part(part: str, demo: bool) -> dict[str, Any]:
     from wan_jax.planning.memory import Plan, memory_limit
     from wan_jax.presets import get_preset
     from wan_jax.runtime.offload import PROFILES
-    from wan_jax.testing.demo import DEMO
+    from wan_jax.testing.models import DEMO
 
     size, vae_dtype, names, _, steps = PARTS[part]
     config = DEMO if demo else get_preset("t2v-a14b")

@@ -26,10 +26,10 @@ import jax.numpy as jnp
 from wan_bench.parts import device_facts, normal
 from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.diffusion.params import Settings, parse_size
-from wan_jax.parameters import random_parameters
 from wan_jax.pipeline import peak_bytes
 from wan_jax.presets import get_preset
 from wan_jax.runtime.compiled import workspace_bytes
+from wan_jax.testing.models import random_parameters
 from wan_jax.training.adapters import LoraConfig, adapter_tree, initial_adapters
 from wan_jax.training.denoiser_loss import DenoiserLoss, NoiseConfig, training_flops
 from wan_jax.training.optimizer import OptimizerConfig, make_optimizer

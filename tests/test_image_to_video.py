@@ -16,7 +16,7 @@ from wan_jax.media.image import ImagePrompt
 from wan_jax.media.video import Video
 from wan_jax.parameters import named_parameters
 from wan_jax.runtime.offload import PROFILES, Memory, place
-from wan_jax.testing.demo import DEMO, random_pipeline, write_demo
+from wan_jax.testing.models import DEMO, random_pipeline, write_demo
 from wan_jax.text.tokenizer import Tokenizer
 
 I2V = replace(

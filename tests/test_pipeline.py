@@ -11,7 +11,7 @@ from wan_jax import pipeline
 from wan_jax.diffusion.params import Settings
 from wan_jax.errors import InputError
 from wan_jax.pipeline import WanPipeline
-from wan_jax.testing.demo import DEMO, random_pipeline
+from wan_jax.testing.models import DEMO, random_pipeline
 from wan_jax.text.tokenizer import Tokenizer
 
 SHAPE = (16, 2, 4, 6)  # 48x32, 5 frames

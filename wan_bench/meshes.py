@@ -33,9 +33,10 @@ from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
-from wan_jax.parameters import abstract_parameters, random_parameters, with_parameters
+from wan_jax.parameters import abstract_parameters, with_parameters
 from wan_jax.runtime.compiled import workspace_bytes
 from wan_jax.runtime.distributed import Watchdog
+from wan_jax.testing.models import random_parameters
 
 GUIDANCE = 4.0
 

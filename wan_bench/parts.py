@@ -38,7 +38,8 @@ from wan_jax.planning.time import decode_flops, denoiser_flops, encode_flops
 from wan_jax.presets import get_preset
 from wan_jax.runtime import xla_flags
 from wan_jax.runtime.compiled import workspace_bytes
-from wan_jax.testing.demo import DEMO, random_model, random_pipeline
+from wan_jax.runtime.devices import bytes_of_a_device, matmul_rate, seconds_of
+from wan_jax.testing.models import DEMO, random_model, random_pipeline
 from wan_jax.testing.tokenizer import train_small_tokenizer
 from wan_jax.text.tokenizer import Tokenizer
 
@@ -125,32 +126,6 @@ class Bench:
         row = Row(name, tuple(seconds), flops, memory, more)
         self.on_row(row)
         return row
-
-
-def seconds_of(call: Callable[[], Any], repeats: int, calls: int = 1) -> list[float]:
-    """Seconds that `call` takes, `repeats` times, each the mean of `calls` calls on end; one run to warm up."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(calls):
-            result = call()
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / calls)
-    return times
-
-
-def bytes_of_a_device(tree: Any) -> int:
-    """What the first device has of some arrays."""
-    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def matmul_rate() -> float:
-    """FLOP/s of a square bfloat16 product, ten on end."""
-    size = 512 if jax.default_backend() == "cpu" else 8192
-    x, y = (jax.random.normal(jax.random.key(seed), (size, size)).astype(jnp.bfloat16) for seed in range(2))
-    product = jax.jit(jnp.dot).lower(x, y).compile()
-    return 2 * size**3 / statistics.median(seconds_of(partial(product, x, y), repeats=5, calls=10))
 
 
 def normal(shape: tuple[int, ...], dtype: Any = jnp.float32, seed: int = 1) -> jax.Array:

@@ -6,13 +6,13 @@ import jax
 import pytest
 
 from wan_bench.meshes import MeshBench, default_meshes
-from wan_jax import parameters
 from wan_jax.cli.main import main
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
-from wan_jax.parameters import ParameterInfo, random_parameters
+from wan_jax.parameters import ParameterInfo
 from wan_jax.presets import get_preset
-from wan_jax.testing.demo import DEMO
+from wan_jax.testing import models
+from wan_jax.testing.models import DEMO, random_parameters
 
 SMALL = ["--preset", "demo", "--size", "48x32", "--frames", "5", "--repeats", "1", "--dtype", "float32"]
 
@@ -104,7 +104,7 @@ def test_default_meshes():
 
 
 def test_random_parameters_on_a_mesh_are_those_of_one_device(monkeypatch):
-    monkeypatch.setattr(parameters, "LARGE", 1000)
+    monkeypatch.setattr(models, "LARGE", 1000)
     tree = {
         "large.kernel": ParameterInfo((2, 64, 48), jax.numpy.float32, ("layers", "embed", "mlp")),
         "small.kernel": ParameterInfo((8, 4), jax.numpy.float32, ("embed", None)),

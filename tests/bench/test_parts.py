@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from wan_bench.parts import Row, seconds_of
-from wan_jax import parameters
+from wan_bench.parts import Row
 from wan_jax.cli.main import main
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.parameters import ParameterInfo, random_parameters
+from wan_jax.parameters import ParameterInfo, abstract_parameters
 from wan_jax.planning.time import denoiser_flops
-from wan_jax.testing.demo import DEMO
+from wan_jax.runtime.devices import seconds_of
+from wan_jax.testing import models
+from wan_jax.testing.models import DEMO, random_parameters
 
 SMALL = ["--preset", "demo", "--size", "48x32", "--frames", "5", "--steps", "2", "--repeats", "2"]
 TOKENS = 2 * 2 * 3
@@ -49,7 +50,7 @@ def test_denoiser(bench, tmp_path):
 def parameters_of_the_denoiser() -> dict[str, ParameterInfo]:
     from flax import nnx
 
-    return parameters.abstract_parameters(lambda: Denoiser(DEMO.denoiser, dtype="bfloat16", rngs=nnx.Rngs(0)))
+    return abstract_parameters(lambda: Denoiser(DEMO.denoiser, dtype="bfloat16", rngs=nnx.Rngs(0)))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_median():
 
 
 def test_large_parameters_repeat_a_block(monkeypatch):
-    monkeypatch.setattr(parameters, "LARGE", 2**12)
+    monkeypatch.setattr(models, "LARGE", 2**12)
     tree = {
         "blocks.linear.kernel": ParameterInfo((3, 700, 900), np.dtype(np.float32), ("layers", None, None)),
         "blocks.norm.scale": ParameterInfo((3, 5000), np.dtype(np.float32), ("layers", None)),

@@ -11,7 +11,7 @@ from wan_jax.checkpoint.components import local_box
 from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
-from wan_jax.testing.demo import DEMO, write_demo
+from wan_jax.testing.models import DEMO, write_demo
 
 
 @pytest.fixture(scope="module", params=["orbax", "diffusers"])

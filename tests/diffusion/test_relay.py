@@ -19,7 +19,7 @@ from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import abstract_parameters
 from wan_jax.presets import get_preset
 from wan_jax.runtime.offload import place
-from wan_jax.testing.demo import random_model
+from wan_jax.testing.models import random_model
 
 VIDEOS = 3
 EXPERTS = ("high_noise", "low_noise")

@@ -6,7 +6,7 @@ from jax.extend.core import jaxprs_in_params
 
 from wan_jax.kernels import precision
 from wan_jax.models.denoiser import FeedForward
-from wan_jax.testing.demo import DEMO
+from wan_jax.testing.models import DEMO
 
 
 def arithmetic(function, *args) -> set[str]:

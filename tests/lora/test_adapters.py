@@ -11,7 +11,7 @@ from wan_jax.lora.adapters import adapt
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.nn.layers import Adapter, Linear
 from wan_jax.parameters import named_parameters
-from wan_jax.testing.demo import random_model
+from wan_jax.testing.models import random_model
 
 CONFIG = DenoiserConfig(num_layers=2, dim=36, num_heads=3, ffn_dim=52, text_dim=28, text_length=7, freq_dim=22)
 QUERY, UP, HEAD = "blocks.self_attention.query", "blocks.feed_forward.up", "head.linear"

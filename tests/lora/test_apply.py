@@ -24,7 +24,7 @@ from wan_jax.models.nn.layers import Adapter
 from wan_jax.parameters import named_parameters
 from wan_jax.planning.memory import Plan
 from wan_jax.runtime.offload import PROFILES, Memory, place
-from wan_jax.testing.demo import DEMO, random_pipeline
+from wan_jax.testing.models import DEMO, random_pipeline
 from wan_jax.text.tokenizer import Tokenizer
 
 SMALL = {"size": (48, 32), "frames": 5, "steps": 2, "shift": 5.0, "seed": 3}

@@ -21,7 +21,7 @@ from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.nn.layers import Adapter
 from wan_jax.parameters import named_parameters
 from wan_jax.runtime.offload import single_device
-from wan_jax.testing.demo import random_model
+from wan_jax.testing.models import random_model
 
 TWO = WanConfig(name="two", denoiser=CONFIG)
 ONE = WanConfig(name="one", denoiser=CONFIG, sampling=SamplingConfig(boundary=None))

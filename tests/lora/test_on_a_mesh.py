@@ -20,7 +20,7 @@ from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import abstract_parameters, named_parameters, with_parameters
 from wan_jax.runtime.offload import single_device
-from wan_jax.testing.demo import random_model
+from wan_jax.testing.models import random_model
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,10 @@ from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
-from wan_jax.parameters import abstract_parameters, named_parameters, random_parameters, with_parameters
+from wan_jax.parameters import abstract_parameters, named_parameters, with_parameters
 from wan_jax.presets import get_preset
 from wan_jax.runtime.progress import Bars
-from wan_jax.testing.demo import random_model, run_demo
+from wan_jax.testing.models import random_model, random_parameters
 from wan_nano import files, losses, train
 from wan_nano.data import train_tokenizer
 from wan_nano.export import LARGEST, components, export, nano_pipeline
@@ -447,8 +447,3 @@ def test_export(tmp_path, monkeypatch, capsys):
     assert load_pipeline(Options(quiet=True)).config.name == "nano"
     open_model(None, Bars(True))
     assert "this is the nano model" in capsys.readouterr().err
-    asked = []
-    monkeypatch.setattr("wan_jax.testing.demo.generate", asked.append)
-    run_demo(tmp_path / "demo")
-    assert open_checkpoint(asked[0].checkpoint).config == config
-    assert asked[0].size == "96x96"

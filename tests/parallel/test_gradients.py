@@ -17,7 +17,7 @@ from wan_jax.parallel.collectives import MESH_AXES
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement, gather_outside_layers
 from wan_jax.runtime.offload import place
-from wan_jax.testing.demo import random_model
+from wan_jax.testing.models import random_model
 
 # 3 x 1 x 3 = 9 tokens: over four devices the last has none, only padding.
 LATENTS = (2, 4, 3, 2, 6)

@@ -18,7 +18,7 @@ from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import abstract_parameters, named_parameters, with_parameters
-from wan_jax.testing.demo import random_model
+from wan_jax.testing.models import random_model
 
 # 3 x 3 x 5 = 45 tokens: no axis divides them.
 LATENTS = (4, 3, 6, 10)

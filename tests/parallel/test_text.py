@@ -13,7 +13,7 @@ from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import abstract_parameters
 from wan_jax.runtime.offload import place
-from wan_jax.testing.demo import random_model
+from wan_jax.testing.models import random_model
 
 # Four parts at most: 8 devices make two copies of them.
 CONFIG = TextEncoderConfig(vocab_size=52, dim=12, num_layers=2, num_heads=4, head_dim=5, ffn_dim=24)

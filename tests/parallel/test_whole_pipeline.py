@@ -11,7 +11,7 @@ from wan_jax.errors import InputError
 from wan_jax.media.image import ImagePrompt
 from wan_jax.parameters import named_parameters
 from wan_jax.pipeline import WanPipeline
-from wan_jax.testing.demo import DEMO, random_pipeline
+from wan_jax.testing.models import DEMO, random_pipeline
 from wan_jax.text.tokenizer import Tokenizer
 
 SMALL = {"size": (48, 32), "frames": 5, "steps": 2}

@@ -22,7 +22,7 @@ from wan_jax.planning.memory import Plan, Prediction, choose_profile, report
 from wan_jax.planning.time import decode_flops, decode_scratch, denoiser_flops, encode_flops, encode_scratch
 from wan_jax.presets import get_preset
 from wan_jax.runtime.offload import PROFILES, Memory
-from wan_jax.testing.demo import DEMO, random_pipeline
+from wan_jax.testing.models import DEMO, random_pipeline
 from wan_jax.text.tokenizer import Tokenizer
 
 A14B = get_preset("t2v-a14b")

@@ -14,7 +14,7 @@ import pytest
 from wan_jax.cli.main import main
 from wan_jax.errors import InputError
 from wan_jax.runtime.distributed import EXIT_HUNG, Cluster, Watchdog, broadcast_from_process_0, find_cluster, first_host
-from wan_jax.testing.demo import write_demo
+from wan_jax.testing.models import write_demo
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = ["a red circle", "--size", "48x32", "--frames", "5", "--steps", "2", "--dtype", "float32", "--quiet"]

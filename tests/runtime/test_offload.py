@@ -17,7 +17,7 @@ from wan_jax.models.nn.layers import Linear, on_host, scan_layers, stack_layers
 from wan_jax.parameters import abstract_parameters, dotted, named_parameters
 from wan_jax.runtime import offload as memory
 from wan_jax.runtime.offload import PROFILES, Memory, abstract_array, place, single_device, streams
-from wan_jax.testing.demo import DEMO, random_pipeline
+from wan_jax.testing.models import DEMO, random_pipeline
 from wan_jax.text.tokenizer import Tokenizer
 
 SMALL = {"size": (48, 32), "frames": 5, "steps": 3, "shift": 5.0, "seed": 3}

@@ -12,7 +12,8 @@ from wan_jax.config import DenoiserConfig, SamplingConfig, WanConfig
 from wan_jax.diffusion.schedule import shift_sigmas
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.parameters import abstract_parameters, random_parameters
+from wan_jax.parameters import abstract_parameters
+from wan_jax.testing.models import random_parameters
 from wan_jax.training.adapters import LoraConfig, adapter_tree, initial_adapters
 from wan_jax.training.denoiser_loss import (
     DenoiserLoss,

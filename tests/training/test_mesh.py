@@ -8,7 +8,8 @@ from flax import nnx
 from wan_jax.config import DenoiserConfig
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.sharding import ShardingRules, make_mesh, whole
-from wan_jax.parameters import abstract_parameters, random_parameters, with_parameters
+from wan_jax.parameters import abstract_parameters, with_parameters
+from wan_jax.testing.models import random_parameters
 from wan_jax.training.metrics import read_metrics
 from wan_jax.training.optimizer import OptimizerConfig
 from wan_jax.training.trainer import MadeBatches, Trainer, TrainerConfig

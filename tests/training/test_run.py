@@ -11,7 +11,7 @@ from wan_jax.cli.main import main
 from wan_jax.config import DenoiserConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig
 from wan_jax.lora.files import Lora, open_lora
 from wan_jax.media.video import Video
-from wan_jax.testing.demo import write_demo
+from wan_jax.testing.models import write_demo
 from wan_jax.training.metrics import read_metrics
 
 TINY = WanConfig(

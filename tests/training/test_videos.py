@@ -5,7 +5,7 @@ import pytest
 
 from wan_jax.errors import InputError
 from wan_jax.media.video import Video
-from wan_jax.testing.demo import DEMO
+from wan_jax.testing.models import DEMO
 from wan_jax.training.videos import (
     Bucket,
     choose_bucket,

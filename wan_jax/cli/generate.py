@@ -414,12 +414,8 @@ def open_model(path_or_id: str | None, bars: "Bars") -> "Checkpoint":
 
     if path_or_id is not None:
         return open_checkpoint(local_checkpoint(path_or_id))
-
     from wan_jax.assets import NANO_WEIGHTS
-    from wan_jax.testing.demo import demo_checkpoint
 
-    if not NANO_WEIGHTS.is_dir():
-        return open_checkpoint(demo_checkpoint(bars))
     bars.note("no --checkpoint given: this is the nano model, which knows coloured shapes and digits that move")
     return open_checkpoint(NANO_WEIGHTS)
 

@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--report", type=pathlib.Path, help="write all figures here", metavar="F.json")
     command.set_defaults(run=_evaluate)
 
-    command = commands.add_parser("demo", help="write, convert and run a small random model", allow_abbrev=False)
+    command = commands.add_parser("demo", help="convert and run the small model of the package", allow_abbrev=False)
     command.add_argument("folder", nargs="?", default="outputs/demo", help="where (default outputs/demo)")
     command.set_defaults(run=_demo)
     return parser
@@ -282,7 +282,7 @@ def _evaluate(values: argparse.Namespace) -> None:
 
 
 def _demo(values: argparse.Namespace) -> None:
-    from wan_jax.testing.demo import run_demo
+    from wan_jax.cli.demo import run_demo
 
     print(run_demo(pathlib.Path(values.folder)))
 

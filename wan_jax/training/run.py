@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wan_bench.parts import matmul_rate
 from wan_jax.checkpoint import Checkpoint, convert
 from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.checkpoint.memory import memory_checkpoint
@@ -29,6 +28,7 @@ from wan_jax.parallel.sharding import ShardingRules, make_mesh
 from wan_jax.parameters import named_parameters, with_parameters
 from wan_jax.pipeline import WanPipeline
 from wan_jax.runtime import xla_flags
+from wan_jax.runtime.devices import matmul_rate
 from wan_jax.runtime.offload import PROFILES, Memory, place, single_device
 from wan_jax.runtime.progress import Bars
 from wan_jax.text.tokenizer import Tokenizer

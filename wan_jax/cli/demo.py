@@ -1,0 +1,24 @@
+"""`wan-jax demo`: converts the model that ships with the package and makes a video with it, on any machine."""
+
+import sys
+from pathlib import Path
+
+from wan_jax.assets import NANO_WEIGHTS
+from wan_jax.checkpoint import convert
+from wan_jax.cli.generate import generate
+from wan_jax.cli.options import Options
+
+PROMPT = "a red circle moves right"
+
+
+def run_demo(folder: Path) -> Path:
+    """Converts the diffusers tree of the nano model to wan_jax's own format and makes a video; returns the video."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint, video = folder / "nano-orbax", folder / "demo.mp4"
+    print(f"1. the nano model, as diffusers publishes models: {NANO_WEIGHTS}", file=sys.stderr)
+    print(f"2. the same in wan_jax's own format: {checkpoint}", file=sys.stderr)
+    if not checkpoint.exists():
+        print(convert(NANO_WEIGHTS, checkpoint), file=sys.stderr)
+    print(f"3. a video of {PROMPT!r}: {video}", file=sys.stderr)
+    generate(Options(prompt=PROMPT, checkpoint=str(checkpoint), output=str(video)))
+    return video
