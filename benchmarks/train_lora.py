@@ -30,9 +30,10 @@ from wan_jax.pipeline import peak_bytes
 from wan_jax.presets import get_preset
 from wan_jax.runtime.compiled import workspace_bytes
 from wan_jax.testing.models import random_parameters
-from wan_jax.training.adapters import LoraConfig, adapter_tree, initial_adapters
-from wan_jax.training.denoiser_loss import DenoiserLoss, NoiseConfig, training_flops
-from wan_jax.training.optimizer import OptimizerConfig, make_optimizer
+from wan_jax.training.adapters import adapter_tree, initial_adapters
+from wan_jax.training.config import LoraConfig, NoiseConfig, OptimizerConfig
+from wan_jax.training.denoiser_loss import DenoiserLoss, training_flops
+from wan_jax.training.optimizer import make_optimizer
 from wan_jax.training.step import init_state, make_step
 
 EXPERT = "low_noise"

@@ -5,7 +5,7 @@ All it needs is a folder of videos with metadata.jsonl: --config.data.folder=vid
 
 from ml_collections import ConfigDict
 
-from wan_jax.training.recipe import train_recipe
+from wan_jax.cli.train import train_recipe
 
 
 def get_config() -> ConfigDict:

@@ -5,7 +5,7 @@ For the other expert, `--config.experts=high_noise` with another output.
 
 from ml_collections import ConfigDict
 
-from wan_jax.training.recipe import train_recipe
+from wan_jax.cli.train import train_recipe
 
 
 def get_config() -> ConfigDict:

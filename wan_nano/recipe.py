@@ -130,9 +130,9 @@ def parse_stages(text: str) -> dict[str, float]:
 
 def nano_recipe() -> "ConfigDict":
     """All options at their defaults; unknown keys are refused, with the nearest known one named."""
-    from wan_jax.training.recipe import config_of
+    from wan_jax.cli.train import recipe_of
 
-    return config_of(NanoOptions())
+    return recipe_of(NanoOptions())
 
 
 def load_nano_recipe(arguments: Sequence[str], otherwise: NanoOptions) -> NanoOptions:
@@ -142,7 +142,9 @@ def load_nano_recipe(arguments: Sequence[str], otherwise: NanoOptions) -> NanoOp
         InputError: a recipe does not exist, a key is misspelt, or a value has the wrong type.
     """
     from wan_jax.cli.recipes import read_config
-    from wan_jax.training.recipe import config_of, make
+    from wan_jax.cli.train import dataclass_of, recipe_of
 
     known = [field.name for field in dataclasses.fields(NanoOptions)]
-    return read_config("train", arguments, known, lambda values: make(NanoOptions, values), config_of(otherwise))
+    return read_config(
+        "train", arguments, known, lambda values: dataclass_of(NanoOptions, values), recipe_of(otherwise)
+    )

@@ -299,7 +299,7 @@ def fastest_attention(config: WanConfig, dtype: str, bucket: Bucket) -> str | No
     return min((name for name in results if agrees(name)), key=seconds.__getitem__, default=None)
 
 
-def train(options: NanoOptions) -> Path:
+def train(options: NanoOptions) -> list[Path]:
     """Trains the stages as told, one after the other; returns the folder of the output."""
     xla_flags.configure()
     output = Path(options.output)
@@ -329,7 +329,10 @@ def train(options: NanoOptions) -> Path:
     for name, seconds in stages.items():
         run.more = options.more if name == list(stages)[-1] else 0.0
         functions[name](run, seconds)
-    return output
+    return [output]
+
+
+TRAINER = (NanoOptions, train)
 
 
 def parse_options(arguments: Sequence[str] | None) -> NanoOptions:

@@ -5,8 +5,9 @@ import pathlib
 import pytest
 
 from wan_jax.cli.main import main
+from wan_jax.cli.train import dataclass_of, load_train_recipe
 from wan_jax.errors import InputError
-from wan_jax.training.recipe import TrainOptions, load_train_recipe, make
+from wan_jax.training.config import TrainOptions
 from wan_nano.recipe import SMALL, Bucket, NanoOptions, Recipe, nano_recipe
 from wan_nano.train import parse_options
 
@@ -15,7 +16,7 @@ KINDS = (TrainOptions, NanoOptions)
 
 
 def test_defaults_are_those_of_the_dataclass():
-    assert make(NanoOptions, nano_recipe().to_dict()) == NanoOptions()
+    assert dataclass_of(NanoOptions, nano_recipe().to_dict()) == NanoOptions()
     assert parse_options([]) == NanoOptions()
     assert parse_options(["--small"]) == NanoOptions(**SMALL)
 
@@ -67,7 +68,7 @@ def test_bad_values(argument, message, capsys):
 
 def test_the_command(monkeypatch, tmp_path, capsys):
     asked = []
-    monkeypatch.setattr("wan_nano.train.train", lambda options: asked.append(options) or tmp_path)
+    monkeypatch.setattr("wan_nano.train.TRAINER", (NanoOptions, lambda options: asked.append(options) or [tmp_path]))
     assert main(["train", "--config", CONFIG, "--config.output=elsewhere"]) == 0
     assert asked[0].output == "elsewhere"
     assert capsys.readouterr().out.strip() == str(tmp_path)

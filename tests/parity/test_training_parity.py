@@ -12,7 +12,8 @@ from tests.parity.test_denoiser_parity import THREE_HEADS, ported, random_origin
 from wan_jax.checkpoint.layouts import denoiser_rows
 from wan_jax.config import SamplingConfig, WanConfig
 from wan_jax.parameters import named_parameters
-from wan_jax.training.denoiser_loss import DenoiserLoss, NoiseConfig
+from wan_jax.training.config import NoiseConfig
+from wan_jax.training.denoiser_loss import DenoiserLoss
 
 CONFIG = dataclasses.replace(THREE_HEADS, in_channels=4, num_layers=2)
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wan_jax.training.optimizer import OptimizerConfig
-from wan_jax.training.trainer import MadeBatches, Trainer, TrainerConfig
+from wan_jax.training.config import OptimizerConfig, TrainerConfig
+from wan_jax.training.trainer import MadeBatches, Trainer
 
 
 def loss(parameters, frozen, batch, keys):

@@ -14,7 +14,8 @@ from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parameters import abstract_parameters
 from wan_jax.testing.models import random_parameters
-from wan_jax.training.adapters import LoraConfig, adapter_tree, initial_adapters
+from wan_jax.training.adapters import adapter_tree, initial_adapters
+from wan_jax.training.config import LoraConfig, OptimizerConfig
 from wan_jax.training.denoiser_loss import (
     DenoiserLoss,
     NoiseConfig,
@@ -23,7 +24,7 @@ from wan_jax.training.denoiser_loss import (
     sigma_range,
     training_flops,
 )
-from wan_jax.training.optimizer import OptimizerConfig, make_optimizer
+from wan_jax.training.optimizer import make_optimizer
 from wan_jax.training.step import init_state, make_step, split_batch
 
 CONFIG = WanConfig(

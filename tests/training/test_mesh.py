@@ -10,9 +10,9 @@ from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.sharding import ShardingRules, make_mesh, whole
 from wan_jax.parameters import abstract_parameters, with_parameters
 from wan_jax.testing.models import random_parameters
+from wan_jax.training.config import OptimizerConfig, TrainerConfig
 from wan_jax.training.metrics import read_metrics
-from wan_jax.training.optimizer import OptimizerConfig
-from wan_jax.training.trainer import MadeBatches, Trainer, TrainerConfig
+from wan_jax.training.trainer import MadeBatches, Trainer
 
 CONFIG = DenoiserConfig(num_layers=2, dim=32, num_heads=2, ffn_dim=24, text_dim=12, text_length=5, freq_dim=16)
 

@@ -6,8 +6,9 @@ import pathlib
 
 import pytest
 
+from wan_jax.cli.train import dataclass_of, load_train_recipe, train_recipe
 from wan_jax.errors import InputError
-from wan_jax.training.recipe import TrainOptions, check_same_run, load_train_recipe, make, train_recipe
+from wan_jax.training.config import TrainOptions, check_same_run
 
 CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
 DEMO = ["--config", str(CONFIGS / "train_demo.py")]
@@ -21,7 +22,7 @@ def test_lora_recipe():
 
 
 def test_defaults_are_those_of_the_dataclasses():
-    assert make(TrainOptions, train_recipe().to_dict()) == TrainOptions()
+    assert dataclass_of(TrainOptions, train_recipe().to_dict()) == TrainOptions()
 
 
 def test_overrides():
@@ -62,7 +63,7 @@ def test_bad_values(argument, message):
 def test_misspelt_recipe(tmp_path):
     path = tmp_path / "recipe.py"
     path.write_text(
-        "from wan_jax.training.recipe import train_recipe\n\n"
+        "from wan_jax.cli.train import train_recipe\n\n"
         "def get_config():\n    c = train_recipe()\n    c.lora.rang = 3\n    return c\n"
     )
     with pytest.raises(InputError, match=r"unknown key 'rang'; did you mean 'rank'"):

@@ -51,7 +51,7 @@ def train(checkpoint, videos, tmp_path):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         f"""
-from wan_jax.training.recipe import train_recipe
+from wan_jax.cli.train import train_recipe
 
 def get_config():
     config = train_recipe()

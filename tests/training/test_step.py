@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from wan_jax.errors import InputError
-from wan_jax.training.optimizer import OptimizerConfig, decayed, learning_rate, make_optimizer
+from wan_jax.training.config import OptimizerConfig
+from wan_jax.training.optimizer import decayed, learning_rate, make_optimizer
 from wan_jax.training.step import init_state, make_step, split_batch
 
 

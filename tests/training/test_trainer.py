@@ -14,9 +14,9 @@ import pytest
 from tests.training import killed_run
 from wan_jax.errors import InputError
 from wan_jax.training.checkpoints import Checkpoints
+from wan_jax.training.config import OptimizerConfig, TrainerConfig
 from wan_jax.training.metrics import read_metrics
-from wan_jax.training.optimizer import OptimizerConfig
-from wan_jax.training.trainer import Every, TrainerConfig
+from wan_jax.training.trainer import Every
 
 
 def steps_on_disk(folder):

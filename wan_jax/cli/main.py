@@ -5,11 +5,11 @@ import dataclasses
 import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Sequence
+from importlib.metadata import entry_points
 
-from wan_jax.cli.options import Options
+from wan_jax.cli import train
+from wan_jax.cli.options import Options, add_options, options_of
 from wan_jax.cli.recipes import RECIPES, get_recipe
 from wan_jax.diffusion.params import DTYPES
 from wan_jax.errors import InputError
@@ -20,12 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 1 some videos of a file failed, 2 bad input, 130 interrupted."""
     parser = _parser()
     values, rest = parser.parse_known_args(arguments)
-    if rest and values.run not in RECIPE_COMMANDS:
+    if rest and "takes_rest" not in values:  # the commands whose arguments their recipe knows
         parser.error(f"unknown argument {rest[0]!r}; see wan-jax {values.command} --help")
+    values.rest = rest
     xla_flags.configure()
     xla_flags.use_compile_cache()
     try:
-        code = values.run(values, rest) if values.run in RECIPE_COMMANDS else values.run(values)
+        code = values.run(values)
     except InputError as error:
         print(f"wan-jax: {error}", file=sys.stderr)
         return 2
@@ -41,27 +42,24 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("generate", help="make videos from prompts", allow_abbrev=False)
     command.add_argument("--recipe", help=f"options to start from: {' | '.join(RECIPES)}", metavar="NAME")
-    _add_options(command, [option.name for option in dataclasses.fields(Options)])
+    add_options(command, [option.name for option in dataclasses.fields(Options)])
     command.set_defaults(run=_generate)
 
     command = commands.add_parser("sample", help="run a recipe: --config FILE [--config.steps=30 ...]", add_help=False)
-    command.set_defaults(run=_sample)
+    command.set_defaults(run=_sample, takes_rest=True)
 
-    command = commands.add_parser(
-        "train", help="fine-tune by a recipe: --config FILE [--config.lora.rank=32 ...]", add_help=False
-    )
-    command.set_defaults(run=_train)
+    train.add_command(commands)
 
     command = commands.add_parser("extend", help="continue a video from its last frame", allow_abbrev=False)
     command.add_argument("video", help="the video file to continue; models for image to video can", metavar="VIDEO")
     skipped = {"prompts", "image", "last_image", "size", "initial_latents", "save_latents", "save_frames", "json"}
     skipped |= {"overwrite", "extend_prompt", "extend_model", "extend_url", "extend_key"}
-    _add_options(command, [option.name for option in dataclasses.fields(Options) if option.name not in skipped])
+    add_options(command, [option.name for option in dataclasses.fields(Options) if option.name not in skipped])
     command.set_defaults(run=_extend)
 
     command = commands.add_parser("decode", help="finish a video from saved latents", allow_abbrev=False)
     command.add_argument("latents", help="float32 [C, F', h, w]", metavar="LATENTS.npy")
-    _add_options(command, ["checkpoint", "vae_dtype", "output", "quiet"])
+    add_options(command, ["checkpoint", "vae_dtype", "output", "quiet"])
     command.set_defaults(run=_decode)
 
     command = commands.add_parser("convert", help="convert weights between layouts", allow_abbrev=False)
@@ -84,111 +82,30 @@ def _parser() -> argparse.ArgumentParser:
         "plan", help="predict memory and seconds before anything is loaded", allow_abbrev=False
     )
     command.add_argument("--preset", default="t2v-a14b", help="model (default t2v-a14b)", metavar="NAME")
-    _add_options(command, ["size", "frames", "steps", "guidance", "shift", "solver", "schedule"])
-    _add_options(command, ["dtype", "vae_dtype", "profile", "mesh"])
+    add_options(command, ["size", "frames", "steps", "guidance", "shift", "solver", "schedule"])
+    add_options(command, ["dtype", "vae_dtype", "profile", "mesh"])
     command.add_argument("--devices", type=int, help="that --mesh auto may use, instead of those here", metavar="N")
     command.add_argument("--device-memory", type=float, help="what fits, instead of this device's", metavar="GIB")
     command.add_argument("--json", action="store_true", help="print one JSON object")
     command.set_defaults(run=_plan)
 
-    command = commands.add_parser("bench", help="measure a part of a model", allow_abbrev=False)
-    command.add_argument("part", help="denoiser | attention | text | vae | decode | video | mesh", metavar="PART")
-    command.add_argument("--preset", default="t2v-a14b", help="model, or demo (default t2v-a14b)", metavar="NAME")
-    command.add_argument("--weights", choices=("random",), default="random", help="speed does not depend on them")
-    _add_options(command, ["size", "frames", "steps", "dtype", "vae_dtype"])
-    command.add_argument("--repeats", type=int, default=5, help="timed runs, of which the median counts", metavar="N")
-    command.add_argument(
-        "--mesh", action="append", default=[], help="for bench vae, decode and video; several for mesh", metavar="MESH"
-    )
-    command.add_argument("--prompts", type=int, help="for bench mesh: videos at once (default 1)", metavar="N")
-    command.add_argument(
-        "--forwards", action="store_true", help="for bench mesh: no guided steps where a forward fills the mesh"
-    )
-    command.add_argument(
-        "--hang-seconds", type=float, help="for bench mesh: end when nothing moves for so long", metavar="SECONDS"
-    )
-    command.add_argument("--output", type=pathlib.Path, help="write all figures here", metavar="F.json")
-    command.add_argument("--plot", type=pathlib.Path, help="draw where a forward's time goes", metavar="F.png")
-    command.set_defaults(run=_bench)
-
-    command = commands.add_parser(
-        "evaluate", help="measure what generated videos show, for prompts that the nano model never saw"
-    )
-    names = ("checkpoint", "negative_prompt", "size", "frames", "steps", "guidance", "shift", "solver", "schedule")
-    _add_options(command, [*names, "lora", "lora_high", "lora_low", "dtype", "vae_dtype", "profile", "quiet"])
-    command.add_argument("--one", type=int, default=12, help="prompts with one object, a language", metavar="N")
-    command.add_argument("--two", type=int, default=6, help="prompts with two, a language", metavar="N")
-    command.add_argument("--languages", default="en,zh,ja", help="(default en,zh,ja)", metavar="NAMES")
-    command.add_argument(
-        "--batch", type=int, help="prompts denoised at once (default 6 on a CPU, else 48)", metavar="N"
-    )
-    command.add_argument(
-        "--compare", nargs="+", default=[], help='further settings on the same seeds: "steps=10 solver=euler" ...'
-    )
-    command.add_argument("--report", type=pathlib.Path, help="write all figures here", metavar="F.json")
-    command.set_defaults(run=_evaluate)
-
     command = commands.add_parser("demo", help="convert and run the small model of the package", allow_abbrev=False)
     command.add_argument("folder", nargs="?", default="outputs/demo", help="where (default outputs/demo)")
     command.set_defaults(run=_demo)
+
+    for entry_point in entry_points(group="wan_jax.commands"):
+        entry_point.load()(commands)
     return parser
 
 
-def _add_options(command: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    options = {option.name: option for option in dataclasses.fields(Options)}
-    left_out: Any = argparse.SUPPRESS  # so that a recipe's value holds where the user gives none
-    for name in names:
-        option = options[name]
-        text, kind, metavar = option.metadata["help"], option.metadata["kind"], option.metadata["metavar"]
-        flag = "--" + name.replace("_", "-")
-        if name == "prompt":
-            command.add_argument("prompt", nargs="?", default=left_out, help=text, metavar="PROMPT")
-        elif kind is bool:
-            command.add_argument(flag, action="store_true", default=left_out, help=text)
-        elif kind is tuple:
-            command.add_argument(flag, action="append", default=left_out, help=text, metavar=metavar)
-        else:
-            command.add_argument(flag, type=kind, default=left_out, help=text, metavar=metavar)
-
-
-def _options(values: argparse.Namespace, recipe: Mapping[str, Any] = MappingProxyType({})) -> Options:
-    """The options that are given, over those of a recipe."""
-    names = {option.name for option in dataclasses.fields(Options)}
-    given = {name: value for name, value in vars(values).items() if name in names}
-    frozen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return Options(**{**recipe, **frozen})
-
-
 def _generate(values: argparse.Namespace) -> int:
-    return _run(_options(values, get_recipe(values.recipe) if values.recipe is not None else {}))
+    return _run(options_of(values, get_recipe(values.recipe) if values.recipe is not None else {}))
 
 
-def _sample(values: argparse.Namespace, rest: Sequence[str]) -> int:
+def _sample(values: argparse.Namespace) -> int:
     from wan_jax.cli.recipes import load_recipe
 
-    return _run(load_recipe(rest))
-
-
-def _train(values: argparse.Namespace, rest: Sequence[str]) -> None:
-    from wan_jax.training import check_installed
-
-    check_installed()
-    from wan_jax.training.recipe import TrainOptions, load_train_recipe
-    from wan_nano.recipe import NanoOptions
-
-    options = load_train_recipe(rest, (TrainOptions, NanoOptions))
-    if isinstance(options, NanoOptions):
-        from wan_nano.train import train as train_nano
-
-        print(train_nano(options))
-        return
-    from wan_jax.training.run import train
-
-    for path in train(options):
-        print(path)
-
-
-RECIPE_COMMANDS = (_sample, _train)  # commands whose arguments their recipe knows
+    return _run(load_recipe(values.rest))
 
 
 def _run(options: Options) -> int:
@@ -210,13 +127,13 @@ def _run(options: Options) -> int:
 def _extend(values: argparse.Namespace) -> None:
     from wan_jax.cli.generate import extend
 
-    print("\n".join(map(str, extend(values.video, _options(values)))))
+    print("\n".join(map(str, extend(values.video, options_of(values)))))
 
 
 def _decode(values: argparse.Namespace) -> None:
     from wan_jax.cli.generate import decode
 
-    print("\n".join(map(str, decode(values.latents, _options(values)))))
+    print("\n".join(map(str, decode(values.latents, options_of(values)))))
 
 
 def _convert(values: argparse.Namespace) -> None:
@@ -242,43 +159,8 @@ def _info(values: argparse.Namespace) -> None:
 def _plan(values: argparse.Namespace) -> None:
     from wan_jax.cli.generate import plan
 
-    report = plan(values.preset, _options(values), values.device_memory, values.devices)
+    report = plan(values.preset, options_of(values), values.device_memory, values.devices)
     print(json.dumps(report.as_json()) if values.json else report)
-
-
-def _bench(values: argparse.Namespace) -> None:
-    only_mesh, not_mesh = ("prompts", "forwards", "hang_seconds"), ("steps", "vae_dtype", "plot")
-    for name in not_mesh if values.part == "mesh" else only_mesh:
-        if vars(values).get(name):
-            others = "single forwards and steps of the denoiser" if values.part == "mesh" else "one device or one mesh"
-            raise InputError(f"--{name.replace('_', '-')}: bench {values.part} measures {others}; leave it out")
-    options = _options(argparse.Namespace(**{**vars(values), "mesh": None, "prompts": None, "hang_seconds": None}))
-    if values.part == "mesh":
-        from wan_bench.meshes import run as run_mesh
-
-        run_mesh(
-            values.mesh,
-            **{name: getattr(options, name) for name in ("size", "frames", "dtype")},
-            **{name: getattr(values, name) for name in ("preset", "forwards", "hang_seconds", "repeats", "output")},
-            prompts=1 if values.prompts is None else values.prompts,
-        )
-        return
-    if len(values.mesh) > 1:
-        raise InputError("several --mesh: bench mesh compares them")
-    from wan_bench.parts import run
-
-    run(
-        **{name: getattr(options, name) for name in ("size", "frames", "steps", "dtype", "vae_dtype")},
-        **{name: getattr(values, name) for name in ("part", "preset", "repeats", "output", "plot")},
-        mesh=values.mesh[0] if values.mesh else None,
-    )
-
-
-def _evaluate(values: argparse.Namespace) -> None:
-    from wan_nano.evaluate import evaluate_options
-
-    names = ("compare", "one", "two", "languages", "batch", "report")
-    evaluate_options(_options(values), **{name: getattr(values, name) for name in names})
 
 
 def _demo(values: argparse.Namespace) -> None:

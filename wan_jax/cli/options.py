@@ -1,7 +1,10 @@
 """What a run can be told, declared once: the command line's flags, the recipes' keys and the keys of a prompts file."""
 
+import argparse
 import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from wan_jax.diffusion.params import DTYPES, NOISES, PROFILE_NAMES, parse_guidance, parse_names, parse_size, parse_steps
@@ -99,3 +102,29 @@ def choices(options: Options) -> dict[str, Any]:
         "seed": options.seed,
         "noise": options.noise,
     }
+
+
+def add_options(command: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Adds the flags of some options to a command."""
+    options = {option.name: option for option in dataclasses.fields(Options)}
+    left_out: Any = argparse.SUPPRESS  # so that a recipe's value holds where the user gives none
+    for name in names:
+        option = options[name]
+        text, kind, metavar = option.metadata["help"], option.metadata["kind"], option.metadata["metavar"]
+        flag = "--" + name.replace("_", "-")
+        if name == "prompt":
+            command.add_argument("prompt", nargs="?", default=left_out, help=text, metavar="PROMPT")
+        elif kind is bool:
+            command.add_argument(flag, action="store_true", default=left_out, help=text)
+        elif kind is tuple:
+            command.add_argument(flag, action="append", default=left_out, help=text, metavar=metavar)
+        else:
+            command.add_argument(flag, type=kind, default=left_out, help=text, metavar=metavar)
+
+
+def options_of(values: argparse.Namespace, recipe: Mapping[str, Any] = MappingProxyType({})) -> Options:
+    """Returns the options that are given, over those of a recipe."""
+    names = {option.name for option in dataclasses.fields(Options)}
+    given = {name: value for name, value in vars(values).items() if name in names}
+    frozen: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return Options(**{**recipe, **frozen})

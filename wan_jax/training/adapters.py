@@ -2,7 +2,6 @@
 
 import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -13,29 +12,9 @@ from wan_jax.lora.adapters import adapt, find_linear
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.nn.layers import Adapter
 from wan_jax.parameters import ParameterInfo
+from wan_jax.training.config import LoraConfig
 
 KERNEL = ".kernel"
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """What is trained beside a frozen model (Hu et al., arXiv 2106.09685)."""
-
-    rank: int = 0  # 0: no adapters, the model itself is trained
-    alpha: float | None = None  # the change is scaled by alpha / rank; None: rank
-    # Patterns (as of files) of the names of Linears, separated by commas.
-    targets: str = "blocks.*attention.*,blocks.feed_forward.*"
-
-    def __post_init__(self):
-        if self.rank < 0 or (self.alpha is not None and self.alpha <= 0):
-            raise InputError(f"LoRA of rank {self.rank} and alpha {self.alpha}: must be above 0")
-
-    @property
-    def scale(self) -> float | None:
-        """alpha / rank; None where there is no LoRA."""
-        if self.rank == 0:
-            return None
-        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 def adapter_tree(tree: Mapping[str, ParameterInfo], config: LoraConfig) -> dict[str, ParameterInfo]:

@@ -20,36 +20,13 @@ from jax.typing import DTypeLike
 
 from wan_jax.config import DenoiserConfig, WanConfig
 from wan_jax.diffusion.schedule import TRAIN_TIMESTEPS, shift_sigmas
-from wan_jax.errors import InputError, unknown_name
+from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.sharding import whole
 from wan_jax.parameters import with_parameters
 from wan_jax.planning.time import denoiser_flops
 from wan_jax.training.adapters import with_adapters
-
-DISTRIBUTIONS = ("uniform", "logit-normal")
-
-
-@dataclass(frozen=True)
-class NoiseConfig:
-    """Which noise levels are trained, and how often the caption is left out."""
-
-    distribution: str = "uniform"  # of sigma before the shift: "uniform" or "logit-normal"
-    logit_mean: float = 0.0  # of "logit-normal"
-    logit_std: float = 1.0
-    shift: float | None = None  # None: the model's own
-    caption_dropout: float = 0.1  # share of examples with the empty prompt, which guidance needs
-    high_noise_share: float | None = None  # of a batch, where both experts train; None: as the sigmas fall
-
-    def __post_init__(self):
-        if self.distribution not in DISTRIBUTIONS:
-            raise unknown_name("distribution of noise levels", self.distribution, DISTRIBUTIONS)
-        if not 0 <= self.caption_dropout <= 1:
-            raise InputError(f"caption_dropout {self.caption_dropout}: must be between 0 and 1")
-        if self.high_noise_share is not None and not 0 < self.high_noise_share < 1:
-            raise InputError(f"high_noise_share {self.high_noise_share}: must lie between 0 and 1")
-        if self.logit_std <= 0 or (self.shift is not None and self.shift <= 0):
-            raise InputError("logit_std and shift must be above 0")
+from wan_jax.training.config import NoiseConfig
 
 
 def sigma_range(config: WanConfig, expert: str) -> tuple[float, float]:

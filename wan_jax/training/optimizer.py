@@ -1,33 +1,17 @@
 """AdamW with warm-up, cosine decay and clipping."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import optax
 
 from wan_jax.errors import InputError, unknown_name
+from wan_jax.training.config import SCHEDULES, OptimizerConfig
 
 # Last parts of the names of matrices. Weight decay is for them: decayed, a scale, a bias or a modulation would be
 # drawn to a value that means nothing. (Their number of axes does not tell: parameters of layers are stacked.)
 DECAYED = ("kernel", "down", "up")
-SCHEDULES = ("cosine", "constant")
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """How parameters follow their gradients."""
-
-    learning_rate: float = 1e-4
-    schedule: str = "cosine"  # after the warm-up: "cosine" or "constant"
-    warmup_steps: int = 100
-    final_fraction: float = 0.1  # of the learning rate, at the end of "cosine"
-    beta_1: float = 0.9
-    beta_2: float = 0.99
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0  # gradients longer than this, over all parameters, are shortened to it
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> Callable[[Any], Any]:

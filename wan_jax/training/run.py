@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wan_jax.checkpoint import Checkpoint, convert
+from wan_jax.assets import NANO_WEIGHTS
+from wan_jax.checkpoint import Checkpoint, convert, open_checkpoint
+from wan_jax.checkpoint.hub import local_checkpoint
 from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.checkpoint.memory import memory_checkpoint
-from wan_jax.cli.generate import open_model
 from wan_jax.diffusion.params import Settings, parse_size
 from wan_jax.errors import InputError
 from wan_jax.lora.apply import save_lora
@@ -33,9 +34,9 @@ from wan_jax.runtime.offload import PROFILES, Memory, place, single_device
 from wan_jax.runtime.progress import Bars
 from wan_jax.text.tokenizer import Tokenizer
 from wan_jax.training.adapters import adapter_tree, initial_adapters, make_adapters
+from wan_jax.training.config import TrainOptions, check_same_run
 from wan_jax.training.denoiser_loss import DenoiserLoss, training_flops
 from wan_jax.training.latents import LatentBatches, encode_examples
-from wan_jax.training.recipe import TrainOptions, check_same_run
 from wan_jax.training.step import TrainState
 from wan_jax.training.trainer import Every, Trainer, show_line
 from wan_jax.training.videos import parse_buckets, read_metadata
@@ -68,7 +69,7 @@ class TrainingRun:
         self.options = options
         self.folder = Path(options.output)
         self.bars = Bars(not options.quiet)
-        self.checkpoint = open_model(options.checkpoint, self.bars)
+        self.checkpoint = open_checkpoint(local_checkpoint(options.checkpoint or NANO_WEIGHTS))
         self.config = self.checkpoint.config
         if self.config.conditioning == "image_latents":
             raise InputError(f"{self.config.name} makes videos from images, which this trainer does not do yet")

@@ -4,7 +4,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,29 +16,10 @@ from wan_jax.errors import InputError
 from wan_jax.parallel.sharding import ShardingRules
 from wan_jax.runtime.compiled import CompiledFunction
 from wan_jax.training.checkpoints import Checkpoints
+from wan_jax.training.config import TrainerConfig
 from wan_jax.training.metrics import MetricsLog
-from wan_jax.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from wan_jax.training.optimizer import learning_rate, make_optimizer
 from wan_jax.training.step import Loss, TrainState, init_state, make_step, split_batch
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """How long, how, and what is kept."""
-
-    steps: int = 1000
-    accumulation: int = 1  # microbatches of a step, one after the other
-    seed: int = 0
-    ema_decay: float | None = 0.999  # None: no moving average
-    log_every: int = 10  # steps between progress lines
-    save_every: int = 500  # steps between checkpoints; there is one at the end in any case
-    keep_last: int = 2  # checkpoints kept
-    keep_every: int | None = None  # steps between checkpoints that are kept for good
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-
-    def __post_init__(self):
-        for name in ("steps", "accumulation", "log_every", "save_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
 
 
 class Batches(Protocol):

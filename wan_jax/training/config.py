@@ -1,31 +1,95 @@
-"""What a training run can be told: frozen dataclasses that hold every default, and recipes whose keys are their fields.
+"""The options of a training run, as frozen dataclasses that hold every default; recipes set what differs."""
 
-A recipe is a Python file with `get_config()` that takes `train_recipe()` and sets what differs:
-
-    config = train_recipe()
-    config.data.folder = "videos"
-    config.lora.rank = 32
-"""
-
-import dataclasses
-import types
-import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ml_collections import ConfigDict, config_dict
-
-from wan_jax.cli.recipes import read_config
 from wan_jax.diffusion.params import DTYPES, check_name
 from wan_jax.errors import InputError, unknown_name
 from wan_jax.models.nn.layers import REMAT_POLICIES
-from wan_jax.training.adapters import LoraConfig
-from wan_jax.training.denoiser_loss import NoiseConfig
-from wan_jax.training.trainer import TrainerConfig
 
 EXPERTS = ("all", "high_noise", "low_noise")
 WEIGHTS = ("ema", "raw")
+DISTRIBUTIONS = ("uniform", "logit-normal")
+SCHEDULES = ("cosine", "constant")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """How parameters follow their gradients."""
+
+    learning_rate: float = 1e-4
+    schedule: str = "cosine"  # after the warm-up: "cosine" or "constant"
+    warmup_steps: int = 100
+    final_fraction: float = 0.1  # of the learning rate, at the end of "cosine"
+    beta_1: float = 0.9
+    beta_2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0  # gradients longer than this, over all parameters, are shortened to it
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How long, how, and what is kept."""
+
+    steps: int = 1000
+    accumulation: int = 1  # microbatches of a step, one after the other
+    seed: int = 0
+    ema_decay: float | None = 0.999  # None: no moving average
+    log_every: int = 10  # steps between progress lines
+    save_every: int = 500  # steps between checkpoints; there is one at the end in any case
+    keep_last: int = 2  # checkpoints kept
+    keep_every: int | None = None  # steps between checkpoints that are kept for good
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self):
+        for name in ("steps", "accumulation", "log_every", "save_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    """Which noise levels are trained, and how often the caption is left out."""
+
+    distribution: str = "uniform"  # of sigma before the shift: "uniform" or "logit-normal"
+    logit_mean: float = 0.0  # of "logit-normal"
+    logit_std: float = 1.0
+    shift: float | None = None  # None: the model's own
+    caption_dropout: float = 0.1  # share of examples with the empty prompt, which guidance needs
+    high_noise_share: float | None = None  # of a batch, where both experts train; None: as the sigmas fall
+
+    def __post_init__(self):
+        if self.distribution not in DISTRIBUTIONS:
+            raise unknown_name("distribution of noise levels", self.distribution, DISTRIBUTIONS)
+        if not 0 <= self.caption_dropout <= 1:
+            raise InputError(f"caption_dropout {self.caption_dropout}: must be between 0 and 1")
+        if self.high_noise_share is not None and not 0 < self.high_noise_share < 1:
+            raise InputError(f"high_noise_share {self.high_noise_share}: must lie between 0 and 1")
+        if self.logit_std <= 0 or (self.shift is not None and self.shift <= 0):
+            raise InputError("logit_std and shift must be above 0")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What is trained beside a frozen model (Hu et al., arXiv 2106.09685)."""
+
+    rank: int = 0  # 0: no adapters, the model itself is trained
+    alpha: float | None = None  # the change is scaled by alpha / rank; None: rank
+    # Patterns (as of files) of the names of Linears, separated by commas.
+    targets: str = "blocks.*attention.*,blocks.feed_forward.*"
+
+    def __post_init__(self):
+        if self.rank < 0 or (self.alpha is not None and self.alpha <= 0):
+            raise InputError(f"LoRA of rank {self.rank} and alpha {self.alpha}: must be above 0")
+
+    @property
+    def scale(self) -> float | None:
+        """alpha / rank; None where there is no LoRA."""
+        if self.rank == 0:
+            return None
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -102,48 +166,6 @@ CHANGEABLE = (
 )
 
 
-def train_recipe() -> ConfigDict:
-    """All options of a training run at their defaults; unknown keys are refused, with the nearest known one named."""
-    return config_of(TrainOptions())
-
-
-def load_train_recipe(arguments: Sequence[str], kinds: Sequence[type] = (TrainOptions,)) -> Any:
-    """`["--config", "configs/x.py", "--config.trainer.steps=30"]` -> the options of the run.
-
-    They are of that one of `kinds`, dataclasses whose fields have defaults, whose keys the recipe has.
-
-    Raises:
-        InputError: no recipe is named, it does not exist, a key is misspelt, or a value has the wrong type.
-    """
-
-    def make_one(values: Mapping[str, Any]) -> Any:
-        keys = {kind: {item.name for item in dataclasses.fields(kind)} for kind in kinds}
-        return make(next((kind for kind in kinds if keys[kind] == set(values)), kinds[0]), values)
-
-    names = [name for kind in kinds for name in flat(dataclasses.asdict(kind()))]
-    return read_config("train", arguments, [part for name in names for part in name.split(".")], make_one)
-
-
-def make(kind: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass from nested mappings; raises InputError for an unknown key."""
-    fields = {item.name: item for item in dataclasses.fields(kind)}
-    arguments = {}
-    for name, value in values.items():
-        if name not in fields:
-            raise unknown_name("key", name, fields)
-        section = fields[name].type
-        arguments[name] = make(section, value) if dataclasses.is_dataclass(section) else value  # type: ignore[arg-type]
-    return kind(**arguments)
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"trainer": {"steps": 3}} -> {"trainer.steps": 3}."""
-    pairs: dict[str, Any] = {}
-    for name, value in values.items():
-        pairs |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return pairs
-
-
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], place: str) -> None:
     """Raises InputError, naming the first, where options of a run that goes on differ in what they train.
 
@@ -159,21 +181,9 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], place: str
             )
 
 
-def config_of(options: Any) -> ConfigDict:
-    """A recipe whose keys are the fields of a dataclass, at its values; unknown keys are refused."""
-    config = ConfigDict()
-    for item in dataclasses.fields(options):
-        value = getattr(options, item.name)
-        if dataclasses.is_dataclass(value):
-            config[item.name] = config_of(value)
-        elif value is None:
-            config[item.name] = config_dict.placeholder(_not_none(item.type))
-        else:
-            config[item.name] = value
-    return config.lock()
-
-
-def _not_none(kind: Any) -> type:
-    """`int | None` -> int."""
-    (other,) = [option for option in typing.get_args(kind) if option is not types.NoneType]
-    return other
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"trainer": {"steps": 3}} -> {"trainer.steps": 3}."""
+    pairs: dict[str, Any] = {}
+    for name, value in values.items():
+        pairs |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return pairs
