@@ -82,7 +82,7 @@ def measure(config: Any, values: Any, base: Any, tree: Any, remat: str, matmul: 
     lora = LoraConfig(rank=values.rank)
     loss = DenoiserLoss(config, (EXPERT,), NoiseConfig(), jnp.bfloat16, remat=remat, lora_scale=lora.scale)
     adapters = initial_adapters(adapter_tree(tree, lora), 0)
-    optimizer = make_optimizer(OptimizerConfig(warmup_steps=10), 1000)
+    optimizer = make_optimizer(OptimizerConfig())
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     state = init_state({EXPERT: jax.device_put(adapters, place)}, optimizer, seed=0, ema=True, replicated=place)
     denoiser = config.denoiser
@@ -99,7 +99,7 @@ def measure(config: Any, values: Any, base: Any, tree: Any, remat: str, matmul: 
     }
     tokens = frames * height * width // 4
     start = time.perf_counter()
-    step = jax.jit(make_step(loss, optimizer, 0.99), donate_argnums=0).lower(state, frozen, batch).compile()
+    step = jax.jit(make_step(loss, optimizer, 0.99), donate_argnums=0).lower(state, frozen, batch, 1e-4).compile()
     compile_seconds = time.perf_counter() - start
     analysis: Any = step.memory_analysis()
     program_bytes = analysis.argument_size_in_bytes + workspace_bytes(step)
@@ -107,7 +107,7 @@ def measure(config: Any, values: Any, base: Any, tree: Any, remat: str, matmul: 
     seconds, losses = [], []
     for _ in range(2 + values.steps):
         start = time.perf_counter()
-        state, metrics = step(state, frozen, batch)
+        state, metrics = step(state, frozen, batch, 1e-4)
         losses.append(float(metrics["loss"]))
         seconds.append(time.perf_counter() - start)
     median = statistics.median(seconds[2:])

@@ -185,7 +185,12 @@ class Stage:
     def make_step(self, loss: Loss) -> Step:
         # Trying Triton for each of Muon's many small products would take minutes.
         options = xla_flags.CUBLASLT_OPTIONS if jax.default_backend() == "gpu" else None
-        return jax.jit(make_step(loss, self._optimizer, self._ema_decay), donate_argnums=(0,), compiler_options=options)
+        step = make_step(loss, self._optimizer, self._ema_decay)
+
+        def one(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+            return step(state, frozen, batch, 1.0)  # the rate is in the optimizer's state
+
+        return jax.jit(one, donate_argnums=(0,), compiler_options=options)
 
     def loop(self, one_step: Callable[[TrainState, int], tuple[TrainState, dict[str, jax.Array]]]) -> TrainState:
         """Calls one_step(state, step) until the time is over; returns the last state, which is saved."""

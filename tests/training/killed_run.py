@@ -32,7 +32,8 @@ def make_batch(step: int):
     return {"x": x, "y": x[:, :2]}
 
 
-def trainer(folder: Path, steps: int, make=make_batch, **changes) -> Trainer:
+def trainer(folder: Path, steps: int, make=make_batch, *, arguments=None, **changes) -> Trainer:
+    """A run of `steps`; `changes` are of TrainerConfig, `arguments` of Trainer."""
     config = TrainerConfig(
         **{
             "steps": steps,
@@ -42,7 +43,8 @@ def trainer(folder: Path, steps: int, make=make_batch, **changes) -> Trainer:
         }
         | changes
     )
-    return Trainer(loss, parameters(), MadeBatches(make), config, folder, frozen=jnp.eye(3, 2), show=None)
+    arguments = {"frozen": jnp.eye(3, 2), "show": None} | (arguments or {})
+    return Trainer(loss, parameters(), MadeBatches(make), config, folder, **arguments)
 
 
 def main() -> None:

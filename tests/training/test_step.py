@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from wan_jax.errors import InputError
-from wan_jax.training.config import OptimizerConfig
+from wan_jax.training.config import OptimizerConfig, TrainerConfig
 from wan_jax.training.optimizer import decayed, learning_rate, make_optimizer
 from wan_jax.training.step import init_state, make_step, split_batch
 
@@ -20,14 +20,14 @@ def loss(parameters, frozen, batch, keys):
 
 def run(accumulation: int, steps: int = 3, ema_decay: float = 0.9):
     parameters = {"model": {"a.kernel": jnp.linspace(-1, 1, 6).reshape(3, 2), "a.bias": jnp.ones(2)}}
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup_steps=1), 10)
+    optimizer = make_optimizer(OptimizerConfig())
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     state = init_state(parameters, optimizer, seed=3, ema=True, replicated=place)
     step = jax.jit(make_step(loss, optimizer, ema_decay))
     states, rows = [state], []
     for index in range(steps):
         batch = np.random.default_rng(index).normal(size=(12, 3)).astype(np.float32)
-        state, metrics = step(state, None, split_batch(batch, accumulation))
+        state, metrics = step(state, None, split_batch(batch, accumulation), 0.1)
         states.append(state)
         rows.append(metrics)
     return states, rows
@@ -59,7 +59,7 @@ def test_examples_and_steps_draw_different_noise():
     step = make_step(record, optimizer, 0.0)
     for _ in range(2):
         with jax.disable_jit():
-            state, _ = step(state, None, split_batch(np.zeros((6, 1)), 2))
+            state, _ = step(state, None, split_batch(np.zeros((6, 1)), 2), 0.1)
     keys = np.concatenate([np.asarray(keys) for keys in seen])
     assert len(np.unique(keys, axis=0)) == len(keys) == 12
 
@@ -82,30 +82,33 @@ def test_only_matrices_are_decayed():
     tree["adapters"] = {"blocks.a.adapter.down": 0, "embedding.table": 0}
     names = {name for part in decayed(tree).values() for name, yes in part.items() if yes}
     assert names == {"blocks.a.kernel", "blocks.a.adapter.down"}
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1, warmup_steps=0, weight_decay=0.5), 10)
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5))
     parameters = {"a.kernel": jnp.ones(2), "a.bias": jnp.ones(2)}
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, parameters), optimizer.init(parameters), parameters)
-    np.testing.assert_allclose(updates["a.kernel"], -0.1 * 0.5, rtol=1e-6)
+    np.testing.assert_allclose(updates["a.kernel"], -0.5, rtol=1e-6)
     np.testing.assert_array_equal(updates["a.bias"], 0)
 
 
 def test_gradients_are_clipped():
-    config = OptimizerConfig(learning_rate=1.0, warmup_steps=0, weight_decay=0.0, clip_norm=1.0, eps=1e3)
-    optimizer = make_optimizer(config, 10)  # a large eps makes Adam linear in the gradient
+    config = OptimizerConfig(weight_decay=0.0, clip_norm=1.0, eps=1e3)
+    optimizer = make_optimizer(config)  # a large eps makes Adam linear in the gradient
     parameters = {"a.kernel": jnp.zeros(2)}
     updates, _ = optimizer.update({"a.kernel": jnp.array([30.0, 40.0])}, optimizer.init(parameters), parameters)
     np.testing.assert_allclose(updates["a.kernel"], [-0.6e-3, -0.8e-3], rtol=2e-3)  # eps against 1
 
 
 def test_schedules():
-    config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, final_fraction=0.1)
-    cosine = learning_rate(config, 24)
-    np.testing.assert_allclose([cosine(i) for i in range(5)], [0.4, 0.8, 1.2, 1.6, 2.0], rtol=1e-6)
-    np.testing.assert_allclose(cosine(14), 2.0 * (0.1 + 0.9 / 2), rtol=1e-6)
-    np.testing.assert_allclose(cosine(24), 0.2, rtol=1e-5)
-    constant = learning_rate(OptimizerConfig(learning_rate=2.0, warmup_steps=4, schedule="constant"), 24)
-    np.testing.assert_allclose([constant(3), constant(4), constant(23)], [1.6, 2, 2], rtol=1e-6)
-    with pytest.raises(InputError, match="unknown learning rate schedule 'cosin'; did you mean 'cosine'"):
-        learning_rate(OptimizerConfig(schedule="cosin"), 200)
-    with pytest.raises(InputError, match="warmup_steps 100: must be less than the 50 steps"):
-        learning_rate(OptimizerConfig(), 50)
+    """Rates of a run of 24 steps, 4 of them of warm-up."""
+
+    def rates(schedule, *steps):
+        config = OptimizerConfig(learning_rate=2.0, warmup_steps=4, schedule=schedule, final_fraction=0.1)
+        return [learning_rate(config, step, max(step - 4, 0) / 20) for step in steps]
+
+    np.testing.assert_allclose(rates("cosine", 0, 1, 2, 3, 4), [0.4, 0.8, 1.2, 1.6, 2.0])
+    np.testing.assert_allclose(rates("cosine", 14, 24), [2.0 * (0.1 + 0.9 / 2), 0.2])
+    np.testing.assert_allclose(rates("constant", 3, 4, 23), [1.6, 2, 2])
+    np.testing.assert_allclose(rates("wsd", 0, 4, 14, 19, 24), [0.4, 2, 2, 1.2, 0.2])
+    with pytest.raises(InputError, match="did you mean 'cosine'"):
+        OptimizerConfig(schedule="cosin")
+    with pytest.raises(InputError, match="warmup_steps 100"):
+        TrainerConfig(steps=50)

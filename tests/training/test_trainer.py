@@ -1,6 +1,7 @@
 """The loop: resuming after a kill, what is kept, what is written, what is refused."""
 
 import dataclasses
+import itertools
 import json
 import signal
 import subprocess
@@ -76,11 +77,14 @@ def test_intervals_and_speed(tmp_path):
         seen.append((step, int(state.step)))
         return {"quality": 0.5}
 
-    trainer = killed_run.trainer(tmp_path, 5)
-    trainer._intervals = [Every(2, measure)]
-    trainer._flops, trainer._peak_flops = lambda batch: 1e3 * batch["x"].size, 1e12
-    trainer._show = (lines := []).append
-    trainer.run()
+    lines = []
+    arguments = {
+        "intervals": [Every(2, measure)],
+        "flops": lambda batch: 1e3 * batch["x"].size,
+        "peak_flops": 1e12,
+        "show": lines.append,
+    }
+    killed_run.trainer(tmp_path, 5, arguments=arguments).run()
     assert seen == [(2, 2), (4, 4), (5, 5)]
     rows = {row["step"]: row for row in read_metrics(tmp_path)}
     assert [step for step, row in rows.items() if "quality" in row] == [2, 4, 5]
@@ -88,6 +92,56 @@ def test_intervals_and_speed(tmp_path):
     assert lines[-1].startswith("step 5/5  loss ")
     assert "MFU" in lines[-1]
     assert lines[-1].endswith("0:00 left")
+
+
+def test_a_run_of_seconds(tmp_path):
+    """It makes one step at least, its schedule follows the clock, and a later call goes on with other lengths."""
+    first = killed_run.trainer(tmp_path, 1, seconds=1e-3, later_seconds=1e4)
+    assert first.fraction < 0.01
+    first.run()
+    assert first.step == 1
+    assert steps_on_disk(tmp_path) == [1]
+    second = killed_run.trainer(tmp_path, 1, seconds=0.5, save_every=1)
+    second.run()
+    rows = read_metrics(tmp_path)
+    assert second.step > 1
+    assert [row["step"] for row in rows] == list(range(1, second.step + 1))
+    assert second.fraction == 1
+    assert rows[-1]["learning_rate"] < rows[5]["learning_rate"]
+
+
+def test_where_the_schedule_of_a_run_of_seconds_begins(tmp_path):
+    trainer = killed_run.trainer(tmp_path, 1, seconds=50.0, later_seconds=50.0, start_fraction=0.5)
+    assert trainer.fraction == pytest.approx(0.5, abs=0.05)
+
+
+def test_two_trainers_take_turns_with_one_compiled_step(tmp_path):
+    """Each gets what it would get alone."""
+    first = killed_run.trainer(tmp_path / "first", 4)
+    second = killed_run.trainer(tmp_path / "second", 4, seed=1, arguments={"same_step": first})
+    assert list(itertools.zip_longest(first.steps(), second.steps())) == [(n, n) for n in range(1, 5)]
+    alone = killed_run.trainer(tmp_path / "alone", 4, seed=1)
+    alone.run()
+    assert read_metrics(tmp_path / "second")[-1]["loss"] == read_metrics(tmp_path / "alone")[-1]["loss"]
+    assert read_metrics(tmp_path / "first")[-1]["loss"] != read_metrics(tmp_path / "alone")[-1]["loss"]
+
+
+def test_batches_made_on_the_device(tmp_path):
+    def make(step):
+        return jax.tree.map(jnp.asarray, killed_run.make_batch(step))
+
+    made, read = (
+        killed_run.trainer(tmp_path / "made", 3, make, accumulation=2),
+        killed_run.trainer(tmp_path / "read", 3, accumulation=2),
+    )
+    made.compile(killed_run.make_batch(0))
+    for ours, expected in zip(jax.tree.leaves(made.run()), jax.tree.leaves(read.run()), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+
+
+def test_figures_every_few_steps(tmp_path):
+    killed_run.trainer(tmp_path, 8, metrics_every=3, log_every=100, save_every=100).run()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [3, 6, 8]
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tmp_path):
@@ -117,9 +171,9 @@ def test_unfinished_checkpoints_are_not_read(tmp_path):
     (tmp_path / "4.orbax-checkpoint-tmp").mkdir()
     again = Checkpoints(tmp_path, keep_last=2, keep_every=None)
     assert again.latest == 3
-    state, data = again.load(3, {"a": jnp.zeros(2)})
+    state, metadata = again.load(3, {"a": jnp.zeros(2)})
     np.testing.assert_array_equal(state["a"], [1, 1])
-    assert data == {"next": 3}
+    assert metadata == {"next": 3}
     again.close()
 
 

@@ -13,7 +13,7 @@ from wan_jax.errors import InputError
 class Checkpoints:
     """The checkpoints of one run, by step.
 
-    Each holds the state's arrays by name, and beside them what is JSON (where the data stood). One that a killed run
+    Each holds the state's arrays by name, and beside them a dict for JSON (where the data stood). One that a killed run
     left unfinished has another name, is never read, and is removed by the next run.
 
     Args:
@@ -44,14 +44,14 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
-    def save(self, step: int, state: Any, data: Any) -> None:
+    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         """Begins to save: returns when the arrays are copied to the host; files are written by a thread."""
         self.wait()
         # Forced: whether to save is the caller's to decide.
-        self._checkpointer.save_async(step, named_leaves(state), custom_metadata={"data": data}, force=True)
+        self._checkpointer.save_async(step, named_leaves(state), custom_metadata=metadata, force=True)
 
-    def load(self, step: int, like: Any) -> tuple[Any, Any]:
-        """State and data of a step; `like` is a state of the same run, or its shapes, with places for the result.
+    def load(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """State and metadata of a step; `like` is a state of the same run, or its shapes, with places for the result.
 
         Raises InputError where the checkpoint has other parameters.
         """
@@ -70,7 +70,7 @@ class Checkpoints:
             )
         leaves: Any = self._checkpointer.load(step, abstract)
         custom: Any = metadata.custom_metadata
-        return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in abstract]), custom["data"]
+        return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in abstract]), custom
 
     def wait(self) -> None:
         """Until what is being saved is on disk."""

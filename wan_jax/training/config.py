@@ -1,5 +1,6 @@
 """The options of a training run, as frozen dataclasses that hold every default; recipes set what differs."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,22 +12,29 @@ from wan_jax.models.nn.layers import REMAT_POLICIES
 EXPERTS = ("all", "high_noise", "low_noise")
 WEIGHTS = ("ema", "raw")
 DISTRIBUTIONS = ("uniform", "logit-normal")
-SCHEDULES = ("cosine", "constant")
+OPTIMIZERS = ("adamw", "muon")
+SCHEDULES = ("cosine", "constant", "wsd")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """How parameters follow their gradients."""
 
+    name: str = "adamw"  # or "muon": for the kernels inside a model, with AdamW for the rest
     learning_rate: float = 1e-4
-    schedule: str = "cosine"  # after the warm-up: "cosine" or "constant"
+    # After the warm-up: "cosine", "constant", or "wsd" (warmup-stable-decay), which falls in a line from half-time.
+    schedule: str = "cosine"
     warmup_steps: int = 100
-    final_fraction: float = 0.1  # of the learning rate, at the end of "cosine"
-    beta_1: float = 0.9
+    final_fraction: float = 0.1  # of the learning rate, at the end of "cosine" and "wsd"
+    beta_1: float = 0.9  # of AdamW
     beta_2: float = 0.99
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_norm: float = 1.0  # gradients longer than this, over all parameters, are shortened to it
+
+    def __post_init__(self):
+        check_name("optimizer", self.name, OPTIMIZERS)
+        check_name("learning rate schedule", self.schedule, SCHEDULES)
 
 
 @dataclass(frozen=True)
@@ -34,9 +42,14 @@ class TrainerConfig:
     """How long, how, and what is kept."""
 
     steps: int = 1000
+    # Length in seconds, compiling included, instead of steps. `log_every` and `save_every` are then seconds, too.
+    seconds: float | None = None
+    later_seconds: float = 0.0  # that later calls will train: the schedule counts them
+    start_fraction: float = 0.0  # of the schedule that is over when a run of `seconds` begins
     accumulation: int = 1  # microbatches of a step, one after the other
     seed: int = 0
     ema_decay: float | None = 0.999  # None: no moving average
+    metrics_every: int = 1  # steps between rows of figures
     log_every: int = 10  # steps between progress lines
     save_every: int = 500  # steps between checkpoints; there is one at the end in any case
     keep_last: int = 2  # checkpoints kept
@@ -44,9 +57,15 @@ class TrainerConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self):
-        for name in ("steps", "accumulation", "log_every", "save_every", "keep_last"):
+        for name in ("steps", "accumulation", "metrics_every", "log_every", "save_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.start_fraction <= 1:
+            raise InputError(f"start_fraction {self.start_fraction}: must be from 0 to 1")
+        if self.seconds is None and self.optimizer.warmup_steps >= self.steps:
+            raise InputError(
+                f"warmup_steps {self.optimizer.warmup_steps}: must be less than the {self.steps} steps of the run"
+            )
 
 
 @dataclass(frozen=True)
@@ -169,9 +188,9 @@ CHANGEABLE = (
 def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], place: str) -> None:
     """Raises InputError, naming the first, where options of a run that goes on differ in what they train.
 
-    Both are nested mappings; `before` comes from JSON.
+    Both are nested mappings; `before` comes from JSON. An option that it lacks is newer than it: it had its default.
     """
-    old, new = flat(before), flat(now)
+    old, new = flat(dataclasses.asdict(TrainOptions())) | flat(before), flat(now)
     for name in sorted(old.keys() | new.keys()):
         value = list(new[name]) if isinstance(new.get(name), tuple) else new.get(name)
         if old.get(name) != value and not name.startswith(CHANGEABLE):

@@ -63,8 +63,10 @@ def init_state(
 
 def make_step(
     loss: Loss, optimizer: optax.GradientTransformation, ema_decay: float
-) -> Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
-    """Makes step(state, frozen, batch) -> (state, metrics), to be jitted with the state donated.
+) -> Callable[[TrainState, Any, Any, Any], tuple[TrainState, dict[str, jax.Array]]]:
+    """Makes step(state, frozen, batch, rate) -> (state, metrics), to be jitted with the state donated.
+
+    `optimizer` makes updates for a learning rate of 1; they are multiplied by `rate`.
 
     The batch's arrays are [accumulation, b, ...]; microbatches run one after the other and their gradients are
     averaged. Every example has a random key of its own, so that results depend neither on how a batch is cut into
@@ -72,7 +74,7 @@ def make_step(
     """
     gradients = jax.value_and_grad(loss, has_aux=True)
 
-    def step(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(state: TrainState, frozen: Any, batch: Any, rate: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         accumulation, size = jax.tree.leaves(batch)[0].shape[:2]
         keys = example_keys(state, accumulation, size)
 
@@ -92,6 +94,7 @@ def make_step(
 
         metrics["gradient_norm"] = optax.global_norm(slopes)
         updates, optimizer_state = optimizer.update(slopes, state.optimizer, state.parameters)
+        updates = jax.tree.map(lambda update: rate * update, updates)
         parameters = optax.apply_updates(state.parameters, updates)
         ema = None
         if state.ema is not None:
@@ -111,7 +114,12 @@ def example_keys(state: TrainState, accumulation: int, size: int) -> jax.Array:
 
 
 def split_batch(batch: Any, accumulation: int) -> Any:
-    """[B, ...] host arrays -> [accumulation, B / accumulation, ...], in the order of `example_keys`."""
-    return jax.tree.map(
-        lambda x: np.ascontiguousarray(np.swapaxes(x.reshape(-1, accumulation, *x.shape[1:]), 0, 1)), batch
-    )
+    """[B, ...] arrays of host or device -> [accumulation, B / accumulation, ...], in the order of `example_keys`."""
+
+    def split(array: Any) -> Any:
+        array = array.reshape(-1, accumulation, *array.shape[1:])
+        if isinstance(array, jax.Array):
+            return array.swapaxes(0, 1)
+        return np.ascontiguousarray(np.swapaxes(array, 0, 1))
+
+    return jax.tree.map(split, batch)

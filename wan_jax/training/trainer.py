@@ -3,10 +3,10 @@
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ class Batches(Protocol):
     """Where data comes from: an iterator that says where it stands. grain's iterators are of this kind."""
 
     def __next__(self) -> Any:
-        """The next batch: a tree of host arrays [B, ...]."""
+        """The next batch: a tree of arrays [B, ...], on the host or on the device."""
 
     def get_state(self) -> Any:
         """Something that JSON can hold."""
@@ -58,9 +58,12 @@ def show_line(line: str) -> None:
 
 @dataclass(frozen=True)
 class Every:
-    """Something to do every so many steps and after the last: `call(step, state)`; it returns figures or None."""
+    """Work at intervals and after the last step: `call(step, state)` returns figures or None.
 
-    steps: int
+    `period` counts steps, or seconds where the run's length does.
+    """
+
+    period: float
     call: Callable[[int, TrainState], dict[str, float] | None]
 
 
@@ -79,6 +82,8 @@ class Trainer:
       flops: of one step with a batch like this one, for the share of the peak that is reached (MFU).
       peak_flops: per second, of one device: what that share refers to.
       intervals: what else is to be done.
+      compiler_options: of the step.
+      same_step: a trainer of the same loss, optimizer and shapes, whose compiled step is shared.
       show: prints one line; None is silent.
     """
 
@@ -96,12 +101,16 @@ class Trainer:
         flops: Callable[[Any], float] | None = None,
         peak_flops: float | None = None,
         intervals: Sequence[Every] = (),
+        compiler_options: Mapping[str, Any] | None = None,
+        same_step: "Trainer | None" = None,
         show: Callable[[str], None] | None = show_line,
     ):
         rules = ShardingRules() if rules is None else rules
         one_device = SingleDeviceSharding(jax.devices()[0])
         self.config = config
         self.folder = folder
+        self._start = time.perf_counter()
+        self._earlier_seconds = 0.0
         self._batches = batches
         self._frozen = frozen
         self._mesh = mesh
@@ -115,25 +124,31 @@ class Trainer:
         # The devices of a CPU share a pool of threads, in which collectives of two steps can wait for each other.
         self._one_at_a_time = mesh is not None and jax.default_backend() == "cpu"
 
-        optimizer = make_optimizer(config.optimizer, config.steps)
-        self._learning_rate = learning_rate(config.optimizer, config.steps)
+        optimizer = make_optimizer(config.optimizer)
         replicated = one_device if mesh is None else NamedSharding(mesh, PartitionSpec())
         ema = config.ema_decay is not None
         self.state = init_state(parameters, optimizer, seed=config.seed, ema=ema, replicated=replicated)
+        self._shapes = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), self.state
+        )
         places = jax.tree.map(lambda array: array.sharding, self.state)
-        step = make_step(loss, optimizer, config.ema_decay or 0.0)
-        self._step = CompiledFunction(step, donate_argnums=(0,), out_shardings=(places, replicated))
+        self._step = CompiledFunction(
+            make_step(loss, optimizer, config.ema_decay or 0.0),
+            donate_argnums=(0,),
+            out_shardings=(places, replicated),
+            compiler_options=compiler_options,
+        )
+        if same_step is not None:
+            self._step = same_step._step
         self._checkpoints = Checkpoints(
             folder / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every
         )
         if (latest := self._checkpoints.latest) is not None:
-            shapes = jax.tree.map(
-                lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), self.state
-            )
             for array in jax.tree.leaves(self.state):  # there is not room for two
                 array.delete()
-            self.state, data = self._checkpoints.load(latest, shapes)
-            batches.set_state(data)
+            self.state, metadata = self._checkpoints.load(latest, self._shapes)
+            batches.set_state(metadata["data"])
+            self._earlier_seconds = metadata.get("seconds", 0.0)
             self._print(f"continues {folder} after step {latest}")
         self.step = latest or 0
 
@@ -142,53 +157,94 @@ class Trainer:
         """The moving average of the parameters; the parameters themselves where there is none."""
         return self.state.parameters if self.state.ema is None else self.state.ema
 
+    @property
+    def seconds(self) -> float:
+        """Since this trainer was made."""
+        return time.perf_counter() - self._start
+
+    @property
+    def fraction(self) -> float:
+        """How much of the learning rate's schedule after the warm-up is over, from 0 to 1."""
+        config = self.config
+        if config.seconds is None:
+            warmup = config.optimizer.warmup_steps
+            return max(self.step - warmup, 0) / (config.steps - warmup)
+        done = self._earlier_seconds + self.seconds
+        left = max(config.seconds - self.seconds, 0.0) + config.later_seconds
+        return config.start_fraction + (1 - config.start_fraction) * done / (done + left)
+
     def run(self) -> TrainState:
-        """Trains to the last step and returns the state.
+        """Trains to the end of the run and returns the state.
 
         Raises InputError where a batch does not divide, or the loss is no longer finite.
         """
+        for _ in self.steps():
+            pass
+        return self.state
+
+    def steps(self) -> Iterator[int]:
+        """As `run`, but yields after each step its number, so that several trainers can take turns on a device."""
+        config, clock, metrics = self.config, _Clock(self.step), None
         log = MetricsLog(self.folder, self.step)
-        pending: list[tuple[int, dict[str, jax.Array]]] = []
-        clock = _Clock()
+        pending: list[_Row] = []
+        position = self._position
+        # A run of so many seconds makes one step at least.
+        last = config.seconds is None and self._over
         try:
-            while self.step < self.config.steps:
-                batch = self._split(next(self._batches))
+            while not last:
+                batch = self._place(next(self._batches))
                 if self._flops is not None:
                     clock.flops += self._flops(batch)
-                batch = jax.device_put(batch, self._batch_sharding)
-                arguments = self.state, self._frozen, batch
-                with clock.paused(), self._mesh_context():
-                    self._step.compile(*arguments)
-                self.state, metrics = self._step(*arguments)
-                if self._one_at_a_time:
-                    jax.block_until_ready(self.state)
+                rate, previous = learning_rate(config.optimizer, self.step, self.fraction), metrics
+                with clock.paused():
+                    self._compile(batch)
+                self.state, metrics = self._step(self.state, self._frozen, batch, np.float32(rate))
+                # The host is one step ahead of the device at most, so that its clock tells the device's time.
+                jax.block_until_ready(metrics if self._one_at_a_time else previous)
                 self.step += 1
-                pending.append((self.step, metrics))
-                save = self.step % self.config.save_every == 0
-                due = list(self._due())
-                last = self.step == self.config.steps
-                extra: dict[str, float] = {}
+                before, position, last = position, self._position, self._over
+                due = [every for every in self._intervals if last or _crossed(every.period, before, position)]
+                save = last or _crossed(config.save_every, before, position)
+                report = bool(due) or save or _crossed(config.log_every, before, position)
+                if report or self.step % config.metrics_every == 0:
+                    pending.append(_Row(self.step, rate, metrics))
+                figures: dict[str, float] = {}
                 if due:
                     jax.block_until_ready(metrics)
                     with clock.paused():
-                        for interval in due:
-                            extra |= interval.call(self.step, self.state) or {}
-                if self.step % self.config.log_every == 0 or save or due or last:
-                    self._report(log, pending, clock, extra)
-                if save or last:
+                        for every in due:
+                            figures |= every.call(self.step, self.state) or {}
+                if report:
+                    self._report(log, pending, clock, figures)
+                if save:
                     # All figures up to here are in the file, so a run that goes on from here lacks none.
+                    metadata = {"data": self._batches.get_state(), "seconds": self._earlier_seconds + self.seconds}
                     with clock.paused():
-                        self._checkpoints.save(self.step, self.state, self._batches.get_state())
+                        self._checkpoints.save(self.step, self.state, metadata)
+                yield self.step
         finally:
             log.close()
             self._checkpoints.close()
-        return self.state
 
-    def _mesh_context(self) -> contextlib.AbstractContextManager:
-        """What the step is traced under, so that models can say what lies where."""
-        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+    def compile(self, batch: Any) -> None:
+        """Compiles the step for batches like this one, which a thread may do while others train."""
+        self._compile(self._place(batch))
 
-    def _split(self, batch: Any) -> Any:
+    def _compile(self, batch: Any) -> None:
+        # Models ask the mesh that they are traced under what lies where.
+        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
+            self._step.compile(self._shapes, self._frozen, batch, np.float32(0))
+
+    @property
+    def _position(self) -> float:
+        """What periods are counted in: steps, or seconds of all calls."""
+        return self.step if self.config.seconds is None else self._earlier_seconds + self.seconds
+
+    @property
+    def _over(self) -> bool:
+        return self.step >= self.config.steps if self.config.seconds is None else self.seconds >= self.config.seconds
+
+    def _place(self, batch: Any) -> Any:
         size = jax.tree.leaves(batch)[0].shape[0]
         multiple = self.config.accumulation * self._microbatch_multiple
         if size % multiple:
@@ -196,59 +252,66 @@ class Trainer:
                 f"a batch of {size} does not split into {self.config.accumulation} microbatches on "
                 f"{self._microbatch_multiple} parts of the mesh; use a multiple of {multiple}"
             )
-        return split_batch(batch, self.config.accumulation)
+        return jax.device_put(split_batch(batch, self.config.accumulation), self._batch_sharding)
 
-    def _due(self) -> Iterator[Every]:
-        for interval in self._intervals:
-            if self.step % interval.steps == 0 or self.step == self.config.steps:
-                yield interval
-
-    def _report(
-        self, log: MetricsLog, pending: list[tuple[int, dict[str, jax.Array]]], clock: "_Clock", extra: dict[str, float]
-    ) -> None:
-        """Writes the figures of the steps since the last report, which it waits for, and a line of progress.
-
-        `extra` joins the last step's.
-        """
-        rows = [(step, {name: float(value) for name, value in metrics.items()}) for step, metrics in pending]
+    def _report(self, log: MetricsLog, pending: list["_Row"], clock: "_Clock", extra: dict[str, float]) -> None:
+        """Writes the pending rows, for which it waits, and a line of progress; `extra` joins the last row."""
+        rows = [(row, {name: float(value) for name, value in row.metrics.items()}) for row in pending]
         pending.clear()
-        seconds, flops = clock.lap()
-        rate = len(rows) / seconds
-        speed = {"steps_per_second": rate}
+        seconds, steps, flops = clock.lap(self.step)
+        speed = {"steps_per_second": steps / seconds}
         if self._peak_flops is not None and flops:
             speed["mfu"] = flops / seconds / self._peak_flops
-        for step, figures in rows:
-            more = {**speed, **extra} if step == rows[-1][0] else {}
-            log.write(step, {**figures, "learning_rate": float(self._learning_rate(step - 1)), **more})
+        for row, figures in rows:
+            speed_and_extra = {**speed, **extra} if row.step == self.step else {}
+            log.write(row.step, {**figures, "learning_rate": row.rate, **speed_and_extra})
             if not np.isfinite(figures["loss"]):
                 log.flush()
                 raise InputError(
-                    f"step {step}: the loss is not finite; lower the learning rate, and go on from the last checkpoint"
+                    f"step {row.step}: the loss is not finite; lower the learning rate, and go on from the last "
+                    "checkpoint"
                 )
         log.flush()
-        losses = np.mean([figures["loss"] for _, figures in rows])
+        loss, rate = np.mean([figures["loss"] for _, figures in rows]), speed["steps_per_second"]
         mfu = f"  MFU {speed['mfu']:.1%}" if "mfu" in speed else ""
-        left = _duration((self.config.steps - self.step) / rate)
-        self._print(f"step {self.step}/{self.config.steps}  loss {losses:.4f}  {rate:.3g} steps/s{mfu}  {left} left")
+        if self.config.seconds is None:
+            steps_text, left = f"{self.step}/{self.config.steps}", (self.config.steps - self.step) / rate
+        else:
+            steps_text, left = f"{self.step}", max(self.config.seconds - self.seconds, 0.0)
+        self._print(f"step {steps_text}  loss {loss:.4f}  {rate:.3g} steps/s{mfu}  {_duration(left)} left")
 
     def _print(self, line: str) -> None:
         if self._show is not None:
             self._show(line)
 
 
+class _Row(NamedTuple):
+    """Figures of a step that may not be computed yet."""
+
+    step: int
+    rate: float
+    metrics: dict[str, jax.Array]
+
+
+def _crossed(period: float, before: float, now: float) -> bool:
+    """Whether a multiple of the period was reached."""
+    return now // period > before // period
+
+
 class _Clock:
     """Seconds of training alone: neither compiling nor saving nor sampling."""
 
-    def __init__(self):
+    def __init__(self, step: int):
         self.flops = 0.0
+        self._step = step
         self._start = time.perf_counter()
 
-    def lap(self) -> tuple[float, float]:
-        """Seconds and floating-point operations since the last lap."""
+    def lap(self, step: int) -> tuple[float, int, float]:
+        """Seconds, steps and floating-point operations since the last lap."""
         now = time.perf_counter()
-        seconds, flops = max(now - self._start, 1e-9), self.flops
-        self._start, self.flops = now, 0.0
-        return seconds, flops
+        lap = max(now - self._start, 1e-9), step - self._step, self.flops
+        self._start, self._step, self.flops = now, step, 0.0
+        return lap
 
     def paused(self) -> "_Clock":
         return self
