@@ -18,7 +18,6 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from wan_jax.checkpoint import Checkpoint, open_checkpoint
-from wan_jax.checkpoint.components import Shardings
 from wan_jax.checkpoint.hub import local_checkpoint
 from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.config import WanConfig
@@ -38,13 +37,12 @@ from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
-from wan_jax.parallel.placement import Placement
+from wan_jax.parallel.placement import SINGLE, Placement
 from wan_jax.parameters import with_parameters
-from wan_jax.planning.memory import choose_profile
-from wan_jax.planning.mesh import Mesh, spread_over
+from wan_jax.planning.mesh import Mesh, choose_placement
 from wan_jax.runtime import xla_flags
 from wan_jax.runtime.compiled import CompiledFunction
-from wan_jax.runtime.offload import PROFILES, Memory
+from wan_jax.runtime.offload import Memory
 from wan_jax.runtime.progress import Bars
 from wan_jax.text.tokenizer import Tokenizer
 
@@ -60,8 +58,8 @@ class WanPipeline:
         text_encoder, denoisers, vae, image_encoder: the models; `denoisers` by expert name, with the LoRAs on them. Few
             have an image encoder.
         loras: what `set_loras` put on the denoisers.
-        memory: where their weights wait and run.
-        spread: over which devices; None for one alone.
+        placement: the devices that they run on.
+        memory: moves their weights as the placement's offload profile asks.
         seconds: wall time of the last run by stage: "load", "compile", "text", "image", "encode", "denoise",
             "decode".
         latents: float32 [B, C, F', h, w] of the last run. They are kept as soon as denoising ends, so that nothing is
@@ -77,33 +75,29 @@ class WanPipeline:
         denoisers: dict[str, Denoiser],
         vae: VAE,
         image_encoder: ImageEncoder | None = None,
-        memory: Memory | None = None,
-        spread: Placement | None = None,
+        placement: Placement = SINGLE,
         programs: CompiledModels | None = None,
         progress: bool | Bars = False,
     ):
         self.config = config
-        self.spread = spread
-        self.memory = Memory(PROFILES["resident"]) if memory is None else memory
+        self.placement = placement
+        self.memory = Memory(placement.offload, placement.devices[0])
         self.latents: np.ndarray | None = None
         self.seconds: dict[str, float] = {}
         self._bars = progress if isinstance(progress, Bars) else Bars(progress)
         self._tokenizer = tokenizer
         self.denoisers = denoisers
         self.loras: tuple[Lora, ...] = ()
-        self._spreads = dict.fromkeys(denoisers) if spread is None else spread.by_expert(list(denoisers))
+        self._placements = placement.by_expert(list(denoisers))
         self._adapted = {
-            name: AdaptedDenoiser(
-                denoiser,
-                (lambda axes: self.memory.waiting()) if (on := self._spreads[name]) is None else on.adapter_place,
-            )
+            name: AdaptedDenoiser(denoiser, self._placements[name].parameter_sharding)
             for name, denoiser in denoisers.items()
         }
         self.text_encoder = text_encoder
         self.vae = vae
         self.image_encoder = image_encoder
         if programs is None:
-            programs = CompiledModels(exact=next(iter(denoisers.values())).dtype == jnp.float32, spread=spread)
+            programs = CompiledModels(exact=next(iter(denoisers.values())).dtype == jnp.float32, placement=placement)
         self._programs = programs
         self._encoded_prompts: dict[str, jax.Array] = {}
         self._encoded_images: dict[tuple[Any, ...], tuple[Conditioning, jax.Array | None]] = {}
@@ -177,23 +171,13 @@ class WanPipeline:
 
         adapters = [adapter_bytes(each, config.denoiser) for each in open_loras(loras, config).by_expert.values()]
         run = settings or Settings.resolve(config)
-        spread = spread_over(mesh, config, run, dtype, vae_dtype, profile, max(adapters), bars.note)
-        programs = CompiledModels(exact=dtype == "float32", spread=spread)
-        if spread is not None:
-            chosen = PROFILES["resident"]
-        elif profile == "auto":
-            chosen = choose_profile(config, run, dtype, vae_dtype, programs, adapter_bytes=max(adapters))
-            if chosen.idle_on_host:
-                bars.note(f"memory profile {chosen.name}: the device has no room for more")
-        else:
-            chosen = PROFILES[profile]
-        memory = Memory(chosen)
+        placement, programs = choose_placement(
+            mesh, profile, config, run, dtype, vae_dtype, adapter_bytes=max(adapters), note=bars.note
+        )
+        by_expert = placement.by_expert(config.experts)
 
         def load(component: str, make, model_config, dtype: str):
-            places: Shardings = memory.waiting()
-            if spread is not None:
-                on = spread.by_expert(config.experts).get(component, spread)
-                places = on.places(model_config, abstract_model(model_config))
+            places = by_expert.get(component, placement).model_shardings(model_config, abstract_model(model_config))
             with bars.transfers("load") as report:
                 arrays = checkpoint.load(component, dtype, places, progress=report)
             return with_parameters(lambda: make(model_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), arrays)
@@ -207,8 +191,7 @@ class WanPipeline:
             vae=load("vae", VAE, config.vae, vae_dtype),
             # In float32: the official code has float16 here, which bfloat16 would not match.
             image_encoder=None if clip is None else load("image_encoder", ImageEncoder, clip, "float32"),
-            memory=memory,
-            spread=spread,
+            placement=placement,
             programs=programs,
             progress=progress,
         )
@@ -226,8 +209,7 @@ class WanPipeline:
             denoisers=denoisers,
             vae=self.vae,
             image_encoder=self.image_encoder,
-            memory=self.memory,
-            spread=self.spread,
+            placement=self.placement,
             programs=self._programs,
             progress=self._bars,
         )
@@ -364,8 +346,7 @@ class WanPipeline:
         if not prompts:
             raise InputError("no prompts: give at least one")
         check_images(self.config, images is not None, images is not None and images.last is not None)
-        if self.spread is not None:
-            self.spread.strategy.check(self.config, prompts=len(prompts))
+        self.placement.mesh_spec.check(self.config, prompts=len(prompts))
         self._warn_of_length(settings.frames)
         self.seconds = {"load": self.seconds["load"]} if "load" in self.seconds else {}
         latents = self._initial_latents(len(prompts), settings, initial_latents)
@@ -379,10 +360,12 @@ class WanPipeline:
         if features is not None:
             features = jnp.broadcast_to(features, (len(prompts), *features.shape[1:]))
         # With experts on devices of their own, videos pass from one to the other; batches are as large as "data" asks.
-        in_relay = self.spread is not None and self.spread.strategy.experts > 1
-        batch = self.spread.strategy.data if self.spread is not None and in_relay else len(prompts)
-        if self.spread is not None and not in_relay:
-            latents, conditioning = self.spread.put_batch(latents), self.spread.put_known(conditioning)
+        placement = self.placement
+        in_relay = placement.mesh_spec.experts > 1
+        batch = placement.mesh_spec.data if in_relay else len(prompts)
+        if not in_relay:
+            latents = placement.put_batch(latents)
+            conditioning = placement.put(conditioning, placement.batch_specs(conditioning))
 
         with (
             self._bars.task("denoise (compiling)", total=schedule.num_steps * len(prompts) // batch) as bar,
@@ -396,11 +379,10 @@ class WanPipeline:
                 running.close()  # frees the expert before this one
                 denoiser = running.enter_context(self.memory.on_device(self.denoisers[name]))
                 inputs: Any = [positive, negative if scales[name] != 1 else None, features]
-                inputs = [None if x is None else x[part] for x in inputs]
-                if (spread := self._spreads[name]) is not None:
-                    inputs = spread.put_batch(inputs)
-                text, opposite, image = inputs
-                return Expert.prepare(denoiser, text, opposite, image, spread)
+                text, opposite, image = self._placements[name].put_batch(
+                    [None if x is None else x[part] for x in inputs]
+                )
+                return Expert.prepare(denoiser, text, opposite, image, self._placements[name])
 
             def on_step(step: StepReport) -> None:
                 bar.advance(1, f"denoise ({step.expert} expert)")
@@ -419,7 +401,7 @@ class WanPipeline:
                 self.latents = np.concatenate([np.asarray(lot) for lot in lots])
             else:
                 latents = denoise(latents, *policies, get_expert, on_step, conditioning)
-                self.latents = np.asarray(latents) if self.spread is None else self.spread.fetch(latents)
+                self.latents = placement.gather(latents)
         if not np.isfinite(self.latents).all():
             raise InputError("the denoised latents are not finite: the weights are damaged, or need float32")
         return self.latents
@@ -433,11 +415,11 @@ class WanPipeline:
         while the next are decoded; so memory does not grow with the length. `on_frames` is called with each lot, uint8
         [n, H, W, 3], in order.
         """
-        latents = self._put(np.asarray(latents)[None])
+        videos = self.placement.put(np.asarray(latents)[None])
         chunk = chunk or self._programs.decode_chunk
         lots: list[np.ndarray] = []
         with (
-            self._bars.task("decode", total=latents.shape[2]) as bar,
+            self._bars.task("decode", total=videos.shape[2]) as bar,
             self.memory.on_device(self.vae) as vae,
             self._stage("decode"),
         ):
@@ -447,15 +429,15 @@ class WanPipeline:
                 if on_frames is not None:
                     on_frames(lots[-1])
 
-            frames, cache = self._start(self._programs.decode_first, vae, latents[:, :, :1])
-            for index in range(1, latents.shape[2], chunk):
-                some = latents[:, :, index : index + chunk]
+            frames, cache = self._start(self._programs.decode_first, vae, videos[:, :, :1])
+            for index in range(1, videos.shape[2], chunk):
+                some = videos[:, :, index : index + chunk]
                 following, cache = self._start(self._programs.decode_next, vae, cache, some)
                 fetch(frames)
                 bar.reach(index)
                 frames = following
             fetch(frames)
-            bar.reach(latents.shape[2])
+            bar.reach(videos.shape[2])
         return np.concatenate(lots)
 
     def encode(self, frames: ArrayLike) -> np.ndarray:
@@ -480,9 +462,9 @@ class WanPipeline:
             self.memory.on_device(self.vae) as vae,
             self._stage("encode"),
         ):
-            latents, cache = self._start(self._programs.encode_first, vae, self._put(frames[:1]))
+            latents, cache = self._start(self._programs.encode_first, vae, self.placement.put(frames[:1]))
             for index in range(1, len(frames), stride):
-                some = self._put(frames[index : index + stride])
+                some = self.placement.put(frames[index : index + stride])
                 following, cache = self._start(self._programs.encode_next, vae, cache, some)
                 lots.append(np.asarray(latents))  # waits, so that no more frames are on their way to the device
                 bar.reach(len(lots))
@@ -495,7 +477,7 @@ class WanPipeline:
         """What is written into the video's file."""
         names = {} if images is None else images.names
         loras = {"loras": [lora.as_json() for lora in self.loras]} if self.loras else {}
-        mesh = {} if self.spread is None else {"mesh": str(self.spread.strategy)}
+        mesh = {} if self.placement.is_single else {"mesh": str(self.placement.mesh_spec)}
         return {"prompt": prompt, **names, "model": self.config.name, **loras, **mesh, **settings.as_json()}
 
     def _initial_latents(self, batch: int, settings: Settings, given: ArrayLike | None) -> jax.Array:
@@ -517,8 +499,7 @@ class WanPipeline:
             with self.memory.on_device(self.text_encoder) as encoder:
                 for prompt in new:
                     tokens, mask = self._tokenizer([prompt], self.config.denoiser.text_length)
-                    if self.spread is not None:
-                        tokens, mask = self.spread.put_whole((tokens, mask))
+                    tokens, mask = self.placement.put((tokens, mask))
                     encoded[prompt] = self._run("text", self._programs.encode_text, encoder, tokens, mask)[0]
                     remembered[prompt] = encoded[prompt]
             while len(remembered) > CACHED_PROMPTS:
@@ -554,14 +535,10 @@ class WanPipeline:
     def _encode_for_attention(self, images: ImagePrompt) -> jax.Array | None:
         if self.image_encoder is None:
             return None
-        pixels = self._put(images.clip_inputs(self.image_encoder.config.image_size))
+        pixels = self.placement.put(images.clip_inputs(self.image_encoder.config.image_size))
         with self.memory.on_device(self.image_encoder) as encoder:
             features = self._run("image", self._programs.encode_image, encoder, pixels)
         return features.reshape(1, -1, features.shape[-1])  # of two images, one after the other
-
-    def _put(self, array: ArrayLike) -> jax.Array:
-        """An array where the models that are no denoisers take it."""
-        return jnp.asarray(array) if self.spread is None else self.spread.put_whole(array)
 
     def _warn_of_length(self, frames: int) -> None:
         """Says, once for each length, that the model was not trained for so many frames."""

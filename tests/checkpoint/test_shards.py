@@ -68,8 +68,8 @@ def test_a_process_reads_its_part(checkpoint, whole, monkeypatch, mesh, fraction
 
 
 def test_boxes():
-    spread = Placement.over(MeshSpec(fsdp=2, tensor=4))
-    sharding = spread.adapter_place(("layers", "embed", "mlp"))
+    placement = Placement.over(MeshSpec(fsdp=2, tensor=4))
+    sharding = placement.parameter_sharding(("layers", "embed", "mlp"))
     assert local_box(sharding, (2, 8, 8)) is None  # one process has all
     assert local_box(SecondHalf(sharding), (2, 8, 8)) == (slice(0, 2), slice(4, 8), slice(0, 8))
     assert local_box(None, (3,)) is None

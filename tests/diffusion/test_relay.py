@@ -45,19 +45,19 @@ CHOICES = SCHEDULE, get_solvers(("unipc", "euler")), (3.0, 1.0), 0.9
 
 @pytest.mark.parametrize("mesh", ["experts2-ulysses2", "experts2-cfg2-pipeline2"])
 def test_relay_gives_the_latents_of_one_device(mesh: str, models: dict, inputs: tuple) -> None:
-    spread = Placement.over(MeshSpec.parse(mesh))
-    spreads = spread.by_expert(EXPERTS)
-    assert not set(spreads["high_noise"].devices) & set(spreads["low_noise"].devices)
+    placement = Placement.over(MeshSpec.parse(mesh))
+    placements = placement.by_expert(EXPERTS)
+    assert not set(placements["high_noise"].devices) & set(placements["low_noise"].devices)
     tree = abstract_parameters(lambda: Denoiser(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    placed = {name: place(model, spreads[name].shardings(tree)) for name, model in models.items()}
+    placed = {name: place(model, placements[name].parameter_shardings(tree)) for name, model in models.items()}
     noise, text = inputs
     reports: list[tuple[int, str, int]] = []
     second_is_in = threading.Event()
     at_once: list[bool] = []
 
     def get_expert(name: str, index: int) -> Expert:
-        texts = (spreads[name].put_batch(x) for x in text[index])
-        return Expert.prepare(placed[name], *texts, spread=spreads[name])
+        texts = (placements[name].put_batch(x) for x in text[index])
+        return Expert.prepare(placed[name], *texts, placement=placements[name])
 
     def on_step(index: int, step: StepReport) -> None:
         reports.append((index, step.expert, step.index))

@@ -16,7 +16,7 @@ def test_first_frame(monkeypatch):
     frame = np.random.default_rng(3).standard_normal((1, channels, 1, height, width)).astype(np.float32)
     conditioning = FirstFrame(jnp.asarray(frame), jnp.asarray(True))
     monkeypatch.setattr(test_strategies, "denoise", partial(denoise, conditioning=conditioning))
-    alone = run(CONFIG, None)
+    alone = run(CONFIG, "single")
     np.testing.assert_array_equal(alone[:, :, :1], np.broadcast_to(frame, alone[:, :, :1].shape))
     for strategy in ("data2-ring2", "pipeline2-ulysses2"):
         # As for all strategies: float32 sums in another order.

@@ -42,5 +42,5 @@ def test_turns(videos: int, stages: int, evaluations: int, waiting: int) -> None
 @pytest.mark.parametrize("strategy", ["pipeline2", "pipeline4", "data2-pipeline2"])
 def test_one_video_or_several_give_the_latents_of_one_device(strategy: str) -> None:
     for batch in (2,) if "data" in strategy else (1, 3):
-        alone = run(CONFIG, None, batch=batch)
+        alone = run(CONFIG, "single", batch=batch)
         assert np.abs(run(CONFIG, strategy, batch=batch) - alone).max() < 1e-5 * np.abs(alone).max()

@@ -33,8 +33,8 @@ def denoise_in_relay(
         videos: latents of each, float32 [B, C, F, h, w], on any devices; B is 1, or the size of a batch that stays
             together.
         schedule, solver, guidance, boundary: see `denoise`.
-        get_expert: gives the expert of a name for a video, the denoiser being the same for all. Its `spread` says where
-            it runs; see `Placement.by_expert`. Called in threads.
+        get_expert: gives the expert of a name for a video, the denoiser being the same for all. Its `placement` says
+            where it runs; see `Placement.by_expert`. Called in threads.
         on_step: called after each step of a video, in the thread of its expert.
         conditioning: of each video.
 
@@ -57,11 +57,11 @@ def denoise_in_relay(
 
         state = None if before is None else before.result()
         expert = get_expert(segment.expert, index)
-        assert expert.spread is not None
-        here = jax.device_put(known[index], expert.spread.replicated)
+        placement = expert.placement
+        conditioned = placement.put(known[index])
         if state is None:
-            state = segment.run.solver.init(here.restore(expert.spread.put_batch(videos[index])))
-        return run_segment(segment, expert, expert.spread.put_batch(state), here, after_step)
+            state = segment.run.solver.init(conditioned.restore(placement.put_batch(videos[index])))
+        return run_segment(segment, expert, placement.put_batch(state), conditioned, after_step)
 
     try:
         states = []

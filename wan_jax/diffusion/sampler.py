@@ -32,7 +32,7 @@ from wan_jax.kernels.precision import gelu_in_epilogue
 from wan_jax.models.nn.layers import on_host
 from wan_jax.parallel import collectives, stages
 from wan_jax.parallel.collectives import CFG, PIPELINE
-from wan_jax.parallel.placement import Placement, gather_outside_layers
+from wan_jax.parallel.placement import SINGLE, Placement, gather_outside_layers
 from wan_jax.runtime.xla_flags import step_options
 
 
@@ -43,7 +43,7 @@ class Expert:
     denoiser: nnx.Module
     positive: Any  # Context of the prompts
     negative: Any = None  # Context of the negative prompts; needed only for guidance
-    spread: Placement | None = None  # over which devices the arrays lie; None: one device
+    placement: Placement = SINGLE
 
     @classmethod
     def prepare(
@@ -52,12 +52,12 @@ class Expert:
         positive: jax.Array,
         negative: jax.Array | None = None,
         image: jax.Array | None = None,
-        spread: Placement | None = None,
+        placement: Placement = SINGLE,
     ) -> "Expert":
         """Computes the contexts from encoded text, [B, text_length, text_dim] each, and an image's features."""
         graphdef, parameters = nnx.split(denoiser)
-        encode = partial(_encode_context, graphdef, spread, parameters, image=image)
-        return cls(denoiser, encode(positive), None if negative is None else encode(negative), spread)
+        encode = partial(_encode_context, graphdef, placement, parameters, image=image)
+        return cls(denoiser, encode(positive), None if negative is None else encode(negative), placement)
 
 
 @dataclass(frozen=True)
@@ -217,29 +217,24 @@ class PipelineState(NamedTuple):
 
 def _carry(expert: Expert, state: Any) -> Any:
     """The carry of the compiled step: the solver state, or a PipelineState around it with the shapes of the rest."""
-    spread = _in_stages(expert.spread)
-    if spread is None:
+    placement, spec = expert.placement, expert.placement.mesh_spec
+    if spec.pipeline == 1:
         return state
     denoiser: Any = expert.denoiser
-    config, strategy = denoiser.config, spread.strategy
+    config = denoiser.config
     _, *shape = state.latents.shape
     tokens = math.prod(size // patch for size, patch in zip(shape[1:], config.patch_size, strict=True))
-    parts = strategy.ring * strategy.fsdp * strategy.ulysses
-    groups = strategy.data * strategy.cfg
+    parts = spec.ring * spec.fsdp * spec.ulysses
+    groups = spec.data * spec.cfg
     return PipelineState(
         state,
-        spread.abstract((groups * strategy.pipeline, -(-tokens // parts) * parts, config.dim), spread.stages),
-        spread.abstract((groups, *shape), spread.evaluation),
+        placement.abstract((groups * spec.pipeline, -(-tokens // parts) * parts, config.dim), placement.stages),
+        placement.abstract((groups, *shape), placement.evaluation),
     )
 
 
 def _zeros(array: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
     return array if isinstance(array, jax.Array) else jnp.zeros(array.shape, array.dtype, device=array.sharding)
-
-
-def _in_stages(spread: Placement | None) -> Placement | None:
-    """The same where it is a pipeline, else None."""
-    return spread if spread is not None and spread.strategy.pipeline > 1 else None
 
 
 def _calls(expert: Expert, run: _Run, steps: Sequence[int], videos: int) -> Iterator[tuple[tuple, int | None]]:
@@ -252,14 +247,13 @@ def _calls(expert: Expert, run: _Run, steps: Sequence[int], videos: int) -> Iter
     def numbers(index: int) -> tuple[Any, np.ndarray]:
         return jax.tree.map(lambda values: values[index], run.coefficients), run.schedule.timesteps[index]
 
-    first, spread = steps[0] - run.first, _in_stages(expert.spread)
-    if spread is None:
+    first, spec = steps[0] - run.first, expert.placement.mesh_spec
+    if spec.pipeline == 1:
         for index in steps:
             yield numbers(index - run.first), index
         return
-    strategy = spread.strategy
-    evaluations = 1 if expert.negative is None or strategy.cfg > 1 else 2
-    for turn in stages.turns(len(steps), videos // strategy.data, strategy.pipeline, evaluations):
+    evaluations = 1 if expert.negative is None or spec.cfg > 1 else 2
+    for turn in stages.turns(len(steps), videos // spec.data, spec.pipeline, evaluations):
         coefficients, _ = numbers(first + turn.steps[-1])
         timesteps = run.schedule.timesteps[first + turn.steps]
         done = None if turn.done is None else steps[turn.done]
@@ -298,11 +292,11 @@ def compile_step(
         (parameters, expert.positive, expert.negative),
     )
     on_nvidia = _on_nvidia(parameters)
-    options = step_options(expert.spread is not None) if on_nvidia else {}
+    options = step_options(on_a_mesh=not expert.placement.is_single) if on_nvidia else {}
     step = _sample_step(tuple(options.items()))
     with gelu_in_epilogue(on_nvidia):
         return step.lower(
-            graphdef, solver, expert.spread, *arrays, state, conditioning, *numbers, np.float32(1)
+            graphdef, solver, expert.placement, *arrays, state, conditioning, *numbers, np.float32(1)
         ).compile()
 
 
@@ -313,17 +307,14 @@ def _on_nvidia(arrays: Any) -> bool:
     return device.platform == "gpu" and device.device_kind.startswith("NVIDIA")
 
 
-def _spread_step(graphdef, solver, spread, parameters, positive, negative, state, conditioning, *numbers):
-    arguments = parameters, positive, negative, state, conditioning, numbers
-    if spread is None:
-        return _step(graphdef, solver, *arguments)
-    step, state_specs = _step, spread.batch
-    if _in_stages(spread) is not None:
-        step, state_specs = _turn, PipelineState(spread.batch, spread.stages, spread.evaluation)
-    contexts = spread.context, spread.context
-    known = jax.tree.map(lambda x: spread.batch if x.ndim and len(x) > 1 else PartitionSpec(), conditioning)
-    in_specs = spread.state_specs(parameters), *contexts, state_specs, known, PartitionSpec()
-    return spread.shard_map(partial(step, graphdef, solver), in_specs, state_specs)(*arguments)
+def _placed_step(graphdef, solver, placement, parameters, positive, negative, state, conditioning, *numbers):
+    step, state_specs = _step, placement.batch
+    if placement.mesh_spec.pipeline > 1:
+        step, state_specs = _turn, PipelineState(placement.batch, placement.stages, placement.evaluation)
+    contexts, known = (placement.context, placement.context), placement.batch_specs(conditioning)
+    in_specs = placement.state_specs(parameters), *contexts, state_specs, known, PartitionSpec()
+    run = placement.run(partial(step, graphdef, solver), in_specs, state_specs)
+    return run(parameters, positive, negative, state, conditioning, numbers)
 
 
 def _step(graphdef, solver, parameters, positive, negative, state, conditioning, numbers):
@@ -388,19 +379,17 @@ def _solve(solver, state, velocity, coefficients, conditioning):
 @cache
 def _sample_step(options: tuple[tuple[str, bool | int | str], ...]) -> Any:
     """The jitted step with these compiler options."""
-    static = "graphdef", "solver", "spread"
+    static = "graphdef", "solver", "placement"
     return jax.jit(
-        _spread_step, static_argnames=static, donate_argnames="state", compiler_options=dict(options) or None
+        _placed_step, static_argnames=static, donate_argnames="state", compiler_options=dict(options) or None
     )
 
 
-@partial(jax.jit, static_argnames=("graphdef", "spread"))
-def _encode_context(graphdef, spread, parameters, text, image):
-    def run(parameters, text, image):
+@partial(jax.jit, static_argnames=("graphdef", "placement"))
+def _encode_context(graphdef, placement, parameters, text, image):
+    def encode(parameters, text, image):
         denoiser = nnx.merge(graphdef, gather_outside_layers(parameters))
         return denoiser.encode_context(text) if image is None else denoiser.encode_context(text, image)
 
-    if spread is None:
-        return run(parameters, text, image)
-    in_specs = spread.state_specs(parameters), spread.batch, spread.batch
-    return spread.shard_map(run, in_specs, spread.context)(parameters, text, image)
+    in_specs = placement.state_specs(parameters), placement.batch, placement.batch
+    return placement.run(encode, in_specs, placement.context)(parameters, text, image)

@@ -104,7 +104,7 @@ class Plan:
         self.dtype = jnp.dtype(dtype)
         self.vae_dtype = jnp.dtype(vae_dtype)
         self.device = jax.devices()[0] if device is None else device
-        self.strategy = MeshSpec()  # one device
+        self.mesh_spec = MeshSpec()  # one device
         self.compiled = self.device.platform != "cpu"  # whether scratch comes from compiled programs
         self._programs = CompiledModels(exact=dtype == "float32") if programs is None else programs
         self._scratch: dict[bool, Mapping[str, int]] = {}
@@ -384,8 +384,8 @@ class Report:
             "dtype": plan.dtype.name,
             "vae_dtype": plan.vae_dtype.name,
             "device": plan.device.device_kind,
-            "mesh": str(plan.strategy),
-            "devices": plan.strategy.devices,
+            "mesh": str(plan.mesh_spec),
+            "devices": plan.mesh_spec.devices,
             "reason": self.reason,
             "device_memory": self.device_memory,
             "scratch": "compiled" if plan.compiled else "formula",
@@ -396,8 +396,8 @@ class Report:
     def __str__(self) -> str:
         plan, settings = self.plan, self.plan.settings
         memory = "" if self.device_memory is None else f", {_gib(self.device_memory)} for JAX"
-        count = plan.strategy.devices
-        mesh = f", each of {count} in mesh {plan.strategy}" if count > 1 else ""
+        count = plan.mesh_spec.devices
+        mesh = f", each of {count} in mesh {plan.mesh_spec}" if count > 1 else ""
         titles = " ".join(f"{stage:>10}" for stage in plan.stages)
         lines = [
             f"{plan.config.name} {settings.size[0]}x{settings.size[1]}, {settings.frames} frames, "
