@@ -63,4 +63,4 @@ def test_adapters_on_a_mesh(lora, alone, mesh):
 
 
 def test_the_adapters_matter(alone):
-    assert np.abs(run(None, None) - alone).max() > 0.01 * np.abs(alone).max()
+    assert np.abs(run(None, "single") - alone).max() > 0.01 * np.abs(alone).max()

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from wan_jax import plan as planning
 from wan_jax.cli.main import main
 from wan_jax.config import ImageEncoderConfig
 from wan_jax.diffusion.params import Settings
@@ -19,6 +18,7 @@ from wan_jax.models import vae as vae_model
 from wan_jax.models.compiled import CompiledModels
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import named_parameters
+from wan_jax.planning import memory as planning
 from wan_jax.planning.memory import Plan, Prediction, choose_profile, report
 from wan_jax.planning.time import decode_flops, decode_scratch, denoiser_flops, encode_flops, encode_scratch
 from wan_jax.presets import get_preset

@@ -5,7 +5,7 @@ are on the device in a stage, by the abstract trees and the profile; its inputs,
 comes from the compiled program's own analysis where the program that will run can be compiled here, on an accelerator.
 XLA:CPU compiles other programs, which need far more; there a formula takes its place (`estimated_scratch`).
 
-Seconds are arithmetic operations over rates measured on the kind of device at hand (`estimates.RATES`).
+Seconds are arithmetic operations over rates measured on the kind of device at hand (`planning.time.RATES`).
 """
 
 import functools
@@ -183,7 +183,7 @@ class Plan:
         streamed layer comes on top.
         Text: the same of 512 tokens, and the scores of all heads in float32, three times.
         Image: the residual stream, both sides of GELU, the scores of all heads.
-        Encode, decode: see estimates.py.
+        Encode, decode: see time.py.
         """
         denoiser, encoder, vae = self.config.denoiser, self.config.text_encoder, self.config.vae
         item = self.dtype.itemsize

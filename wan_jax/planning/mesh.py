@@ -1,7 +1,7 @@
-"""What a run needs on a mesh: memory of each device, seconds, and the mesh_spec that "auto" takes.
+"""What a run needs on a mesh: memory of each device, seconds, and the mesh that "auto" takes.
 
-Memory is `plan.Plan`'s bookkeeping with every array in the parts that the mesh_spec cuts it into; scratch is always the
-formula's. Seconds are those of one device over the devices that share the work, and what communication cannot hide:
+Memory is that of `planning.memory.Plan` with every array in the parts that the mesh cuts it into; workspace is always
+the formula's. Seconds are those of one device over the devices that share the work, and what communication cannot hide:
 
 - Ulysses, tensor: all that is exchanged, at `LINK`; nothing of it hides.
 - ring, fsdp: what is sent, where that takes longer than the work beside it.
@@ -156,7 +156,7 @@ class MeshPlan(Plan):
 
 
 def candidates(config: WanConfig, devices: int, guided: bool) -> Iterator[MeshSpec]:
-    """Strategies that use all devices, the best first: those with all weights everywhere, then those in parts.
+    """Meshes of all devices, the best first: those with all weights everywhere, then those in parts.
 
     The prompt and the negative prompt side by side exchange nothing; Ulysses exchanges less than the ring, and the ring
     has no limit.
@@ -245,7 +245,7 @@ def resolve(
     memory: int | None = None,
     adapter_bytes: int = 0,
 ) -> tuple[MeshSpec, str | None]:
-    """The mesh_spec that a user asks for, and why if it was chosen. Raises InputError for one that cannot be used."""
+    """The mesh that a user asks for, and why if it was chosen. Raises InputError for one that cannot be used."""
     if profile not in ("auto", "resident"):
         raise InputError(
             f"profile {profile}: on a mesh weights stay on the devices; use resident, and fsdp to cut them"
