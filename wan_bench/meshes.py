@@ -24,10 +24,12 @@ from flax import nnx
 from wan_bench.parts import device_facts, get_config, normal
 from wan_bench.trace import traced
 from wan_jax.config import WanConfig
+from wan_jax.diffusion.loop import StepReport, denoise
 from wan_jax.diffusion.params import DTYPES, Settings, check_name, parse_size
-from wan_jax.diffusion.sampler import Expert, StepReport, compile_step, denoise
 from wan_jax.diffusion.schedule import make_schedule
+from wan_jax.diffusion.segments import Segment, plan_segments
 from wan_jax.diffusion.solvers import get_solver
+from wan_jax.diffusion.step import Expert, compile_step
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.mesh_spec import MeshSpec
@@ -72,10 +74,7 @@ class MeshBench:
             seconds.append(step.seconds)
             self.beat(f"step {len(seconds)} of {steps}")
 
-        schedule = make_schedule("official", "euler", steps, 5.0)
-        result = denoise(
-            self.noise(expert), schedule, get_solver("euler"), guidance, None, lambda name: expert, on_step
-        )
+        result = denoise(self.noise(expert), euler_steps(steps, guidance), lambda name: expert, on_step)
         return seconds, result
 
     def noise(self, expert: Expert) -> jax.Array:
@@ -114,10 +113,14 @@ class MeshBench:
 
     def compile(self, expert: Expert, guided: bool) -> tuple[float, jax.stages.Compiled]:
         """Seconds, and the program."""
-        start, solver = time.perf_counter(), get_solver("euler")
+        start, (segment,) = time.perf_counter(), euler_steps(1, GUIDANCE)
         used = expert if guided else Expert(expert.denoiser, expert.positive, None, expert.placement)
-        step = compile_step(used, make_schedule("official", "euler", 1, 5.0), solver, solver.init(self.noise(expert)))
+        step = compile_step(used, segment, segment.solver.init(self.noise(expert)))
         return time.perf_counter() - start, step
+
+
+def euler_steps(steps: int, guidance: float) -> list[Segment]:
+    return plan_segments(make_schedule("official", "euler", steps, 5.0), get_solver("euler"), guidance, None)
 
 
 def default_meshes(config: WanConfig, devices: int) -> list[str]:

@@ -22,12 +22,13 @@ from wan_jax.checkpoint.hub import local_checkpoint
 from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.config import WanConfig
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, known_frames
-from wan_jax.diffusion.guidance import guidance_by_expert
+from wan_jax.diffusion.loop import StepReport, denoise
 from wan_jax.diffusion.noise import initial_noise
 from wan_jax.diffusion.params import DTYPES, PROFILE_NAMES, Settings, check_name
 from wan_jax.diffusion.relay import denoise_in_relay
-from wan_jax.diffusion.sampler import Expert, StepReport, denoise, plan_steps
+from wan_jax.diffusion.segments import plan_segments
 from wan_jax.diffusion.solvers import get_solvers
+from wan_jax.diffusion.step import Expert
 from wan_jax.errors import InputError
 from wan_jax.lora.apply import AdaptedDenoiser, Lora, LoraFile, adapter_bytes, open_loras, with_loras
 from wan_jax.media.image import ImagePrompt, check_images
@@ -350,10 +351,10 @@ class WanPipeline:
         self._warn_of_length(settings.frames)
         self.seconds = {"load": self.seconds["load"]} if "load" in self.seconds else {}
         latents = self._initial_latents(len(prompts), settings, initial_latents)
-        schedule = settings.make_schedule()
-        experts = list(dict.fromkeys(plan_steps(schedule, settings.boundary)))
-        scales = guidance_by_expert(settings.guidance, tuple(experts))
-        guided = any(scale != 1 for scale in scales.values())
+        solvers = get_solvers(settings.solver)
+        segments = plan_segments(settings.make_schedule(), solvers, settings.guidance, settings.boundary)
+        experts = list(dict.fromkeys(segment.expert for segment in segments))
+        guided = {segment.expert for segment in segments if segment.is_guided}
         encoded = self.encode_prompts([*prompts, *[settings.negative_prompt] * (len(prompts) if guided else 0)])
         positive, negative = encoded[: len(prompts)], encoded[len(prompts) :]
         conditioning, features = self._encode_images(images, settings)
@@ -368,7 +369,7 @@ class WanPipeline:
             conditioning = placement.put(conditioning, placement.batch_specs(conditioning))
 
         with (
-            self._bars.task("denoise (compiling)", total=schedule.num_steps * len(prompts) // batch) as bar,
+            self._bars.task("denoise (compiling)", total=segments[0].total * len(prompts) // batch) as bar,
             contextlib.ExitStack() as at_the_end,
             contextlib.ExitStack() as running,
         ):
@@ -378,7 +379,7 @@ class WanPipeline:
                 part = slice(index * batch, (index + 1) * batch)
                 running.close()  # frees the expert before this one
                 denoiser = running.enter_context(self.memory.on_device(self.denoisers[name]))
-                inputs: Any = [positive, negative if scales[name] != 1 else None, features]
+                inputs: Any = [positive, negative if name in guided else None, features]
                 text, opposite, image = self._placements[name].put_batch(
                     [None if x is None else x[part] for x in inputs]
                 )
@@ -392,15 +393,14 @@ class WanPipeline:
                 for following in experts[experts.index(step.expert) + 1 :]:
                     self.memory.prefetch(self.denoisers[following])
 
-            policies = schedule, get_solvers(settings.solver), settings.guidance, settings.boundary
             if in_relay:
                 lots = [latents[start : start + batch] for start in range(0, len(prompts), batch)]
                 known = [conditioning] * len(lots)
                 with self._stage("denoise"):
-                    lots = denoise_in_relay(lots, *policies, get_expert, lambda _, step: on_step(step), known)
+                    lots = denoise_in_relay(lots, segments, get_expert, lambda _, step: on_step(step), known)
                 self.latents = np.concatenate([np.asarray(lot) for lot in lots])
             else:
-                latents = denoise(latents, *policies, get_expert, on_step, conditioning)
+                latents = denoise(latents, segments, get_expert, on_step, conditioning)
                 self.latents = placement.gather(latents)
         if not np.isfinite(self.latents).all():
             raise InputError("the denoised latents are not finite: the weights are damaged, or need float32")
@@ -528,7 +528,7 @@ class WanPipeline:
             self._bars.note("the image is stretched to another shape; without a size the video takes the image's")
         latents = jnp.asarray(self.encode(images.frames(self.config, settings.size, settings.frames)))[None]
         if self.config.conditioning == "first_frame":
-            return FirstFrame(latents, jnp.asarray(True))
+            return FirstFrame(latents, jnp.ones(1, bool))
         known = [0] if images.last is None else [0, settings.frames - 1]
         return known_frames(latents, known, self.config.vae.temporal_stride)
 

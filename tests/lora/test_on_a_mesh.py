@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from tests.parallel.test_strategies import CONFIG, LATENTS
-from wan_jax.diffusion.sampler import Expert, denoise
+from wan_jax.diffusion.loop import denoise
 from wan_jax.diffusion.schedule import make_schedule
 from wan_jax.diffusion.solvers import get_solver
+from wan_jax.diffusion.step import Expert
 from wan_jax.lora.apply import AdaptedDenoiser
 from wan_jax.lora.export import save_lora
 from wan_jax.lora.files import ActiveLora, open_lora

@@ -8,9 +8,11 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from wan_jax.config import DenoiserConfig
-from wan_jax.diffusion.sampler import Expert, denoise
+from wan_jax.diffusion.loop import denoise
 from wan_jax.diffusion.schedule import make_schedule
+from wan_jax.diffusion.segments import plan_segments
 from wan_jax.diffusion.solvers import get_solver
+from wan_jax.diffusion.step import Expert
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.collectives import MESH_AXES
 from wan_jax.parallel.mesh_spec import MeshSpec
@@ -75,7 +77,7 @@ def test_a_mesh_with_explicit_axes() -> None:
         latents, text = placement.put_batch((latents, text))
         expert = Expert.prepare(model, text, -text, placement=placement)
         schedule = make_schedule("official", "unipc", 2, 5.0)
-        result = denoise(latents, schedule, get_solver("unipc"), 3.0, None, lambda name: expert)
+        result = denoise(latents, plan_segments(schedule, get_solver("unipc"), 3.0, None), lambda name: expert)
         return np.asarray(result)
 
     mesh_spec = MeshSpec(data=2, ulysses=2, tensor=2)

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from wan_jax.config import DenoiserConfig
-from wan_jax.diffusion.sampler import Expert, denoise
+from wan_jax.diffusion.loop import denoise
 from wan_jax.diffusion.schedule import make_schedule
+from wan_jax.diffusion.segments import plan_segments
 from wan_jax.diffusion.solvers import get_solver
+from wan_jax.diffusion.step import Expert
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
@@ -35,7 +37,7 @@ def run(config: DenoiserConfig, mesh: str, dtype: str = "float32", *, batch: int
     arrays = placement.put_batch([jnp.asarray(x, jnp.float32) for x in (latents, *text)])
     expert = Expert.prepare(model, *arrays[1:], placement=placement)
     schedule = make_schedule("official", "unipc", 2, 5.0)
-    return np.asarray(denoise(arrays[0], schedule, get_solver("unipc"), 3.0, None, lambda name: expert))
+    return np.asarray(denoise(arrays[0], plan_segments(schedule, get_solver("unipc"), 3.0, None), lambda name: expert))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from flax import nnx
 from wan_jax.cli.main import main
 from wan_jax.config import ImageEncoderConfig
 from wan_jax.diffusion.params import Settings
-from wan_jax.diffusion.sampler import plan_steps
+from wan_jax.diffusion.segments import plan_steps
 from wan_jax.models import vae as vae_model
 from wan_jax.models.compiled import CompiledModels
 from wan_jax.parallel.placement import Placement

@@ -60,11 +60,11 @@ class FirstFrame:
     """The first latent frame, if it is known, stays as it is. Whether it is recompiles nothing."""
 
     latents: jax.Array  # [1 or B, z, 1, h, w] float32
-    known: jax.Array  # bool
+    known: jax.Array  # [1 or B] bool
 
     @classmethod
     def unknown(cls, channels: int, height: int, width: int) -> "FirstFrame":
-        return cls(jnp.zeros((1, channels, 1, height, width)), jnp.asarray(False))
+        return cls(jnp.zeros((1, channels, 1, height, width)), jnp.zeros(1, bool))
 
     def inputs(self, latents: jax.Array, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Timesteps become [B, T], one for each latent frame."""
@@ -74,7 +74,8 @@ class FirstFrame:
 
     def restore(self, latents: jax.Array) -> jax.Array:
         """What the solver remembers of its first frame is left alone: it reaches no other frame."""
-        return latents.at[:, :, :1].set(jnp.where(self.known, self.latents, latents[:, :, :1]))
+        known = self.known[:, None, None, None, None]
+        return latents.at[:, :, :1].set(jnp.where(known, self.latents, latents[:, :, :1]))
 
 
 TEXT_ONLY = TextOnly()

@@ -1,4 +1,4 @@
-"""The compiled functions of a pipeline's models, but for the denoising step (diffusion/sampler.py)."""
+"""The compiled functions of a pipeline's models, but for the denoising step (diffusion/step.py)."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -20,7 +20,7 @@ from wan_jax.runtime.xla_flags import TEXT_ENCODER_OPTIONS
 
 
 class CompiledModels:
-    """What a pipeline compiles, but for the denoising step (diffusion/sampler.py).
+    """What a pipeline compiles, but for the denoising step (diffusion/step.py).
 
     `exact` keeps the float32 of the VAE float32. Beside a bfloat16 denoiser it may use TF32 (on TPUs three passes of
     bfloat16), as PyTorch's convolutions do by default. On a mesh all devices work together: on a prompt, each with a
