@@ -65,9 +65,12 @@ class Checkout:
         self.meshes = importlib.import_module("wan_jax.bench_mesh" if self.is_old else "wan_bench.meshes")
         self.rows: list[Any] = []
         config = self.parts.get_config(options["preset"])
-        settings = self.parts.Settings.resolve(
-            config, size=self.parts.parse_size(options["size"]), frames=options["frames"]
-        )
+        if self.is_old:
+            settings = self.parts.Settings.resolve(
+                config, size=self.parts.parse_size(options["size"]), frames=options["frames"]
+            )
+        else:
+            settings = self.parts.SamplingParams(size=options["size"], frames=options["frames"]).resolve(config)
         self.bench = self.parts.Bench(config, settings, "bfloat16", "bfloat16", 3, self.rows.append)
         self.mesh_bench = self.meshes.MeshBench(config, settings, "bfloat16", 1, 1)
         self.expert: Any = None

@@ -212,7 +212,7 @@ def add_device_facts(run: Run) -> None:
 def benches(run: Run, preset: str, group: str, sizes: list[str] | None = None, **choices: Any) -> Iterator[Any]:
     """A Bench for each size, whose rows go into the report; stops when time is up."""
     from wan_bench.parts import Bench, get_config
-    from wan_jax.diffusion.params import Settings, parse_size
+    from wan_jax.diffusion.params import SamplingParams
 
     config = get_config(preset)
     matmul = run.report["matmul_tflop_per_second"] * 1e12
@@ -220,7 +220,7 @@ def benches(run: Run, preset: str, group: str, sizes: list[str] | None = None, *
         if run.left() < 0:
             print(f"{group} {size}: out of time", flush=True)
             return
-        settings = Settings.resolve(config, size=parse_size(size), frames=FRAMES)
+        settings = SamplingParams(size=size, frames=FRAMES).resolve(config)
 
         def on_row(row: Any, size: str = size) -> None:
             run.add(f"{group} {size}", row.as_json(matmul), f"{group} {size}")

@@ -118,13 +118,13 @@ def ours(part: str, demo: bool, report: Report) -> None:
 
     xla_flags.configure()
     from wan_jax.models.compiled import CompiledModels
-    from wan_jax.parallel.placement import Placement
     from wan_jax.pipeline import peak_bytes
+    from wan_jax.runtime.offload import PROFILES, Memory
 
     config = small(part) if demo else full(part)
     report("device", {"kind": jax.devices()[0].device_kind, "jax": jax.__version__})
     start = time.perf_counter()
-    pipeline = made_up_pipeline(config, Placement(), "bfloat16", CompiledModels(exact=False))
+    pipeline = made_up_pipeline(config, Memory(PROFILES["resident"]), "bfloat16", CompiledModels(exact=False))
     report("weights", {"seconds": time.perf_counter() - start})
     if part == "t2v-a14b":
         for frames in (5, 9) if demo else LENGTHS:
@@ -135,17 +135,17 @@ def ours(part: str, demo: bool, report: Report) -> None:
 
 
 def prompt_to_mp4(pipeline: Any, frames: int, size: tuple[int, int], report: Report) -> None:
-    from wan_jax.diffusion.params import Settings
+    from wan_jax.diffusion.params import SamplingParams
     from wan_jax.media.video import VideoWriter
 
     def run(prompt: str, **choices: Any) -> dict[str, Any]:
-        settings = Settings.resolve(pipeline.config, size=size, frames=frames, **FEW_STEPS | choices)
+        request = SamplingParams(prompt, size=size, frames=frames, **FEW_STEPS | choices).resolve(pipeline.config)
         step_seconds = watch_steps(pipeline)
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            latents = pipeline.denoise([prompt], settings)
+            latents = pipeline.denoise([request])
             denoised = time.perf_counter()
-            with VideoWriter(pathlib.Path(folder) / "out.mp4", settings.fps) as writer:
+            with VideoWriter(pathlib.Path(folder) / "out.mp4", request.fps) as writer:
                 pipeline.decode(latents[0], on_frames=writer.write)
             end = time.perf_counter()
         return {
@@ -161,14 +161,14 @@ def prompt_to_mp4(pipeline: Any, frames: int, size: tuple[int, int], report: Rep
 
 
 def guided_steps(pipeline: Any, choices: dict[str, Any], report: Report) -> None:
-    from wan_jax.diffusion.params import Settings
+    from wan_jax.diffusion.params import SamplingParams
 
-    settings = Settings.resolve(pipeline.config, **{"steps": 3, **choices})
+    request = SamplingParams(PROMPT, **{"steps": 3, **choices}).resolve(pipeline.config)
     steps = watch_steps(pipeline)
     start = time.perf_counter()
-    latents = pipeline.denoise([PROMPT], settings)
+    latents = pipeline.denoise([request])
     report("first run", {"seconds": time.perf_counter() - start, "compile": pipeline.seconds["compile"]})
-    report("step", {"seconds": statistics.median(steps[1:]), "runs": steps, "size": settings.size})
+    report("step", {"seconds": statistics.median(steps[1:]), "runs": steps, "size": request.size})
     runs = []
     for _ in range(3):
         start = time.perf_counter()

@@ -15,7 +15,7 @@ import time
 
 import jax
 
-from wan_jax.diffusion.params import Settings, parse_size
+from wan_jax.diffusion.params import SamplingParams
 from wan_jax.media.video import Video
 from wan_jax.pipeline import WanPipeline, peak_bytes
 from wan_jax.presets import get_preset
@@ -58,30 +58,28 @@ def main() -> None:
         for index, prompt in enumerate(PROMPTS):
             if index and size in values.cold_only:
                 break
-            settings = Settings.resolve(
-                config,
-                size=parse_size(size),
+            request = SamplingParams(
+                prompt,
+                size=size,
                 frames=values.frames,
                 steps=values.steps,
                 shift=values.shift,
                 seed=index,
                 guidance=(3.0 + index, 4.0 + index),
-            )
-            runs.append(
-                {"size": size, "run": ("cold", "warm")[index], **_run(pipeline, prompt, settings, values.video)}
-            )
+            ).resolve(config)
+            runs.append({"size": size, "run": ("cold", "warm")[index], **_run(pipeline, request, values.video)})
             print(json.dumps(runs[-1]), flush=True)
             values.output.write_text(json.dumps(_report(values, config, runs), indent=1) + "\n")
 
 
-def _run(pipeline: WanPipeline, prompt: str, settings: Settings, video: pathlib.Path | None) -> dict:
+def _run(pipeline: WanPipeline, request: SamplingParams, video: pathlib.Path | None) -> dict:
     start = time.perf_counter()
-    latents = pipeline.denoise([prompt], settings)[0]
+    latents = pipeline.denoise([request])[0]
     frames = pipeline.decode(latents)
     saving = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = video or pathlib.Path(folder) / "video.mp4"
-        Video(frames, latents, settings.fps, pipeline.metadata(prompt, settings)).save(path)
+        Video(frames, latents, request.fps, pipeline.metadata(request)).save(path)
         mp4_bytes = path.stat().st_size
     seconds = {**pipeline.seconds, "save": time.perf_counter() - saving, "total": time.perf_counter() - start}
     return {"seconds": seconds, "peak_bytes": peak_bytes(), "mp4_bytes": mp4_bytes}

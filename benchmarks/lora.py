@@ -41,12 +41,12 @@ def main() -> None:
     from wan_jax.runtime import xla_flags
 
     xla_flags.configure()
-    from wan_jax.diffusion.params import Settings, parse_size
+    from wan_jax.diffusion.params import SamplingParams
     from wan_jax.lora.apply import Lora
     from wan_jax.models.compiled import CompiledModels
-    from wan_jax.parallel.placement import Placement
     from wan_jax.pipeline import peak_bytes
     from wan_jax.presets import get_preset
+    from wan_jax.runtime.offload import PROFILES, Memory
     from wan_jax.testing.models import DEMO
 
     report: dict[str, Any] = {
@@ -80,15 +80,15 @@ def main() -> None:
         return result
 
     config = DEMO if values.demo else get_preset("t2v-a14b")
-    size, frames = ((48, 32), 5) if values.demo else (parse_size(values.size), 81)
-    settings = Settings.resolve(config, size=size, frames=frames, **STEPS)
+    size, frames = ((48, 32), 5) if values.demo else (values.size, 81)
+    request = SamplingParams(PROMPT, size=size, frames=frames, **STEPS).resolve(config)
     paths = {name: {expert: values.folder / f"lora_{name}_{expert}.safetensors" for expert in EXPERTS} for name in "ab"}
     for seed, by_expert in enumerate(paths.values()):
         for path in by_expert.values():
             timed("write a file", partial(write_lora, path, config.denoiser, seed))
     report["file_bytes"] = paths["a"]["high_noise"].stat().st_size
     start = time.perf_counter()
-    pipeline = made_up_pipeline(config, Placement(), "bfloat16", CompiledModels(exact=False))
+    pipeline = made_up_pipeline(config, Memory(PROFILES["resident"]), "bfloat16", CompiledModels(exact=False))
     report["weights_seconds"] = time.perf_counter() - start
 
     def loras(name: str, strength: float = 1.0) -> Sequence[Lora]:
@@ -105,7 +105,7 @@ def main() -> None:
             add_seconds(pipeline, stage, seconds)
 
         pipeline._add_seconds = note
-        latents = timed(f"denoise {name}", lambda: pipeline.denoise([PROMPT], settings))
+        latents = timed(f"denoise {name}", lambda: pipeline.denoise([request]))
         report["steps"].setdefault(name, []).append(found)
         report["steps"][f"{name}, latents' std"] = float(np.std(latents))
         print(name, found, flush=True)

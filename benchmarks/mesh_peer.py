@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.diffusers_peer import diffusers_denoiser
 from wan_bench.parts import get_config
-from wan_jax.diffusion.params import parse_size
+from wan_jax.diffusion.params import SamplingParams
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     config = get_config(values.preset)
     denoiser, stride = config.denoiser, config.vae.spatial_stride
-    width, height = parse_size(values.size)
+    width, height = SamplingParams(size=values.size).size
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.manual_seed(0)
     frames = (values.frames - 1) // config.vae.temporal_stride + 1

@@ -107,7 +107,7 @@ def run_part(part: str, demo: bool) -> dict[str, Any]:
     started = time.perf_counter()
     import jax
 
-    from wan_jax.diffusion.params import Settings, parse_size
+    from wan_jax.diffusion.params import SamplingParams
     from wan_jax.models.compiled import CompiledModels
     from wan_jax.planning.memory import Plan, memory_limit
     from wan_jax.presets import get_preset
@@ -116,13 +116,9 @@ def run_part(part: str, demo: bool) -> dict[str, Any]:
 
     size, vae_dtype, names, _, steps = PARTS[part]
     config = DEMO if demo else get_preset("t2v-a14b")
-    settings = Settings.resolve(
-        config,
-        size=(48, 32) if demo else parse_size(size),
-        frames=5 if demo else 81,
-        steps=max(steps, 1),
-        shift=5.0,
-    )
+    settings = SamplingParams(
+        PROMPT, size=(48, 32) if demo else size, frames=5 if demo else 81, steps=max(steps, 1), shift=5.0
+    ).resolve(config)
     device = jax.devices()[0]
     result: dict[str, Any] = {
         "device": device.device_kind,
@@ -154,10 +150,10 @@ def run_pipeline(config, settings, profile, vae_dtype: str, programs, started: f
     import numpy as np
 
     from wan_jax import pipeline as pipelines
-    from wan_jax.parallel.placement import Placement
+    from wan_jax.runtime.offload import Memory
 
     start = time.perf_counter()
-    pipeline = made_up_pipeline(config, Placement(offload=profile), vae_dtype, programs)
+    pipeline = made_up_pipeline(config, Memory(profile), vae_dtype, programs)
     result: dict[str, Any] = {"profile": profile.name, "weights_seconds": time.perf_counter() - start}
     peaks = {"weights": pipelines.peak_bytes()}
 
@@ -184,7 +180,7 @@ def run_pipeline(config, settings, profile, vae_dtype: str, programs, started: f
 
     pipeline._add_seconds = note
     start = time.perf_counter()
-    latents = pipeline.denoise([PROMPT], settings)
+    latents = pipeline.denoise([settings])
     result["denoise_wall_seconds"] = time.perf_counter() - start
     start = time.perf_counter()
     frames = pipeline.decode(latents[0])
@@ -199,8 +195,8 @@ def run_pipeline(config, settings, profile, vae_dtype: str, programs, started: f
     }
 
 
-def made_up_pipeline(config, placement, vae_dtype: str, programs):
-    """Weights at once: each parameter's layers are one random layer."""
+def made_up_pipeline(config, memory, vae_dtype: str, programs):
+    """Weights at once: each parameter's layers are one random layer, spread over the device."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -226,7 +222,7 @@ def made_up_pipeline(config, placement, vae_dtype: str, programs):
         array = jnp.asarray(layer.astype(info.dtype))
         if info.stacked:
             array = jnp.broadcast_to(array, info.shape)
-        return jax.block_until_ready(jax.device_put(array, placement.parameter_sharding(())))
+        return jax.block_until_ready(jax.device_put(array, memory.waiting()))
 
     def model(make, model_config, dtype: str):
         def build():
@@ -244,7 +240,7 @@ def made_up_pipeline(config, placement, vae_dtype: str, programs):
         text_encoder=model(TextEncoder, config.text_encoder, "bfloat16"),
         denoisers={name: model(Denoiser, config.denoiser, "bfloat16") for name in config.experts},
         vae=model(VAE, config.vae, vae_dtype),
-        placement=placement,
+        memory=memory,
         programs=programs,
     )
 

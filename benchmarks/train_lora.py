@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from wan_bench.parts import device_facts, normal
 from wan_jax.checkpoint.layouts import abstract_model
-from wan_jax.diffusion.params import Settings, parse_size
+from wan_jax.diffusion.params import SamplingParams
 from wan_jax.pipeline import peak_bytes
 from wan_jax.presets import get_preset
 from wan_jax.runtime.compiled import workspace_bytes
@@ -90,7 +90,7 @@ def measure(config: Any, values: Any, base: Any, tree: Any, remat: str, matmul: 
         "experts": {EXPERT: base},
         "empty_text": jnp.zeros((denoiser.text_length, denoiser.text_dim), jnp.bfloat16),
     }
-    settings = Settings.resolve(config, size=parse_size(values.size), frames=values.frames)
+    settings = SamplingParams(size=values.size, frames=values.frames).resolve(config)
     channels, frames, height, width = settings.latents_shape(config)
     count = values.accumulation
     batch = {

@@ -7,16 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_jax import read_video
+from wan_jax import WanPipeline, read_video
 from wan_jax.cli.main import main
 from wan_jax.config import ImageEncoderConfig
-from wan_jax.diffusion.params import Settings
+from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
-from wan_jax.media.image import ImagePrompt
+from wan_jax.media.image import frames_to_encode
 from wan_jax.media.video import Video
-from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import named_parameters
-from wan_jax.runtime.offload import PROFILES
+from wan_jax.runtime.offload import PROFILES, Memory, place
 from wan_jax.testing.models import DEMO, random_pipeline, write_demo
 from wan_jax.text.tokenizer import Tokenizer
 
@@ -76,19 +75,15 @@ def test_the_first_frame_is_the_image(ti2v):
     assert np.abs(text_alone.latents - video.latents).max() > 1e-3
 
 
-def test_size_follows_the_image(i2v, monkeypatch):
-    runs = []
-    monkeypatch.setattr(i2v, "denoise", lambda prompts, settings, *rest: runs.append(settings) or [])
-    with pytest.raises(ValueError, match="zip"):  # no latents to decode
-        i2v("a", image=picture(0, 100, 200))
-    with pytest.raises(ValueError, match="zip"):
-        i2v("a", image=picture(0, 100, 200), size=(48, 32))
-    assert [settings.size for settings in runs] == [(80, 160), (48, 32)]  # the area of 160x96, one to two
+def test_size_follows_the_image():
+    tall = SamplingParams("a", image=picture(0, 100, 200))
+    assert tall.resolve(I2V).size == (80, 160)  # the area of 160x96, one to two
+    assert replace(tall, size=(48, 32)).resolve(I2V).size == (48, 32)
 
 
 def test_a_batch_shares_the_image(i2v):
     videos = i2v(["a", "b"], image=picture(0), **SMALL)
-    alone = i2v("b", image=picture(0), **SMALL)
+    alone = i2v("b", image=picture(0), seed=1, **SMALL)
     np.testing.assert_allclose(videos[1].latents, alone.latents, atol=1e-4)  # another batch size adds in another order
 
 
@@ -105,12 +100,23 @@ def test_an_image_is_encoded_once_and_another_compiles_nothing(i2v, compiled):
 
 def test_the_image_encoder_streams_too(tokenizer):
     """It waits in host memory as the others."""
-    resident, stream = (
-        random_pipeline(WITH_CLIP, tokenizer, "float32", placement=Placement(offload=PROFILES[name]))
-        for name in ("resident", "stream")
+    resident, keeper = random_pipeline(WITH_CLIP, tokenizer, "float32"), Memory(PROFILES["stream"])
+
+    def wait(model):
+        return place(model, dict.fromkeys(named_parameters(model), keeper.waiting()))
+
+    stream = WanPipeline(
+        WITH_CLIP,
+        tokenizer=tokenizer,
+        text_encoder=wait(resident.text_encoder),
+        denoisers={name: wait(denoiser) for name, denoiser in resident.denoisers.items()},
+        vae=wait(resident.vae),
+        image_encoder=wait(resident.image_encoder),
+        memory=keeper,
+        programs=resident._programs,
     )
-    images, settings = ImagePrompt.read(WITH_CLIP, picture(0)), Settings.resolve(WITH_CLIP, **SMALL)
-    latents = [pipe.denoise(["a"], settings, images=images) for pipe in (resident, stream)]
+    request = SamplingParams("a", image=picture(0), **SMALL).resolve(WITH_CLIP)
+    latents = [pipe.denoise([request]) for pipe in (resident, stream)]
     # XLA:CPU may fuse float32 sums of the two programs in other orders.
     np.testing.assert_allclose(*latents, rtol=0, atol=1e-4)
     assert stream.seconds["image"] > 0
@@ -137,7 +143,7 @@ def test_metadata_names_the_images(i2v, tmp_path):
 )
 def test_images_that_the_model_cannot_use(config, images, message):
     with pytest.raises(InputError, match=message):
-        ImagePrompt.read(config, **{name: picture(seed) for name, seed in images.items()})
+        SamplingParams("a", **{name: picture(seed) for name, seed in images.items()}).resolve(config)
 
 
 def test_the_pipeline_checks_too(i2v, t2v):
@@ -150,9 +156,9 @@ def test_the_pipeline_checks_too(i2v, t2v):
 
 
 def test_a_last_image_of_another_shape_is_cut():
-    images = ImagePrompt.read(I2V, picture(0, 48, 32), picture(1, 100, 200))
-    assert images.last.shape == images.first.shape
-    frames = images.frames(I2V, (80, 48), 9)
+    request = SamplingParams("a", image=picture(0, 48, 32), last_image=picture(1, 100, 200), frames=9).resolve(I2V)
+    assert request.last_image.size == request.image.size
+    frames = frames_to_encode(I2V, request.image, request.last_image, (80, 48), 9)
     assert frames.shape == (9, 48, 80, 3)
     assert (frames[1:-1] == 0).all()
     assert np.abs(frames[[0, -1]]).max(axis=(1, 2, 3)).min() > 0.5
@@ -160,13 +166,13 @@ def test_a_last_image_of_another_shape_is_cut():
 
 def test_more_frames_than_trained_warn_once(t2v, monkeypatch):
     monkeypatch.setattr("wan_jax.pipeline.denoise", lambda latents, *rest: latents)
-    long, trained = (Settings.resolve(DEMO, size=(48, 32), frames=frames) for frames in (21, 17))
+    long, trained = (SamplingParams("a", size=(48, 32), frames=frames).resolve(DEMO) for frames in (21, 17))
     with pytest.warns(UserWarning, match="21 frames are more than the 17 that demo was trained for"):
-        t2v.denoise(["a"], long)
+        t2v.denoise([long])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        t2v.denoise(["a"], long)
-        t2v.denoise(["a"], trained)
+        t2v.denoise([long])
+        t2v.denoise([trained])
 
 
 def test_extend_joins_at_one_frame(ti2v):

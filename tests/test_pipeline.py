@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from wan_jax import pipeline
-from wan_jax.diffusion.params import Settings
+from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
 from wan_jax.pipeline import WanPipeline
 from wan_jax.testing.models import DEMO, random_pipeline
@@ -109,7 +109,7 @@ def test_initial_latents(pipe):
     [
         (np.zeros((16, 2, 4, 5), np.float32), r"latents have shape \(16, 2, 4, 5\); 48x32 with 5 frames needs"),
         (np.full(SHAPE, np.nan, np.float32), "NaN or infinity"),
-        (np.zeros((3, *SHAPE), np.float32), "latents have shape"),
+        (np.zeros((3, *SHAPE), np.float32), "initial_latents has 3 values for 1 videos"),
     ],
 )
 def test_bad_initial_latents(pipe, latents, message):
@@ -229,6 +229,6 @@ def test_vae_in_bfloat16(pipe, diffusers_tree):
 
 
 def test_decode_alone(pipe):
-    latents = pipe.denoise(["a"], Settings.resolve(DEMO, **SMALL))
+    latents = pipe.denoise([SamplingParams("a", **SMALL).resolve(DEMO)])
     frames = pipe.decode(latents[0])
     np.testing.assert_array_equal(frames, pipe("a", **SMALL).frames)

@@ -36,7 +36,8 @@ def _bench(values: argparse.Namespace) -> None:
         if vars(values).get(name):
             others = "single forwards and steps of the denoiser" if values.part == "mesh" else "one device or one mesh"
             raise InputError(f"--{name.replace('_', '-')}: bench {values.part} measures {others}; leave it out")
-    options = options_of(argparse.Namespace(**{**vars(values), "mesh": None, "prompts": None, "hang_seconds": None}))
+    own = ("size", "frames", "steps", "dtype", "vae_dtype")
+    options = options_of(argparse.Namespace(**{name: value for name, value in vars(values).items() if name in own}))
     if values.part == "mesh":
         from wan_bench.meshes import run as run_mesh
 
@@ -52,7 +53,7 @@ def _bench(values: argparse.Namespace) -> None:
     from wan_bench.parts import run
 
     run(
-        **{name: getattr(options, name) for name in ("size", "frames", "steps", "dtype", "vae_dtype")},
+        **{name: getattr(options, name) for name in own},
         **{name: getattr(values, name) for name in ("part", "preset", "repeats", "output", "plot")},
         mesh=values.mesh[0] if values.mesh else None,
     )

@@ -9,7 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,37 +18,41 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from wan_jax.checkpoint import Checkpoint, open_checkpoint
+from wan_jax.checkpoint.components import Shardings
 from wan_jax.checkpoint.hub import local_checkpoint
 from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.config import WanConfig
-from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, known_frames
-from wan_jax.diffusion.loop import StepReport, denoise
+from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, known_frames, stack_conditioning
+from wan_jax.diffusion.guidance import guidance_by_expert
 from wan_jax.diffusion.noise import initial_noise
-from wan_jax.diffusion.params import DTYPES, PROFILE_NAMES, Settings, check_name
+from wan_jax.diffusion.params import DTYPES, PROFILE_NAMES, SamplingParams, check_name, documented, make_requests
 from wan_jax.diffusion.relay import denoise_in_relay
-from wan_jax.diffusion.segments import plan_segments
+from wan_jax.diffusion.sampler import Expert, StepReport, denoise, plan_steps
 from wan_jax.diffusion.solvers import get_solvers
-from wan_jax.diffusion.step import Expert
 from wan_jax.errors import InputError
 from wan_jax.lora.apply import AdaptedDenoiser, Lora, LoraFile, adapter_bytes, open_loras, with_loras
-from wan_jax.media.image import ImagePrompt, check_images
+from wan_jax.media.image import Picture, clip_input, frames_to_encode, is_stretched
 from wan_jax.media.video import Video, check_frames
 from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
-from wan_jax.parallel.placement import SINGLE, Placement
+from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import with_parameters
-from wan_jax.planning.mesh import Mesh, choose_placement
+from wan_jax.planning.memory import choose_profile
+from wan_jax.planning.mesh import Mesh, spread_over
 from wan_jax.runtime import xla_flags
 from wan_jax.runtime.compiled import CompiledFunction
-from wan_jax.runtime.offload import Memory
+from wan_jax.runtime.offload import PROFILES, Memory
 from wan_jax.runtime.progress import Bars
 from wan_jax.text.tokenizer import Tokenizer
 
 CACHED_PROMPTS = 64
 CACHED_IMAGES = 8
+
+# What the videos of one batch have in common.
+SHARED = ("size", "frames", "steps", "guidance", "shift", "boundary", "solver", "schedule", "attention")
 
 
 class WanPipeline:
@@ -59,8 +63,8 @@ class WanPipeline:
         text_encoder, denoisers, vae, image_encoder: the models; `denoisers` by expert name, with the LoRAs on them. Few
             have an image encoder.
         loras: what `set_loras` put on the denoisers.
-        placement: the devices that they run on.
-        memory: moves their weights as the placement's offload profile asks.
+        memory: where their weights wait and run.
+        spread: over which devices; None for one alone.
         seconds: wall time of the last run by stage: "load", "compile", "text", "image", "encode", "denoise",
             "decode".
         latents: float32 [B, C, F', h, w] of the last run. They are kept as soon as denoising ends, so that nothing is
@@ -76,29 +80,33 @@ class WanPipeline:
         denoisers: dict[str, Denoiser],
         vae: VAE,
         image_encoder: ImageEncoder | None = None,
-        placement: Placement = SINGLE,
+        memory: Memory | None = None,
+        spread: Placement | None = None,
         programs: CompiledModels | None = None,
         progress: bool | Bars = False,
     ):
         self.config = config
-        self.placement = placement
-        self.memory = Memory(placement.offload, placement.devices[0])
+        self.spread = spread
+        self.memory = Memory(PROFILES["resident"]) if memory is None else memory
         self.latents: np.ndarray | None = None
         self.seconds: dict[str, float] = {}
         self._bars = progress if isinstance(progress, Bars) else Bars(progress)
         self._tokenizer = tokenizer
         self.denoisers = denoisers
         self.loras: tuple[Lora, ...] = ()
-        self._placements = placement.by_expert(list(denoisers))
+        self._spreads = dict.fromkeys(denoisers) if spread is None else spread.by_expert(list(denoisers))
         self._adapted = {
-            name: AdaptedDenoiser(denoiser, self._placements[name].parameter_sharding)
+            name: AdaptedDenoiser(
+                denoiser,
+                (lambda axes: self.memory.waiting()) if (on := self._spreads[name]) is None else on.adapter_place,
+            )
             for name, denoiser in denoisers.items()
         }
         self.text_encoder = text_encoder
         self.vae = vae
         self.image_encoder = image_encoder
         if programs is None:
-            programs = CompiledModels(exact=next(iter(denoisers.values())).dtype == jnp.float32, placement=placement)
+            programs = CompiledModels(exact=next(iter(denoisers.values())).dtype == jnp.float32, spread=spread)
         self._programs = programs
         self._encoded_prompts: dict[str, jax.Array] = {}
         self._encoded_images: dict[tuple[Any, ...], tuple[Conditioning, jax.Array | None]] = {}
@@ -146,13 +154,13 @@ class WanPipeline:
         vae_dtype: str = "float32",
         profile: str = "auto",
         mesh: Mesh = None,
-        settings: Settings | None = None,
+        request: SamplingParams | None = None,
         loras: Sequence[Lora] = (),
         progress: bool | Bars = False,
     ) -> "WanPipeline":
         """Loads the weights of a checkpoint that is already open; otherwise as `from_pretrained`.
 
-        `settings` is the run that the profile or mesh "auto" must have room for, beside `loras` (`set_loras`), which
+        `request` is the run that the profile or mesh "auto" must have room for, beside `loras` (`set_loras`), which
         are verified before any weight is loaded. `progress` may be bars that are shown already.
         """
         check_name("dtype", dtype, DTYPES)
@@ -171,14 +179,24 @@ class WanPipeline:
         tokenizer = Tokenizer.from_pretrained(checkpoint.tokenizer_folder, vocab_size=config.text_encoder.vocab_size)
 
         adapters = [adapter_bytes(each, config.denoiser) for each in open_loras(loras, config).by_expert.values()]
-        run = settings or Settings.resolve(config)
-        placement, programs = choose_placement(
-            mesh, profile, config, run, dtype, vae_dtype, adapter_bytes=max(adapters), note=bars.note
-        )
-        by_expert = placement.by_expert(config.experts)
+        run = (request or SamplingParams()).resolve(config)
+        spread = spread_over(mesh, config, run, dtype, vae_dtype, profile, max(adapters), bars.note)
+        programs = CompiledModels(exact=dtype == "float32", spread=spread)
+        if spread is not None:
+            chosen = PROFILES["resident"]
+        elif profile == "auto":
+            chosen = choose_profile(config, run, dtype, vae_dtype, programs, adapter_bytes=max(adapters))
+            if chosen.idle_on_host:
+                bars.note(f"memory profile {chosen.name}: the device has no room for more")
+        else:
+            chosen = PROFILES[profile]
+        memory = Memory(chosen)
 
         def load(component: str, make, model_config, dtype: str):
-            places = by_expert.get(component, placement).model_shardings(model_config, abstract_model(model_config))
+            places: Shardings = memory.waiting()
+            if spread is not None:
+                on = spread.by_expert(config.experts).get(component, spread)
+                places = on.places(model_config, abstract_model(model_config))
             with bars.transfers("load") as report:
                 arrays = checkpoint.load(component, dtype, places, progress=report)
             return with_parameters(lambda: make(model_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), arrays)
@@ -192,7 +210,8 @@ class WanPipeline:
             vae=load("vae", VAE, config.vae, vae_dtype),
             # In float32: the official code has float16 here, which bfloat16 would not match.
             image_encoder=None if clip is None else load("image_encoder", ImageEncoder, clip, "float32"),
-            placement=placement,
+            memory=memory,
+            spread=spread,
             programs=programs,
             progress=progress,
         )
@@ -210,7 +229,8 @@ class WanPipeline:
             denoisers=denoisers,
             vae=self.vae,
             image_encoder=self.image_encoder,
-            placement=self.placement,
+            memory=self.memory,
+            spread=self.spread,
             programs=self._programs,
             progress=self._bars,
         )
@@ -243,78 +263,46 @@ class WanPipeline:
         self.loras = chosen
         return opened.files
 
+    @overload
+    def __call__(self, prompt: str | SamplingParams, *, num_videos: None = None, **params: Any) -> Video: ...
+
+    @overload
     def __call__(
-        self,
-        prompt: str | Sequence[str],
-        *,
-        image: Any = None,
-        last_image: Any = None,
-        negative_prompt: str | None = None,
-        size: tuple[int, int] | None = None,
-        frames: int | None = None,
-        steps: int | tuple[int, int] | None = None,
-        guidance: float | tuple[float, float] | None = None,
-        shift: float | None = None,
-        solver: str | tuple[str, str] | None = None,
-        schedule: str | tuple[str, str] | None = None,
-        seed: int = 0,
-        noise: str = "jax",
-        initial_latents: ArrayLike | None = None,
-    ) -> Video | list[Video]:
-        """Generates one video per prompt; a list of prompts gives a list of videos from one batch.
+        self, prompt: str | SamplingParams | Sequence[str | SamplingParams], *, num_videos: int | None, **params: Any
+    ) -> list[Video]: ...
+
+    @overload
+    def __call__(self, prompt: Sequence[str | SamplingParams], **params: Any) -> list[Video]: ...
+
+    @documented
+    def __call__(self, prompt: Any, *, num_videos: int | None = None, **params: Any) -> Video | list[Video]:
+        """Generates one video, or from a list of prompts a list of videos in one batch.
 
         Every argument left at None takes the value of the checkpoint's preset.
 
         Args:
-            prompt: one text or several.
-            image: where the video starts, for models that take one: a path, a PIL image, or uint8 [H, W, 3].
-            last_image: where it ends, for models that take that too.
-            negative_prompt: what guidance steers away from.
-            size: (width, height) in pixels, multiples of 16. By default an image's shape with the preset's area, as in
-                the official code; an image is resized to whatever size is given.
-            frames: 4n + 1.
-            steps: number of denoising steps; or a pair (low-noise expert, high-noise expert), see `make_schedule`.
-            guidance: (low-noise expert, high-noise expert), or one number for both; 1 means no guidance.
-            shift: of the sigma schedule.
-            solver: "unipc", "dpm++" or "euler"; or a pair (low-noise expert, high-noise expert).
-            schedule: "official", "diffusers" or "lightx2v": whose sigma grid; or, with a pair of steps, a pair.
-            seed: the initial noise depends on nothing else, so every video of a batch starts from the same noise.
-            noise: "jax", or "torch" for the noise that PyTorch's CPU generator draws from this seed.
-            initial_latents: float32 [C, F', h, w] or [B, C, F', h, w], used instead of noise.
+            prompt: one text or several; or SamplingParams, which have the arguments below as fields.
+            num_videos: how many videos of each prompt; then the result is a list.
+            **params: see SamplingParams.
 
         Raises:
             InputError: an argument that the model cannot serve, named with what to do.
         """
-        images = ImagePrompt.read(self.config, image, last_image)
-        if size is None and images is not None:
-            size = images.video_size(self.config)
-        settings = Settings.resolve(
-            self.config,
-            negative_prompt=negative_prompt,
-            size=size,
-            frames=frames,
-            steps=steps,
-            guidance=guidance,
-            shift=shift,
-            solver=solver,
-            schedule=schedule,
-            seed=seed,
-            noise=noise,
-        )
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        latents = self.denoise(prompts, settings, initial_latents, images)
+        is_single = num_videos is None and isinstance(prompt, (str, SamplingParams))
+        requests = [each.resolve(self.config) for each in make_requests(prompt, params, num_videos or 1)]
+        latents = self.denoise(requests)
         videos = [
             Video(
                 frames=self.decode(one_latents),
                 latents=one_latents,
-                fps=settings.fps,
-                metadata=self.metadata(one_prompt, settings, images),
+                fps=request.fps,
+                metadata=self.metadata(request),
             )
-            for one_prompt, one_latents in zip(prompts, latents, strict=True)
+            for request, one_latents in zip(requests, latents, strict=True)
         ]
         for video in videos:
             video.seconds = dict(self.seconds)
-        return videos[0] if isinstance(prompt, str) else videos
+        return videos[0] if is_single else videos
 
     def extend(self, video: Video, prompt: str, **choices: Any) -> Video:
         """Continues a video from its last frame, at its size and rate; returns both parts as one.
@@ -326,7 +314,6 @@ class WanPipeline:
             InputError: a size that the model cannot do, or a model that takes no image.
         """
         following = self(prompt, **choices | {"image": video.frames[-1], "size": video.size})
-        assert isinstance(following, Video)  # as for any single prompt
         changes = {"image": "the last frame before", "fps": video.fps}
         return Video(
             frames=np.concatenate([video.frames, following.frames[1:]]),
@@ -336,40 +323,37 @@ class WanPipeline:
             seconds=following.seconds,
         )
 
-    def denoise(
-        self,
-        prompts: Sequence[str],
-        settings: Settings,
-        initial_latents: ArrayLike | None = None,
-        images: ImagePrompt | None = None,
-    ) -> np.ndarray:
-        """Prompts, and images for all of them -> float32 latents [B, C, F', h, w], from noise or `initial_latents`."""
-        if not prompts:
-            raise InputError("no prompts: give at least one")
-        check_images(self.config, images is not None, images is not None and images.last is not None)
-        self.placement.mesh_spec.check(self.config, prompts=len(prompts))
+    def denoise(self, requests: Sequence[SamplingParams]) -> np.ndarray:
+        """Resolved requests -> float32 latents [B, C, F', h, w], one batch."""
+        settings, prompts = requests[0], [request.prompt for request in requests]
+        for name in SHARED:
+            if different := [request for request in requests if vars(request)[name] != vars(settings)[name]]:
+                raise InputError(
+                    f"{name} {vars(different[0])[name]}: videos of one call have the same {name}; make this one apart"
+                )
+        if self.spread is not None:
+            self.spread.strategy.check(self.config, prompts=len(prompts))
         self._warn_of_length(settings.frames)
         self.seconds = {"load": self.seconds["load"]} if "load" in self.seconds else {}
-        latents = self._initial_latents(len(prompts), settings, initial_latents)
-        solvers = get_solvers(settings.solver)
-        segments = plan_segments(settings.make_schedule(), solvers, settings.guidance, settings.boundary)
-        experts = list(dict.fromkeys(segment.expert for segment in segments))
-        guided = {segment.expert for segment in segments if segment.is_guided}
-        encoded = self.encode_prompts([*prompts, *[settings.negative_prompt] * (len(prompts) if guided else 0)])
+        latents = jnp.stack([self._initial_latents(request) for request in requests])
+        schedule = settings.make_schedule()
+        experts = list(dict.fromkeys(plan_steps(schedule, settings.boundary)))
+        scales = guidance_by_expert(settings.guidance, tuple(experts))
+        guided = any(scale != 1 for scale in scales.values())
+        encoded = self.encode_prompts([*prompts, *[request.negative_prompt for request in requests if guided]])
         positive, negative = encoded[: len(prompts)], encoded[len(prompts) :]
-        conditioning, features = self._encode_images(images, settings)
-        if features is not None:
-            features = jnp.broadcast_to(features, (len(prompts), *features.shape[1:]))
+        encodings = [self._encode_images(request) for request in requests]
+        conditioning = stack_conditioning([known for known, _ in encodings])
+        rows = [each for _, each in encodings if each is not None]
+        features = jnp.concatenate(rows) if rows else None
         # With experts on devices of their own, videos pass from one to the other; batches are as large as "data" asks.
-        placement = self.placement
-        in_relay = placement.mesh_spec.experts > 1
-        batch = placement.mesh_spec.data if in_relay else len(prompts)
-        if not in_relay:
-            latents = placement.put_batch(latents)
-            conditioning = placement.put(conditioning, placement.batch_specs(conditioning))
+        in_relay = self.spread is not None and self.spread.strategy.experts > 1
+        batch = self.spread.strategy.data if self.spread is not None and in_relay else len(prompts)
+        if self.spread is not None and not in_relay:
+            latents, conditioning = self.spread.put_batch(latents), self.spread.put_known(conditioning)
 
         with (
-            self._bars.task("denoise (compiling)", total=segments[0].total * len(prompts) // batch) as bar,
+            self._bars.task("denoise (compiling)", total=schedule.num_steps * len(prompts) // batch) as bar,
             contextlib.ExitStack() as at_the_end,
             contextlib.ExitStack() as running,
         ):
@@ -379,11 +363,12 @@ class WanPipeline:
                 part = slice(index * batch, (index + 1) * batch)
                 running.close()  # frees the expert before this one
                 denoiser = running.enter_context(self.memory.on_device(self.denoisers[name]))
-                inputs: Any = [positive, negative if name in guided else None, features]
-                text, opposite, image = self._placements[name].put_batch(
-                    [None if x is None else x[part] for x in inputs]
-                )
-                return Expert.prepare(denoiser, text, opposite, image, self._placements[name])
+                inputs: Any = [positive, negative if scales[name] != 1 else None, features]
+                inputs = [None if x is None else x[part] for x in inputs]
+                if (spread := self._spreads[name]) is not None:
+                    inputs = spread.put_batch(inputs)
+                text, opposite, image = inputs
+                return Expert.prepare(denoiser, text, opposite, image, spread)
 
             def on_step(step: StepReport) -> None:
                 bar.advance(1, f"denoise ({step.expert} expert)")
@@ -393,15 +378,19 @@ class WanPipeline:
                 for following in experts[experts.index(step.expert) + 1 :]:
                     self.memory.prefetch(self.denoisers[following])
 
+            policies = schedule, get_solvers(settings.solver), settings.guidance, settings.boundary
             if in_relay:
                 lots = [latents[start : start + batch] for start in range(0, len(prompts), batch)]
-                known = [conditioning] * len(lots)
+                known = [
+                    stack_conditioning([known for known, _ in encodings[start : start + batch]])
+                    for start in range(0, len(prompts), batch)
+                ]
                 with self._stage("denoise"):
-                    lots = denoise_in_relay(lots, segments, get_expert, lambda _, step: on_step(step), known)
+                    lots = denoise_in_relay(lots, *policies, get_expert, lambda _, step: on_step(step), known)
                 self.latents = np.concatenate([np.asarray(lot) for lot in lots])
             else:
-                latents = denoise(latents, segments, get_expert, on_step, conditioning)
-                self.latents = placement.gather(latents)
+                latents = denoise(latents, *policies, get_expert, on_step, conditioning)
+                self.latents = np.asarray(latents) if self.spread is None else self.spread.fetch(latents)
         if not np.isfinite(self.latents).all():
             raise InputError("the denoised latents are not finite: the weights are damaged, or need float32")
         return self.latents
@@ -415,11 +404,11 @@ class WanPipeline:
         while the next are decoded; so memory does not grow with the length. `on_frames` is called with each lot, uint8
         [n, H, W, 3], in order.
         """
-        videos = self.placement.put(np.asarray(latents)[None])
+        latents = self._put(np.asarray(latents)[None])
         chunk = chunk or self._programs.decode_chunk
         lots: list[np.ndarray] = []
         with (
-            self._bars.task("decode", total=videos.shape[2]) as bar,
+            self._bars.task("decode", total=latents.shape[2]) as bar,
             self.memory.on_device(self.vae) as vae,
             self._stage("decode"),
         ):
@@ -429,15 +418,15 @@ class WanPipeline:
                 if on_frames is not None:
                     on_frames(lots[-1])
 
-            frames, cache = self._start(self._programs.decode_first, vae, videos[:, :, :1])
-            for index in range(1, videos.shape[2], chunk):
-                some = videos[:, :, index : index + chunk]
+            frames, cache = self._start(self._programs.decode_first, vae, latents[:, :, :1])
+            for index in range(1, latents.shape[2], chunk):
+                some = latents[:, :, index : index + chunk]
                 following, cache = self._start(self._programs.decode_next, vae, cache, some)
                 fetch(frames)
                 bar.reach(index)
                 frames = following
             fetch(frames)
-            bar.reach(videos.shape[2])
+            bar.reach(latents.shape[2])
         return np.concatenate(lots)
 
     def encode(self, frames: ArrayLike) -> np.ndarray:
@@ -462,9 +451,9 @@ class WanPipeline:
             self.memory.on_device(self.vae) as vae,
             self._stage("encode"),
         ):
-            latents, cache = self._start(self._programs.encode_first, vae, self.placement.put(frames[:1]))
+            latents, cache = self._start(self._programs.encode_first, vae, self._put(frames[:1]))
             for index in range(1, len(frames), stride):
-                some = self.placement.put(frames[index : index + stride])
+                some = self._put(frames[index : index + stride])
                 following, cache = self._start(self._programs.encode_next, vae, cache, some)
                 lots.append(np.asarray(latents))  # waits, so that no more frames are on their way to the device
                 bar.reach(len(lots))
@@ -473,23 +462,18 @@ class WanPipeline:
             bar.reach(len(lots))
         return np.concatenate(lots, axis=1)
 
-    def metadata(self, prompt: str, settings: Settings, images: ImagePrompt | None = None) -> dict[str, Any]:
-        """What is written into the video's file."""
-        names = {} if images is None else images.names
+    def metadata(self, request: SamplingParams) -> dict[str, Any]:
+        """What a video's file says of its making."""
+        pictures = {"image": request.image, "last_image": request.last_image}
+        names = {name: picture.name for name, picture in pictures.items() if picture is not None}
         loras = {"loras": [lora.as_json() for lora in self.loras]} if self.loras else {}
-        mesh = {} if self.placement.is_single else {"mesh": str(self.placement.mesh_spec)}
-        return {"prompt": prompt, **names, "model": self.config.name, **loras, **mesh, **settings.as_json()}
+        mesh = {} if self.spread is None else {"mesh": str(self.spread.strategy)}
+        return {"prompt": request.prompt, **names, "model": self.config.name, **loras, **mesh, **request.as_json()}
 
-    def _initial_latents(self, batch: int, settings: Settings, given: ArrayLike | None) -> jax.Array:
-        shape = settings.latents_shape(self.config)
-        if given is None:
-            latents = initial_noise(settings.seed, shape, settings.noise)
-        else:
-            latents = jnp.asarray(given, jnp.float32)
-            settings.check_latents(latents.shape, self.config, batch)
-            if not jnp.isfinite(latents).all():
-                raise InputError("initial latents hold NaN or infinity; give finite numbers")
-        return jnp.broadcast_to(latents, (batch, *shape))
+    def _initial_latents(self, request: SamplingParams) -> jax.Array:
+        if request.initial_latents is not None:
+            return jnp.asarray(request.initial_latents)
+        return initial_noise(request.seed, request.latents_shape(self.config), request.noise)
 
     def encode_prompts(self, prompts: Sequence[str]) -> jax.Array:
         """Prompts -> [B, text_length, text_dim]; each distinct prompt is encoded once and remembered."""
@@ -499,46 +483,54 @@ class WanPipeline:
             with self.memory.on_device(self.text_encoder) as encoder:
                 for prompt in new:
                     tokens, mask = self._tokenizer([prompt], self.config.denoiser.text_length)
-                    tokens, mask = self.placement.put((tokens, mask))
+                    if self.spread is not None:
+                        tokens, mask = self.spread.put_whole((tokens, mask))
                     encoded[prompt] = self._run("text", self._programs.encode_text, encoder, tokens, mask)[0]
                     remembered[prompt] = encoded[prompt]
             while len(remembered) > CACHED_PROMPTS:
                 remembered.pop(next(iter(remembered)))
         return jnp.stack([encoded[prompt] for prompt in prompts])
 
-    def _encode_images(self, images: ImagePrompt | None, settings: Settings) -> tuple[Conditioning, jax.Array | None]:
-        """What images give to the denoise loop, and to attention beside the text ([1, image tokens, dim]).
+    def _encode_images(self, request: SamplingParams) -> tuple[Conditioning, jax.Array | None]:
+        """What pictures give to the denoise loop, and to attention beside the text ([1, image tokens, dim]).
 
         The results for the last few are remembered.
         """
-        if images is None and self.config.conditioning == "first_frame":
-            channels, _, height, width = settings.latents_shape(self.config)
-            return FirstFrame.unknown(channels, height, width), None
-        if images is None:
+        if self.config.conditioning == "text":
             return TEXT_ONLY, None
-        key = (images.digest, settings.size, settings.frames)
+        pictures = [picture for picture in (request.image, request.last_image) if picture is not None]
+        key = (*[picture.digest for picture in pictures], request.size, request.frames)
         if key not in self._encoded_images:
             if len(self._encoded_images) >= CACHED_IMAGES:
                 self._encoded_images.pop(next(iter(self._encoded_images)))
-            self._encoded_images[key] = self._encode_frames(images, settings), self._encode_for_attention(images)
+            self._encoded_images[key] = self._encode_frames(request), self._encode_for_attention(pictures)
         return self._encoded_images[key]
 
-    def _encode_frames(self, images: ImagePrompt, settings: Settings) -> Conditioning:
-        if images.is_stretched(self.config, settings.size):
+    def _encode_frames(self, request: SamplingParams) -> Conditioning:
+        if request.image is None:
+            channels, _, height, width = request.latents_shape(self.config)
+            return FirstFrame.unknown(channels, height, width)
+        if is_stretched(self.config, request.image, request.size):
             self._bars.note("the image is stretched to another shape; without a size the video takes the image's")
-        latents = jnp.asarray(self.encode(images.frames(self.config, settings.size, settings.frames)))[None]
+        frames = frames_to_encode(self.config, request.image, request.last_image, request.size, request.frames)
+        latents = jnp.asarray(self.encode(frames))[None]
         if self.config.conditioning == "first_frame":
             return FirstFrame(latents, jnp.ones(1, bool))
-        known = [0] if images.last is None else [0, settings.frames - 1]
+        known = [0] if request.last_image is None else [0, request.frames - 1]
         return known_frames(latents, known, self.config.vae.temporal_stride)
 
-    def _encode_for_attention(self, images: ImagePrompt) -> jax.Array | None:
+    def _encode_for_attention(self, pictures: Sequence[Picture]) -> jax.Array | None:
         if self.image_encoder is None:
             return None
-        pixels = self.placement.put(images.clip_inputs(self.image_encoder.config.image_size))
+        side = self.image_encoder.config.image_size
+        pixels = self._put(np.stack([clip_input(picture.pixels, side) for picture in pictures]))
         with self.memory.on_device(self.image_encoder) as encoder:
             features = self._run("image", self._programs.encode_image, encoder, pixels)
         return features.reshape(1, -1, features.shape[-1])  # of two images, one after the other
+
+    def _put(self, array: ArrayLike) -> jax.Array:
+        """An array where the models that are no denoisers take it."""
+        return jnp.asarray(array) if self.spread is None else self.spread.put_whole(array)
 
     def _warn_of_length(self, frames: int) -> None:
         """Says, once for each length, that the model was not trained for so many frames."""

@@ -17,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from wan_jax.cli.generate import load_pipeline, run_settings
-from wan_jax.cli.options import Options
-from wan_jax.diffusion.noise import initial_noise
-from wan_jax.diffusion.params import Settings
+from wan_jax.cli.generate import load_pipeline
+from wan_jax.cli.options import OPTIONS, Options
+from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError, unknown_name
 from wan_jax.pipeline import WanPipeline
 from wan_jax.runtime import xla_flags
@@ -116,15 +114,14 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def generate_videos(
-    pipeline: WanPipeline, prompts: Sequence[Prompt], settings: Settings, batch: int
+    pipeline: WanPipeline, prompts: Sequence[Prompt], settings: SamplingParams, batch: int
 ) -> Iterator[np.ndarray]:
     """Yields uint8 [F, H, W, 3] for each prompt, from the noise of its own seed."""
-    shape = settings.latents_shape(pipeline.config)
+    requests = [dataclasses.replace(settings, prompt=prompt.text, seed=prompt.seed) for prompt in prompts]
     for start in range(0, len(prompts), batch):
-        some = list(prompts[start : start + batch])
+        some = requests[start : start + batch]
         some += [some[-1]] * (batch - len(some))  # one shape, one compilation
-        noise = jnp.stack([initial_noise(prompt.seed, shape) for prompt in some])
-        latents = pipeline.denoise([prompt.text for prompt in some], settings, noise)
+        latents = pipeline.denoise(some)
         for one in latents[: len(prompts) - start]:
             yield pipeline.decode(one)
 
@@ -272,7 +269,7 @@ def psnr(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> float:
 
 
 def evaluate(
-    runs: Sequence[tuple[str, Callable[[], tuple[WanPipeline, Settings]]]],
+    runs: Sequence[tuple[str, Callable[[], tuple[WanPipeline, SamplingParams]]]],
     prompts: Sequence[Prompt],
     *,
     batch: int | None = None,
@@ -336,19 +333,15 @@ def save_sheet(path: Path, videos: Sequence[np.ndarray], frames: int = 5, column
 
 def overridden(options: Options, text: str) -> Options:
     """The options with some set anew: "steps=10 guidance=2,4". Raises InputError."""
-    kinds = {option.name: option.metadata["kind"] for option in dataclasses.fields(Options)}
     values: dict[str, Any] = {}
     for part in text.split():
         name, equals, value = part.partition("=")
         name = name.removeprefix("--").replace("-", "_")
-        if name not in kinds:
-            raise unknown_name("option", name, kinds)
-        try:
-            values[name] = (value,) if kinds[name] is tuple else kinds[name](value)
-        except ValueError:
-            equals = ""
+        if name not in OPTIONS:
+            raise unknown_name("option", name, OPTIONS)
         if not equals:
             raise InputError(f"{part!r}: write NAME=VALUE, such as steps=10; values are those of wan-jax generate")
+        values[name] = (value,) if OPTIONS[name].metadata["kind"] is tuple else value
     return dataclasses.replace(options, **values)
 
 
@@ -371,7 +364,7 @@ def evaluate_options(
     """
     loaded: dict[tuple, WanPipeline] = {}
 
-    def prepare(text: str) -> tuple[WanPipeline, Settings]:
+    def prepare(text: str) -> tuple[WanPipeline, SamplingParams]:
         chosen = overridden(options, text)
         loras = (chosen.lora, chosen.lora_high, chosen.lora_low)
         key = (chosen.checkpoint, chosen.dtype, chosen.vae_dtype, chosen.profile, loras)
@@ -383,7 +376,7 @@ def evaluate_options(
                 from wan_nano.export import nano_pipeline
 
                 loaded[key] = nano_pipeline(run, chosen.dtype, vae_dtype=chosen.vae_dtype)
-        return loaded[key], run_settings(chosen, loaded[key].config)
+        return loaded[key], chosen.resolve(loaded[key].config)
 
     prompts = make_prompts(one, two, languages.split(","))
     runs = [(text or "as given", functools.partial(prepare, text)) for text in ("", *compare)]

@@ -13,11 +13,10 @@ from wan_jax import Lora, WanPipeline
 from wan_jax.checkpoint import open_checkpoint
 from wan_jax.checkpoint.hub import HUB_FILE, local_lora
 from wan_jax.cli.main import main
-from wan_jax.cli.options import Options, choices
+from wan_jax.cli.options import Options
 from wan_jax.cli.recipes import RECIPES, get_recipe, load_recipe, recipe
 from wan_jax.diffusion.guidance import guidance_by_expert
-from wan_jax.diffusion.params import Settings
-from wan_jax.diffusion.segments import plan_steps
+from wan_jax.diffusion.sampler import plan_steps
 from wan_jax.errors import InputError
 from wan_jax.lora.names import guess_expert
 from wan_jax.presets import get_preset
@@ -38,7 +37,7 @@ def test_overrides():
     options = load_recipe(
         [f"--config={CONFIGS / 't2v_a14b_480p.py'}", "--config.steps=30", "--config.guidance=3,4", "--config.shift=5"]
     )
-    assert (options.steps, options.guidance, options.shift, options.size) == ("30", "3,4", 5.0, "832x480")
+    assert (options.steps, options.guidance, options.shift, options.size) == (30, (3, 4), 5.0, (832, 480))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -50,7 +49,7 @@ def test_named_recipes(name):
     file = CONFIGS / f"{name.replace('-', '_')}.py"
     assert dataclasses.replace(load_recipe(["--config", str(file)]), prompt=None) == by_name
     config = get_preset(name.rpartition("-")[0])
-    settings = Settings.resolve(config, **choices(by_name))
+    settings = by_name.resolve(config)
     schedule = settings.make_schedule()
     experts = plan_steps(schedule, settings.boundary)
     distilled = {"low_noise": by_name.lora_low, "high_noise": by_name.lora_high}

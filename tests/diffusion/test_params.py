@@ -1,116 +1,178 @@
-"""Every choice a user can get wrong, and the line that tells them."""
+"""A request: the preset fills it in, text is read, every wrong choice is told in one line, pictures are read once."""
 
+import dataclasses
+import inspect
+import json
+
+import numpy as np
 import pytest
+from PIL import Image
 
-from wan_jax.config import OFFICIAL_NEGATIVE_PROMPT, WanConfig
-from wan_jax.diffusion.params import Settings, parse_guidance, parse_names, parse_size, parse_steps
+from wan_jax.config import OFFICIAL_NEGATIVE_PROMPT, PerExpert, WanConfig
+from wan_jax.diffusion.params import SamplingParams, documented, knobs, make_requests
 from wan_jax.errors import InputError
+from wan_jax.media.image import Picture
 from wan_jax.presets import PRESETS, get_preset
 
-A14B = get_preset("t2v-a14b")
+pytestmark = pytest.mark.quick
+
+A14B, I2V = get_preset("t2v-a14b"), get_preset("i2v-a14b")
 
 
 def test_preset_fills_in():
-    settings = Settings.resolve(A14B)
-    assert settings.size == (1280, 720)
-    assert (settings.frames, settings.fps, settings.steps, settings.shift) == (81, 16, 40, 12.0)
-    assert settings.guidance == (3.0, 4.0)
-    assert settings.negative_prompt == OFFICIAL_NEGATIVE_PROMPT
-    assert settings.latents_shape(A14B) == (16, 21, 90, 160)
+    request = SamplingParams("a cat").resolve(A14B)
+    assert request.size == (1280, 720)
+    assert (request.frames, request.fps, request.steps, request.shift) == (81, 16, 40, 12.0)
+    assert request.guidance == PerExpert(low=3.0, high=4.0)
+    assert (request.boundary, request.attention) == (0.875, None)
+    assert request.negative_prompt == OFFICIAL_NEGATIVE_PROMPT
+    assert request.latents_shape(A14B) == (16, 21, 90, 160)
+    assert request.resolve(A14B) is request
 
 
 def test_choices_win():
-    settings = Settings.resolve(A14B, size=(832, 480), frames=5, guidance=6, negative_prompt="", shift=5)
-    assert settings.guidance == (6.0, 6.0)
-    assert settings.negative_prompt == ""
-    assert settings.latents_shape(A14B) == (16, 2, 60, 104)
+    request = SamplingParams(size=(832, 480), frames=5, guidance=6, negative_prompt="", shift=5, fps=24).resolve(A14B)
+    assert request.guidance == (6.0, 6.0)
+    assert (request.negative_prompt, request.fps) == ("", 24)
+    assert request.latents_shape(A14B) == (16, 2, 60, 104)
+
+
+def test_values_may_be_text():
+    request = SamplingParams(
+        "a", size="832*480", frames="5", steps="4, 2", guidance="1,3.5", shift="5", solver="euler,unipc", seed="3"
+    )
+    assert (request.size, request.frames, request.seed) == ((832, 480), 5, 3)
+    assert (request.steps, request.guidance) == (PerExpert(low=4, high=2), PerExpert(low=1.0, high=3.5))
+    assert (request.shift, request.solver) == (5.0, ("euler", "unipc"))
+    assert SamplingParams(steps=[4, 2]) == SamplingParams(steps=PerExpert(high=2, low=4)) == SamplingParams(steps="4,2")
+    assert SamplingParams(steps="40").steps == 40
 
 
 @pytest.mark.parametrize(
-    ("choice", "message"),
+    ("choice", "parts"),
     [
-        ({"size": (1280, 721)}, "size 1280x721: the height must be a multiple of 16; use 720 or 736"),
-        ({"size": (8, 16)}, "size 8x16: the width must be a multiple of 16; use 16"),
-        ({"size": (16,)}, r"size \(16,\): give \(width, height\)"),
-        ({"frames": 80}, r"frames 80: must be 4n \+ 1; use 77 or 81"),
-        ({"frames": 0}, r"frames 0: must be 4n \+ 1; use 1 or 5"),
-        ({"frames": 5.5}, "frames 5.5: must be a whole number"),
-        ({"steps": 0}, "steps is 0; give a whole number"),
-        ({"shift": 0}, "shift is 0.0; give a number above 0"),
-        ({"guidance": float("nan")}, r"guidance \(nan, nan\): must be finite"),
-        ({"guidance": (1, 2, 3)}, r"guidance \(1, 2, 3\): give one value, or a pair"),
-        ({"guidance": "3"}, "guidance '3': must be a number"),
-        ({"frames": float("nan")}, "frames nan: must be a whole number"),
-        ({"steps": (4, 0)}, "steps is 0; give a whole number"),
-        ({"steps": (4, 2.5)}, "steps 2.5: must be a whole number"),
-        ({"steps": (1, 2, 3)}, r"steps \(1, 2, 3\): give one value, or a pair"),
-        ({"solver": ("euler", "unipcc")}, "'unipcc'; did you mean 'unipc'"),
-        ({"solver": 3}, "solver 3: must be a name"),
-        ({"schedule": ("lightx2v", "official"), "solver": ("euler", "unipc")}, "need the steps of each expert"),
-        ({"schedule": ("lightx2v", "official"), "steps": (4, 2)}, "solver for schedule 'lightx2v'.*'unipc'"),
-        ({"seed": -1}, "seed -1: must not be negative"),
-        ({"solver": "unipcc"}, r"solver .*'unipcc'; did you mean 'unipc'\? \(known: unipc, dpm\+\+, euler\)"),
-        ({"schedule": "oficial"}, "unknown schedule 'oficial'; did you mean 'official'"),
-        ({"noise": "numpy"}, "unknown noise 'numpy'"),
+        ({"size": (1280, 721)}, ["size 1280x721", "height", "720 or 736"]),
+        ({"size": (8, 16)}, ["size 8x16", "width", "use 16"]),
+        ({"size": (16,)}, ["size (16,)", "(width, height)"]),
+        ({"size": "1280"}, ["size '1280'", "WIDTHxHEIGHT"]),
+        ({"size": "-16x16"}, ["size '-16x16'", "WIDTHxHEIGHT"]),
+        ({"frames": 80}, ["frames 80", "4n + 1", "77 or 81"]),
+        ({"frames": 0}, ["frames 0", "1 or 5"]),
+        ({"frames": 5.5}, ["frames 5.5", "whole number"]),
+        ({"frames": float("nan")}, ["frames nan", "whole number"]),
+        ({"frames": True}, ["frames True", "whole number"]),
+        ({"fps": 0}, ["fps 0", "at least 1"]),
+        ({"steps": 0}, ["steps is 0"]),
+        ({"steps": (4, 0)}, ["steps is 0"]),
+        ({"steps": (4, 2.5)}, ["steps 2.5", "whole number"]),
+        ({"steps": (1, 2, 3)}, ["steps (1, 2, 3)", "a pair"]),
+        ({"steps": "4.5"}, ["steps '4.5'", "LOW,HIGH"]),
+        ({"steps": "1,2,3"}, ["steps '1,2,3'", "LOW,HIGH"]),
+        ({"steps": {"low": 4}}, ["steps {'low': 4}", "whole number"]),
+        ({"shift": 0}, ["shift is 0.0", "above 0"]),
+        ({"shift": 10**400}, ["shift 1000", "must be a number"]),
+        ({"guidance": float("nan")}, ["guidance (nan, nan)", "finite"]),
+        ({"guidance": (1, 2, 3)}, ["guidance (1, 2, 3)", "a pair"]),
+        ({"guidance": "high"}, ["guidance 'high'", "LOW,HIGH"]),
+        ({"guidance": ""}, ["guidance ''", "LOW,HIGH"]),
+        ({"boundary": 2}, ["boundary 2", "0 to 1"]),
+        ({"solver": ("euler", "unipcc")}, ["'unipcc'", "'unipc'"]),
+        ({"solver": 3}, ["solver 3", "text"]),
+        ({"solver": "a,b,c"}, ["solver 'a,b,c'", "LOW,HIGH"]),
+        ({"schedule": ("lightx2v", "official"), "solver": ("euler", "unipc")}, ["steps of each expert"]),
+        ({"schedule": ("lightx2v", "official"), "steps": (4, 2)}, ["'lightx2v'", "'unipc'"]),
+        ({"seed": -1}, ["seed -1", "negative"]),
+        ({"solver": "unipcc"}, ["'unipcc'", "did you mean 'unipc'"]),
+        ({"schedule": "oficial"}, ["'oficial'", "did you mean 'official'"]),
+        ({"noise": "numpy"}, ["unknown noise 'numpy'"]),
+        ({"attention": "pallas"}, ["unknown attention 'pallas'", "did you mean 'pallas_"]),
+        ({"prompt": 5}, ["prompt 5", "text"]),
+        ({"initial_latents": "none.npy"}, ["none.npy", "does not exist"]),
+        ({"initial_latents": np.zeros((16, 2, 4, 7))}, ["shape (16, 2, 4, 7)", "needs (16, 21, 90, 160)"]),
     ],
 )
-def test_bad_choices(choice, message):
-    with pytest.raises(InputError, match=message) as error:
-        Settings.resolve(A14B, **choice)
+def test_bad_choices(choice, parts):
+    with pytest.raises(InputError) as error:
+        SamplingParams(**choice).resolve(A14B)
     assert "\n" not in str(error.value)
+    assert all(part in str(error.value) for part in parts), error.value
 
 
 def test_choices_for_each_expert():
-    settings = Settings.resolve(
-        A14B, steps=(4, 2), guidance=[1, 3.5], solver=("euler", "unipc"), schedule=("lightx2v", "official"), shift=5
-    )
-    assert (settings.steps, settings.guidance) == ((4, 2), (1.0, 3.5))
-    assert (settings.solver, settings.schedule) == (("euler", "unipc"), ("lightx2v", "official"))
-    assert settings.boundary == 0.875
-    assert settings.make_schedule().high_noise_steps == 2
-    assert Settings.resolve(A14B, solver=("euler", "euler")).solver == "euler"
+    request = SamplingParams(
+        steps=(4, 2), guidance=[1, 3.5], solver=("euler", "unipc"), schedule=("lightx2v", "official"), shift=5
+    ).resolve(A14B)
+    assert (request.steps, request.guidance) == ((4, 2), (1.0, 3.5))
+    assert (request.solver, request.schedule) == (("euler", "unipc"), ("lightx2v", "official"))
+    assert request.make_schedule().high_noise_steps == 2
+    assert SamplingParams(solver=("euler", "euler")).resolve(A14B).solver == "euler"
+    assert json.loads(json.dumps(request.as_json()))["guidance"] == [1.0, 3.5]
 
 
 @pytest.mark.parametrize(
-    ("choice", "message"),
+    ("choice", "part"),
     [
-        ({"steps": (4, 2)}, "steps 4,2 are for two experts but the model has one; give one number"),
-        ({"steps": (2, 2), "schedule": "lightx2v", "solver": "euler"}, "steps 2,2 are for two experts but the model"),
-        ({"guidance": (1, 3)}, r"guidance \(1.0, 3.0\) is for two experts but the model has one; give one value"),
-        ({"solver": ("euler", "unipc")}, r"solver \(euler, unipc\) is for two experts but the model has one"),
+        ({"steps": (4, 2)}, "steps 4,2"),
+        ({"steps": (2, 2), "schedule": "lightx2v", "solver": "euler"}, "steps 2,2"),
+        ({"guidance": (1, 3)}, "guidance (1.0, 3.0)"),
+        ({"solver": ("euler", "unipc")}, "solver (euler, unipc)"),
+        ({"boundary": 0.9}, "boundary 0.9"),
     ],
 )
-def test_one_expert_has_one_choice(choice, message):
-    with pytest.raises(InputError, match=message):
-        Settings.resolve(get_preset("t2v-1.3b"), **choice)
-    assert Settings.resolve(get_preset("t2v-1.3b"), guidance=(2, 2), solver=("euler", "euler")).solver == "euler"
+def test_one_expert_has_one_choice(choice, part):
+    with pytest.raises(InputError, match="two experts but the model has one") as error:
+        SamplingParams(**choice).resolve(get_preset("t2v-1.3b"))
+    assert part in str(error.value)
+    request = SamplingParams(guidance=(2, 2), solver=("euler", "euler")).resolve(get_preset("t2v-1.3b"))
+    assert request.solver == "euler"
 
 
-def test_parse_size():
-    assert parse_size("1280x720") == parse_size("1280*720") == parse_size("1280X720") == (1280, 720)
-    for text in ("1280", "1280x", "axb", "-16x16"):
-        with pytest.raises(InputError, match="WIDTHxHEIGHT"):
-            parse_size(text)
+def test_pictures_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (60, 40)).save("first.png")
+    Image.new("RGB", (30, 40)).save("last.png")
+    request = SamplingParams("a", image="first.png", last_image="last.png").resolve(I2V)
+    assert (request.image.name, request.image.size, request.last_image.size) == ("first.png", (60, 40), (60, 40))
+    assert request.size == (1168, 768)  # the image's shape
+    monkeypatch.setattr(Picture, "cover", None)
+    again = dataclasses.replace(request, seed=4, last_image=None).resolve(I2V)
+    assert again.image is request.image
+    with pytest.raises(InputError, match="give an image"):
+        SamplingParams("a").resolve(I2V)
+    assert SamplingParams().resolve(I2V).size == (1280, 720)  # a plan needs no picture
 
 
-def test_parse_guidance():
-    assert parse_guidance("3.5") == 3.5
-    assert parse_guidance("3,4") == (3.0, 4.0)
-    for text in ("", "a", "1,2,3"):
-        with pytest.raises(InputError, match="LOW,HIGH"):
-            parse_guidance(text)
+def test_requests_of_a_call():
+    one, two = make_requests(["a", "b"], {"seed": 5, "negative_prompt": ["x", "y"], "shift": None})
+    assert (one.prompt, one.seed, one.negative_prompt) == ("a", 5, "x")
+    assert (two.prompt, two.seed, two.negative_prompt) == ("b", 6, "y")
+    assert [each.seed for each in make_requests(["a", "b"], {"seed": [9, 3]})] == [9, 3]
+    assert [each.seed for each in make_requests(["a", "b"], {}, num_videos=2)] == [0, 1, 2, 3]
+    own = SamplingParams("c", seed=7)
+    assert make_requests(own, {}) == [own]
+    assert [each.seed for each in make_requests([own, own], {}, num_videos=2)] == [7, 8, 7, 8]
+    assert make_requests(own, {"steps": 3})[0].steps == 3
+    start = np.zeros((2, 16, 2, 4, 6), np.float32)
+    assert make_requests(["a", "b"], {"initial_latents": start})[1].initial_latents.shape == (16, 2, 4, 6)
+    with pytest.raises(InputError, match="seed has 3 values for 2 videos"):
+        make_requests(["a", "b"], {"seed": [1, 2, 3]})
+    with pytest.raises(InputError, match="unknown argument 'stpes'; did you mean 'steps'"):
+        make_requests("a", {"stpes": 3})
+    with pytest.raises(InputError, match="no prompts"):
+        make_requests([], {})
 
 
-def test_parse_steps_and_names():
-    assert parse_steps("40") == 40
-    assert parse_steps("4,2") == (4, 2)
-    assert parse_names("solver", "unipc") == "unipc"
-    assert parse_names("solver", "euler, unipc") == ("euler", "unipc")
-    for text in ("", "4.5", "1,2,3"):
-        with pytest.raises(InputError, match=r"steps .*: write one whole number, or LOW,HIGH"):
-            parse_steps(text)
-    with pytest.raises(InputError, match="solver 'a,b,c': write one name, or LOW,HIGH"):
-        parse_names("solver", "a,b,c")
+def test_python_shows_the_fields():
+    @documented
+    def call(prompt, **params):
+        """Does.
+
+        Args:
+            **params: see SamplingParams.
+        """
+
+    assert list(inspect.signature(call).parameters) == [each.name for each in knobs()]
+    assert "steps: number of denoising steps" in call.__doc__
 
 
 def test_presets():

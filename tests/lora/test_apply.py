@@ -17,14 +17,13 @@ from wan_jax.cli.main import main
 from wan_jax.cli.options import Options
 from wan_jax.cli.recipes import load_recipe
 from wan_jax.config import DenoiserConfig
-from wan_jax.diffusion.params import Settings
+from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
 from wan_jax.lora.apply import adapter_bytes, open_loras, save_lora
 from wan_jax.models.nn.layers import Adapter
-from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import named_parameters
 from wan_jax.planning.memory import Plan
-from wan_jax.runtime.offload import PROFILES
+from wan_jax.runtime.offload import PROFILES, Memory, place
 from wan_jax.testing.models import DEMO, random_pipeline
 from wan_jax.text.tokenizer import Tokenizer
 
@@ -70,8 +69,20 @@ def files(tmp_path_factory):
 
 
 def make(tokenizer_folder, profile: str = "resident") -> WanPipeline:
-    placement = Placement(offload=PROFILES[profile])
-    return random_pipeline(DEMO, Tokenizer.from_pretrained(tokenizer_folder), placement=placement)
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
+    plain, memory = random_pipeline(DEMO, tokenizer), Memory(PROFILES[profile])
+
+    def wait(model):
+        return place(model, dict.fromkeys(named_parameters(model), memory.waiting()))
+
+    return WanPipeline(
+        DEMO,
+        tokenizer=tokenizer,
+        text_encoder=wait(plain.text_encoder),
+        denoisers={name: wait(denoiser) for name, denoiser in plain.denoisers.items()},
+        vae=wait(plain.vae),
+        memory=memory,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +91,7 @@ def pipe(tokenizer_folder):
 
 
 def latents(pipe: WanPipeline) -> np.ndarray:
-    return pipe.denoise(["a red circle"], Settings.resolve(DEMO, **SMALL))
+    return pipe.denoise([SamplingParams("a red circle", **SMALL).resolve(DEMO)])
 
 
 def test_set_and_unset_give_back_every_bit(pipe, files):
@@ -180,10 +191,10 @@ def save_small(path: pathlib.Path) -> str:
 
 def test_the_video_names_its_loras(pipe, files):
     pipe.set_loras([Lora(files["a"], 0.25, "low_noise")])
-    metadata = pipe.metadata("a", Settings.resolve(DEMO, **SMALL))
+    metadata = pipe.metadata(SamplingParams("a", **SMALL).resolve(DEMO))
     assert metadata["loras"] == [{"file": files["a"], "strength": 0.25, "expert": "low_noise"}]
     pipe.set_loras([])
-    assert "loras" not in pipe.metadata("a", Settings.resolve(DEMO, **SMALL))
+    assert "loras" not in pipe.metadata(SamplingParams("a", **SMALL).resolve(DEMO))
 
 
 def test_the_plan_knows_the_adapters(pipe, files):
@@ -192,7 +203,7 @@ def test_the_plan_knows_the_adapters(pipe, files):
         held = named_parameters(pipe.denoisers[name])
         nbytes = sum(array.nbytes for key, array in held.items() if ".adapter." in key)
         assert adapter_bytes(active, DEMO.denoiser) == nbytes
-    settings = Settings.resolve(DEMO, **SMALL)
+    settings = SamplingParams(**SMALL).resolve(DEMO)
     without, with_adapters = (Plan(DEMO, settings, "bfloat16", adapter_bytes=n) for n in (0, 1000))
     for profile, experts in (("resident", 2), ("swap", 1), ("stream", 1)):
         before, after = (plan.without_scratch(PROFILES[profile]) for plan in (without, with_adapters))

@@ -87,9 +87,12 @@ def test_what_is_no_image(image, message, tmp_path, monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_names():
-    assert images.image_name("folder/first.png") == "folder/first.png"
-    assert images.image_name(pixels(4, 6)) == "6x4 pixels"
+def test_names(tmp_path):
+    Image.fromarray(pixels(4, 6)).save(tmp_path / "first.png")
+    assert images.Picture.read(tmp_path / "first.png").name == str(tmp_path / "first.png")
+    picture = images.Picture.read(pixels(4, 6))
+    assert picture.name == "6x4 pixels"
+    assert images.Picture.read(picture) is picture
 
 
 # Sizes, (width, height)
@@ -186,12 +189,12 @@ def test_fit_is_what_each_model_was_trained_with():
 
 
 def test_stretching_is_noticed():
-    image = images.ImagePrompt.read(I2V, pixels(480, 832))
-    assert not image.is_stretched(I2V, image.video_size(I2V))
-    assert not image.is_stretched(I2V, (1280, 720))
-    assert image.is_stretched(I2V, (720, 1280))
-    assert image.is_stretched(I2V, (480, 480))
-    assert not image.is_stretched(TI2V, (480, 480))  # it is cut
+    picture = images.Picture.read(pixels(480, 832))
+    assert not images.is_stretched(I2V, picture, images.output_size(I2V, picture.size))
+    assert not images.is_stretched(I2V, picture, (1280, 720))
+    assert images.is_stretched(I2V, picture, (720, 1280))
+    assert images.is_stretched(I2V, picture, (480, 480))
+    assert not images.is_stretched(TI2V, picture, (480, 480))  # it is cut
 
 
 def test_clip_input():

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_jax import video as video_module
 from wan_jax.errors import InputError
+from wan_jax.media import video as video_module
 from wan_jax.media.video import Video, VideoWriter, read_video, save_array
 
 METADATA = {"prompt": "一只猫，白色", "seed": 3}  # noqa: RUF001

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from wan_jax.cli.options import Options
-from wan_jax.diffusion.params import Settings
+from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
 from wan_jax.presets import get_preset
 from wan_nano.captions import LANGUAGES
@@ -168,14 +168,14 @@ def test_evaluation(prompts, videos, tmp_path):
     def pipeline(answers):
         texts = []
 
-        def denoise(prompts, settings, noise):
-            assert noise.shape == (len(prompts), 16, 9, 12, 12)
-            texts[:] = prompts
-            return np.arange(len(prompts))
+        def denoise(requests):
+            assert len({request.seed for request in requests}) > 1
+            texts[:] = [request.prompt for request in requests]
+            return np.arange(len(requests))
 
         return types.SimpleNamespace(config=config, denoise=denoise, decode=lambda index: answers[texts[index]])
 
-    settings = Settings.resolve(config)
+    settings = SamplingParams().resolve(config)
     runs = [("right", lambda: (pipeline(right), settings)), ("wrong", lambda: (pipeline(wrong), settings))]
     shown = []
     report, sheet = tmp_path / "report.json", tmp_path / "sheet.png"
@@ -210,11 +210,12 @@ def test_judge_of_a_wrong_colour(prompts, videos, classifier):
 def test_overridden():
     options = overridden(Options(steps="20"), "steps=10 guidance=2,4 vae-dtype=bfloat16 lora=a.safetensors")
     assert (options.steps, options.guidance, options.vae_dtype, options.lora) == (
-        *("10", "2,4", "bfloat16"),
+        *(10, (2, 4), "bfloat16"),
         ("a.safetensors",),
     )
     with pytest.raises(InputError, match="did you mean 'steps'"):
         overridden(Options(), "stepz=3")
-    for text in ("steps", "frames=many"):
-        with pytest.raises(InputError, match="NAME=VALUE"):
-            overridden(Options(), text)
+    with pytest.raises(InputError, match="NAME=VALUE"):
+        overridden(Options(), "steps")
+    with pytest.raises(InputError, match="frames 'many'"):
+        overridden(Options(), "frames=many")

@@ -4,7 +4,7 @@ import numpy as np
 
 from wan_jax import WanPipeline
 from wan_jax.assets import NANO_WEIGHTS
-from wan_jax.diffusion.params import Settings
+from wan_jax.diffusion.params import SamplingParams
 from wan_jax.presets import get_preset
 from wan_nano.classifier import Classifier
 from wan_nano.digits import digit_atlas
@@ -48,7 +48,7 @@ if NANO_WEIGHTS.is_dir():
         pipe = WanPipeline.from_pretrained(NANO_WEIGHTS, "float32")
         prompts = make_prompts(4, 0, seed=123)
         classifier = Classifier.load()
-        videos = generate_videos(pipe, prompts, Settings.resolve(pipe.config), batch=12)
+        videos = generate_videos(pipe, prompts, SamplingParams().resolve(pipe.config), batch=12)
         verdicts = [judge(prompt, measure(video, classifier)) for prompt, video in zip(prompts, videos, strict=True)]
         metrics = ("object and colour", "shape or digit", "motion")
         right = {metric: sum(verdict[metric] for verdict in verdicts) for metric in metrics}

@@ -6,9 +6,8 @@ import pytest
 from tests.test_image_to_video import I2V, picture
 from wan_jax.checkpoint.memory import memory_checkpoint
 from wan_jax.config import WanConfig
-from wan_jax.diffusion.params import Settings
+from wan_jax.diffusion.params import SamplingParams, make_requests
 from wan_jax.errors import InputError
-from wan_jax.media.image import ImagePrompt
 from wan_jax.parameters import named_parameters
 from wan_jax.pipeline import WanPipeline
 from wan_jax.testing.models import DEMO, random_pipeline
@@ -51,32 +50,34 @@ def test_a_video_on_a_mesh(text_to_video):
     assert video.metadata["mesh"] == "cfg2-ulysses4"
 
 
+def requests(*prompts: str) -> list[SamplingParams]:
+    return [request.resolve(DEMO) for request in make_requests(prompts, SMALL)]
+
+
 def test_a_batch_in_parts(text_to_video):
     made, alone = text_to_video
     pipeline = load(made, {"data": 2, "fsdp": 2, "tensor": 2})
-    settings = Settings.resolve(DEMO, **SMALL)
-    latents = pipeline.denoise(["a red circle", "a cat"], settings)
+    latents = pipeline.denoise(requests("a red circle", "a cat"))
     assert_same(latents, np.stack([video.latents for video in alone]))
     with pytest.raises(InputError, match="a batch of 1 cannot be divided over data 2"):
-        pipeline.denoise(["a cat"], settings)
+        pipeline.denoise(requests("a cat"))
 
 
 def test_experts_on_devices_of_their_own(text_to_video):
     """Two videos in flight, through the same call."""
     made, alone = text_to_video
     pipeline = load(made, "experts2-cfg2")
-    latents = pipeline.denoise(["a red circle", "a cat"], Settings.resolve(DEMO, **SMALL))
+    latents = pipeline.denoise(requests("a red circle", "a cat"))
     assert_same(latents, np.stack([video.latents for video in alone]))
 
 
 def test_auto_says_what_it_chose(text_to_video, capsys):
     made, _ = text_to_video
     pipeline = WanPipeline.from_checkpoint(made, "float32", mesh="auto", progress=True)
-    assert str(pipeline.placement.mesh_spec) == "cfg2-ulysses4"
+    assert str(pipeline.spread.strategy) == "cfg2-ulysses4"
     assert "mesh cfg2-ulysses4 for 8 devices: the prompt and the negative prompt apart" in capsys.readouterr().err
 
 
 def test_image_to_video_on_a_mesh(checkpoint):
-    made, images = checkpoint(I2V), ImagePrompt.read(I2V, picture(0), None)
-    settings = Settings.resolve(I2V, **SMALL)
-    assert_same(*(load(made, mesh).denoise(["a"], settings, images=images) for mesh in ("pipeline2-ring2", None)))
+    made, request = checkpoint(I2V), SamplingParams("a", image=picture(0), **SMALL).resolve(I2V)
+    assert_same(*(load(made, mesh).denoise([request]) for mesh in ("pipeline2-ring2", None)))

@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from wan_jax import plan as planning
 from wan_jax.cli.main import main
 from wan_jax.config import ImageEncoderConfig
-from wan_jax.diffusion.params import Settings
-from wan_jax.diffusion.segments import plan_steps
+from wan_jax.diffusion.params import SamplingParams
+from wan_jax.diffusion.sampler import plan_steps
 from wan_jax.models import vae as vae_model
 from wan_jax.models.compiled import CompiledModels
-from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import named_parameters
-from wan_jax.planning import memory as planning
 from wan_jax.planning.memory import Plan, Prediction, choose_profile, report
 from wan_jax.planning.time import decode_flops, decode_scratch, denoiser_flops, encode_flops, encode_scratch
 from wan_jax.presets import get_preset
-from wan_jax.runtime.offload import PROFILES
+from wan_jax.runtime.offload import PROFILES, Memory
 from wan_jax.testing.models import DEMO, random_pipeline
 from wan_jax.text.tokenizer import Tokenizer
 
@@ -30,7 +29,7 @@ A14B = get_preset("t2v-a14b")
 SIZES = {"480p": (832, 480), "720p": (1280, 720)}
 SMALL = {"size": (48, 32), "frames": 5, "steps": 2, "shift": 5.0}
 # What a plan compiles; a run compiles some small ones beside them.
-PROGRAMS = {f"jit({name})" for name in ("encode_text", "_placed_step", "_decode_first", "_decode_next", "_encode_next")}
+PROGRAMS = {f"jit({name})" for name in ("encode_text", "_spread_step", "_decode_first", "_decode_next", "_encode_next")}
 GIB = 2**30
 WITH_CLIP = replace(
     DEMO,
@@ -42,7 +41,7 @@ TI2V = replace(DEMO, conditioning="first_frame")
 
 
 def plan_of(size: str, device_kind: str = "NVIDIA H200", vae_dtype: str = "float32") -> Plan:
-    plan = Plan(A14B, Settings.resolve(A14B, size=SIZES[size]), "bfloat16", vae_dtype)
+    plan = Plan(A14B, SamplingParams(size=SIZES[size]).resolve(A14B), "bfloat16", vae_dtype)
     plan.device = SimpleNamespace(device_kind=device_kind, platform="cpu")
     return plan
 
@@ -53,7 +52,7 @@ def test_weights_are_those_of_the_pipeline(tokenizer_folder):
         name: sum(array.nbytes for array in named_parameters(model).values())
         for name, model in {"text": pipeline.text_encoder, "vae": pipeline.vae, **pipeline.denoisers}.items()
     }
-    plan = Plan(DEMO, Settings.resolve(DEMO, **SMALL), "bfloat16")
+    plan = Plan(DEMO, SamplingParams(**SMALL).resolve(DEMO), "bfloat16")
     inputs = plan._input_bytes
     everything = sum(sizes.values())
     assert plan.without_scratch(PROFILES["resident"]) == {stage: everything + inputs[stage] for stage in inputs}
@@ -79,7 +78,7 @@ def test_weights_are_those_of_the_pipeline(tokenizer_folder):
 
 def test_stages_of_images(tokenizer_folder):
     pipeline = random_pipeline(WITH_CLIP, Tokenizer.from_pretrained(tokenizer_folder))
-    plan = Plan(WITH_CLIP, Settings.resolve(WITH_CLIP, **SMALL), "bfloat16")
+    plan = Plan(WITH_CLIP, SamplingParams(**SMALL).resolve(WITH_CLIP), "bfloat16")
     swap = plan.without_scratch(PROFILES["swap"])
     assert list(swap) == ["text", "image", "encode", "denoise", "decode"]
     sizes = {
@@ -149,7 +148,7 @@ def test_formulas_for_the_vae_are_a_little_above_what_is_compiled(preset, size, 
     config = get_preset(preset)
     assert decode <= decode_scratch(config.vae, vae_dtype, *size) / GIB <= 1.15 * decode
     assert encode <= encode_scratch(config.vae, vae_dtype, *size, frames=5) / GIB <= 1.15 * encode
-    plan = Plan(config, Settings.resolve(config, size=size), "bfloat16", vae_dtype)
+    plan = Plan(config, SamplingParams(size=size).resolve(config), "bfloat16", vae_dtype)
     scratch = plan.estimated_scratch(PROFILES["resident"])
     assert scratch["decode"] == decode_scratch(config.vae, vae_dtype, *size)
     frames = {"i2v-a14b": 81, "ti2v-5b": 1}[preset]
@@ -207,7 +206,7 @@ def test_seconds_of_a_bfloat16_vae_on_an_h200(size, decode):
 
 
 def test_guidance_of_one_halves_a_step():
-    settings = Settings.resolve(A14B, guidance=1.0)
+    settings = SamplingParams(guidance=1.0).resolve(A14B)
     plan = Plan(A14B, settings, "bfloat16")
     plan.device = SimpleNamespace(device_kind="NVIDIA H200", platform="cpu")
     guided = plan_of("720p").predict(PROFILES["resident"])
@@ -224,7 +223,7 @@ def test_each_expert_has_steps_of_its_own(tokenizer_folder, compiled):
         "solver": ("euler", "unipc"),
         "schedule": ("lightx2v", "official"),
     }
-    settings = Settings.resolve(A14B, shift=5.0, **mixed)
+    settings = SamplingParams(shift=5.0, **mixed).resolve(A14B)
     plan = Plan(A14B, settings, "bfloat16")
     plan.device = SimpleNamespace(device_kind="NVIDIA H200", platform="cpu")
     guided = plan_of("720p").predict(PROFILES["resident"])
@@ -234,7 +233,7 @@ def test_each_expert_has_steps_of_its_own(tokenizer_folder, compiled):
 
     programs = CompiledModels(exact=False)
     small = SMALL | mixed
-    plan = Plan(DEMO, Settings.resolve(DEMO, **small), "bfloat16", programs=programs)
+    plan = Plan(DEMO, SamplingParams(**small).resolve(DEMO), "bfloat16", programs=programs)
     plan.compiled = True
     plan.predict(PROFILES["resident"])
     pipeline = random_pipeline(DEMO, Tokenizer.from_pretrained(tokenizer_folder))
@@ -253,7 +252,7 @@ def test_unknown_device_has_no_seconds():
 )
 def test_what_is_planned_is_what_runs(tokenizer_folder, compiled, config, name):
     """What is compiled for a plan, from shapes alone, is what the pipeline runs: nothing compiles again."""
-    settings, profile = Settings.resolve(config, **SMALL), PROFILES[name]
+    settings, profile = SamplingParams(**SMALL).resolve(config), PROFILES[name]
     programs = CompiledModels(exact=False)
     plan = Plan(config, settings, "bfloat16", programs=programs)
     plan.compiled = True
@@ -267,8 +266,8 @@ def test_what_is_planned_is_what_runs(tokenizer_folder, compiled, config, name):
         assert plan.scratch(profile) == plan.estimated_scratch(profile)
         return
 
-    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
-    pipeline = random_pipeline(config, tokenizer, placement=Placement(offload=profile))
+    pipeline = random_pipeline(config, Tokenizer.from_pretrained(tokenizer_folder))
+    pipeline.memory = Memory(profile)
     pipeline._programs = programs
     image = np.zeros((32, 48, 3), np.uint8)
     runs = {"text": [{}], "image_latents": [{"image": image}], "first_frame": [{"image": image}, {}]}
@@ -279,7 +278,7 @@ def test_what_is_planned_is_what_runs(tokenizer_folder, compiled, config, name):
 
 
 def test_only_streaming_has_programs_of_its_own(monkeypatch):
-    plan = Plan(DEMO, Settings.resolve(DEMO, **SMALL), "float32")
+    plan = Plan(DEMO, SamplingParams(**SMALL).resolve(DEMO), "float32")
     plan.compiled = True
     asked = []
     monkeypatch.setattr(plan, "_compiled_scratch", lambda profile: asked.append(profile.name) or {})
@@ -290,7 +289,7 @@ def test_only_streaming_has_programs_of_its_own(monkeypatch):
 
 
 def test_choice(monkeypatch):
-    settings = Settings.resolve(A14B, size=SIZES["480p"])
+    settings = SamplingParams(size=SIZES["480p"]).resolve(A14B)
     assert choose_profile(A14B, settings, "bfloat16").name == "resident"  # a CPU does not say what it has
     peaks = {name: Plan(A14B, settings, "bfloat16").predict(profile).peak_bytes for name, profile in PROFILES.items()}
     for name, peak in peaks.items():
@@ -312,7 +311,7 @@ def test_some_memory_stays_in_reserve():
 
 
 def test_report():
-    text = str(report(A14B, Settings.resolve(A14B, size=SIZES["480p"]), "bfloat16", device_memory=46))
+    text = str(report(A14B, SamplingParams(size=SIZES["480p"]).resolve(A14B), "bfloat16", device_memory=46))
     lines = text.splitlines()
     assert lines[0] == "t2v-a14b 832x480, 81 frames, 40 steps, bfloat16; cpu, 46.0 GiB for JAX"
     assert [line.split()[0] for line in lines[2:5]] == ["resident", "swap", "stream"]
@@ -321,10 +320,10 @@ def test_report():
     assert "formula" in text
     assert "no measured rates for 'cpu'" in text
     assert lines[-1] == "Best: swap."
-    unknown = str(report(A14B, Settings.resolve(A14B), "bfloat16", "stream"))
+    unknown = str(report(A14B, SamplingParams().resolve(A14B), "bfloat16", "stream"))
     assert "--device-memory" in unknown
     assert "Best" not in unknown
-    assert "None fits" in str(report(A14B, Settings.resolve(A14B), "bfloat16", device_memory=1))
+    assert "None fits" in str(report(A14B, SamplingParams().resolve(A14B), "bfloat16", device_memory=1))
 
 
 def test_command(capsys):
@@ -359,4 +358,4 @@ def test_nothing_is_allocated():
     before = len(jax.live_arrays())
     plan_of("720p").predict(PROFILES["stream"])
     assert len(jax.live_arrays()) == before
-    assert set(plan_steps(Settings.resolve(A14B).make_schedule(), 0.875)) == {"high_noise", "low_noise"}
+    assert set(plan_steps(SamplingParams().resolve(A14B).make_schedule(), 0.875)) == {"high_noise", "low_noise"}

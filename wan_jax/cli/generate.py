@@ -1,6 +1,7 @@
 """One run from options to files: what `wan-jax generate`, `sample`, `extend` and `decode` do."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -11,14 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from wan_jax.cli.options import Options, choices
+from wan_jax.cli.options import Options
 from wan_jax.cli.prompt_files import Item, read_items
-from wan_jax.config import WanConfig
-from wan_jax.diffusion.params import Settings
+from wan_jax.diffusion.params import knobs, read_latents
 from wan_jax.errors import InputError
-from wan_jax.media.image import ImagePrompt, read_image
 from wan_jax.media.video import (
     VideoWriter,
     check_folder,
@@ -93,8 +90,7 @@ def _generate(
     jobs = []
     for item in items:
         with item.naming_errors():
-            settings, _, _ = _inputs(item.options, checkpoint.config)
-            jobs.append(Job(item, settings, str(item.options.prompt)))
+            jobs.append(Job(item, item.options.resolve(checkpoint.config)))
     batch = options.prompts is not None
     finished = [batch and not options.overwrite and _is_finished(job, loras, bars) for job in jobs]
     finished = distributed.broadcast_from_process_0(finished)
@@ -103,26 +99,26 @@ def _generate(
         _extend_prompts(pending, language_model, bars)
 
     seconds = dict.fromkeys(STAGES, 0.0)
-    profile, mesh_spec = None, None
+    profile, spread = None, None
     if pending:
-        largest = max(pending, key=lambda job: math.prod(job.settings.size) * job.settings.frames)
+        largest = max(pending, key=lambda job: math.prod(job.request.size) * job.request.frames)
         pipeline = WanPipeline.from_checkpoint(
             checkpoint,
             options.dtype,
             vae_dtype=options.vae_dtype,
             profile=options.profile,
             mesh=mesh,
-            settings=largest.settings,
+            request=largest.request,
             loras=loras,
             progress=bars,
         )
-        profile = pipeline.placement.offload.name
-        mesh_spec = None if pipeline.placement.is_single else str(pipeline.placement.mesh_spec)
+        profile = pipeline.memory.profile.name
+        spread = pipeline.spread
         seconds["load"] = time.perf_counter() - start
         with bars.task("videos", total=len(pending)) if batch else contextlib.nullcontext() as bar:
             for job in pending:
                 if bar is not None:
-                    bar.advance(0, f"{job.item.options.output}: {' '.join(job.prompt.split())[:40]}")
+                    bar.advance(0, f"{job.item.options.output}: {' '.join(job.request.prompt.split())[:40]}")
                 _make_video(pipeline, job, seconds, batch)
                 if bar is not None:
                     bar.advance()
@@ -130,7 +126,7 @@ def _generate(
         **_report_settings(options, loras, jobs),
         "loras": [file.as_json() for file in lora_files],
         "profile": profile,
-        "mesh": mesh_spec,
+        "mesh": None if spread is None else str(spread.strategy),
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "peak_bytes": peak_bytes(),
         "outputs": [str(path) for job in jobs for path in job.written],
@@ -143,21 +139,20 @@ class Job:
     """A video to be made, and what became of it."""
 
     item: Item
-    settings: Settings
-    prompt: str  # extended, if that was asked for
+    request: Options  # resolved; its prompt may be an extended one
     finished: bool = False  # by an earlier run
     failure: str | None = None
     written: list[pathlib.Path] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """What was asked for and what came of it."""
-        options = self.item.options
+        options, prompt = self.item.options, self.request.prompt
         return {
-            "prompt": self.prompt,
-            **({} if self.prompt == options.prompt else {"original_prompt": options.prompt}),
+            "prompt": prompt,
+            **({} if prompt == options.prompt else {"original_prompt": options.prompt}),
             "image": options.image,
             "last_image": options.last_image,
-            **self.settings.as_json(),
+            **self.request.as_json(),
             "output": options.output,
             "status": "finished before" if self.finished else "failed" if self.failure else "made",
             **({"failure": self.failure} if self.failure else {}),
@@ -176,7 +171,7 @@ def _report_settings(options: Options, loras: Sequence["Lora"], jobs: list[Job])
     }
     return {
         "settings": {
-            "prompts": [job.prompt for job in jobs],
+            "prompts": [job.request.prompt for job in jobs],
             "checkpoint": options.checkpoint,
             "loras": [lora.as_json() for lora in loras],
             "dtype": options.dtype,
@@ -192,13 +187,13 @@ def _is_finished(job: Job, loras: Sequence["Lora"], bars: "Bars") -> bool:
     """Whether an earlier run has made the video; says so, and whether it was asked for something else."""
     options = job.item.options
     files = [name for name in (options.save_latents, options.save_frames) if name is not None]
-    if not is_complete(options.output, job.settings.frames) or not all(map(os.path.exists, files)):
+    if not is_complete(options.output, job.request.frames) or not all(map(os.path.exists, files)):
         return False
     job.finished = True
     recorded = read_metadata(options.output)
     recorded["prompt"] = recorded.get("original_prompt", recorded.get("prompt"))
     recorded.setdefault("loras", [])
-    asked = {"prompt": options.prompt, "loras": [lora.as_json() for lora in loras], **job.settings.as_json()}
+    asked = {"prompt": options.prompt, "loras": [lora.as_json() for lora in loras], **job.request.as_json()}
     wanted = json.loads(json.dumps(asked))
     others = [name for name, value in wanted.items() if name in recorded and recorded[name] != value]
     otherwise = f", but with another {', '.join(others)}; --overwrite makes it anew" if others else ""
@@ -211,8 +206,8 @@ def _extend_prompts(jobs: list[Job], language_model: Endpoint | LocalModel, bars
     with bars.task("extend prompts", total=len(jobs)) as bar, contextlib.closing(language_model):
         for job in jobs:
             options = job.item.options
-            extension = extend_prompt(job.prompt, "i2v" if options.image else "t2v", language_model)
-            job.prompt = extension.prompt
+            extension = extend_prompt(job.request.prompt, "i2v" if options.image else "t2v", language_model)
+            job.request = dataclasses.replace(job.request, prompt=extension.prompt)
             bar.advance()
             if extension.failure is not None:
                 print(f"prompt not extended, used as it is: {extension.failure}", file=sys.stderr)
@@ -236,20 +231,19 @@ def _make_video(pipeline: "WanPipeline", job: Job, seconds: dict[str, float], go
 def _generate_video(pipeline: "WanPipeline", job: Job, seconds: dict[str, float]) -> list[pathlib.Path]:
     from wan_jax.runtime import distributed
 
-    options, settings = job.item.options, job.settings
+    options, request = job.item.options, job.request
     output = pathlib.Path(options.output)
-    _, images, initial_latents = _inputs(options, pipeline.config)
-    metadata = pipeline.metadata(job.prompt, settings, images)
-    if job.prompt != options.prompt:
+    metadata = pipeline.metadata(request)
+    if request.prompt != options.prompt:
         metadata["original_prompt"] = options.prompt
-    latents = pipeline.denoise([job.prompt], settings, initial_latents, images)[0]
+    latents = pipeline.denoise([request])[0]
     if not distributed.is_primary():
         pipeline.decode(latents)
         return []
     kept = pathlib.Path(options.save_latents) if options.save_latents else _rescue_name(output)
     save_array(kept, latents)
     try:
-        with VideoWriter(output, settings.fps, metadata) as writer:
+        with VideoWriter(output, request.fps, metadata) as writer:
             frames = pipeline.decode(latents, on_frames=writer.write)
             start = time.perf_counter()
         if options.save_frames:
@@ -282,15 +276,10 @@ def load_pipeline(options: Options) -> "WanPipeline":
         vae_dtype=options.vae_dtype,
         profile=options.profile,
         mesh=options.mesh,
-        settings=run_settings(options, checkpoint.config),
+        request=options.resolve(checkpoint.config),
         loras=read_loras(options.lora, options.lora_high, options.lora_low),
         progress=not options.quiet,
     )
-
-
-def run_settings(options: Options, config: WanConfig) -> Settings:
-    """What the options say of a run without images, over the preset."""
-    return Settings.resolve(config, **choices(options))
 
 
 def plan(preset: str, options: Options, device_memory: float | None = None, devices: int | None = None) -> "Report":
@@ -299,7 +288,7 @@ def plan(preset: str, options: Options, device_memory: float | None = None, devi
     `devices` is how many the mesh "auto" may use, instead of those at hand.
     """
     config = get_preset(preset)
-    settings = Settings.resolve(config, **choices(options))
+    settings = options.resolve(config)
 
     from wan_jax.planning.memory import report
 
@@ -315,7 +304,7 @@ def plan(preset: str, options: Options, device_memory: float | None = None, devi
 def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
     """Decodes latents that an earlier run kept and writes the video; returns the files."""
     output = check_output(options.output)
-    latents = _read_latents(latents_file)
+    latents = read_latents(latents_file)
 
     from wan_jax.pipeline import WanPipeline
     from wan_jax.runtime.progress import Bars
@@ -346,20 +335,19 @@ def extend(video: str, options: Options) -> list[pathlib.Path]:
     from wan_jax.runtime.progress import Bars
 
     checkpoint = open_model(options.checkpoint, Bars(not options.quiet))
-    ImagePrompt.read(checkpoint.config, clip.frames[-1])  # raises for a model that takes no image
-    own = choices(options) | {"size": clip.size}
+    request = dataclasses.replace(options, image=clip.frames[-1], size=clip.size)
     pipeline = WanPipeline.from_checkpoint(
         checkpoint,
         options.dtype,
         vae_dtype=options.vae_dtype,
         profile=options.profile,
         mesh=options.mesh,
-        settings=Settings.resolve(checkpoint.config, **own),
+        request=request.resolve(checkpoint.config),
         loras=read_loras(options.lora, options.lora_high, options.lora_low),
         progress=not options.quiet,
     )
     try:
-        longer = pipeline.extend(clip, options.prompt, **choices(options))
+        longer = pipeline.extend(clip, options.prompt, **{each.name: vars(options)[each.name] for each in knobs()[1:]})
         longer.metadata["extends"]["file"] = video
         return longer.save(output)
     except BaseException:
@@ -375,25 +363,6 @@ def _check_files(options: Options) -> None:
     for name in ("save_latents", "save_frames"):
         if path := vars(options)[name]:
             _check_npy(name, path)
-    if options.initial_latents:
-        _read_latents(options.initial_latents)
-    for image in (options.image, options.last_image):
-        if image is not None:
-            read_image(image)
-    choices(options)
-
-
-def _inputs(options: Options, config: WanConfig) -> tuple[Settings, ImagePrompt | None, np.ndarray | None]:
-    """The settings, images and initial latents of one video. Raises InputError for what the model cannot do."""
-    images = ImagePrompt.read(config, options.image, options.last_image)
-    own = choices(options)
-    if images is not None and own["size"] is None:
-        own["size"] = images.video_size(config)
-    settings = Settings.resolve(config, **own)
-    initial_latents = _read_latents(options.initial_latents) if options.initial_latents else None
-    if initial_latents is not None:
-        settings.check_latents(initial_latents.shape, config, 1)
-    return settings, images, initial_latents
 
 
 def read_loras(both: Sequence[str], high: Sequence[str] = (), low: Sequence[str] = ()) -> list["Lora"]:
@@ -418,23 +387,6 @@ def open_model(path_or_id: str | None, bars: "Bars") -> "Checkpoint":
 
     bars.note("no --checkpoint given: this is the nano model, which knows coloured shapes and digits that move")
     return open_checkpoint(NANO_WEIGHTS)
-
-
-def _read_latents(name: str) -> np.ndarray:
-    path = pathlib.Path(name)
-    if not path.is_file():
-        raise InputError(f"latents file {path} does not exist; give a .npy file of float32 [C, F', h, w]")
-    try:
-        latents = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError):
-        raise InputError(f"latents file {path} is not a .npy array; give float32 [C, F', h, w]") from None
-    if latents.dtype != np.float32 or latents.ndim != 4:
-        raise InputError(
-            f"latents file {path} holds {latents.dtype} of shape {latents.shape}; give float32 [C, F', h, w]"
-        )
-    if not np.isfinite(latents).all():
-        raise InputError(f"latents file {path} holds NaN or infinity; give finite numbers")
-    return latents
 
 
 def _check_npy(option: str, name: str) -> pathlib.Path:

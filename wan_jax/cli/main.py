@@ -1,7 +1,6 @@
 """The `wan-jax` command: reads arguments, calls the library, prints. No logic lives here."""
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import sys
@@ -9,7 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 
 from wan_jax.cli import train
-from wan_jax.cli.options import Options, add_options, options_of
+from wan_jax.cli.options import OPTIONS, Options, add_options, options_of
 from wan_jax.cli.recipes import RECIPES, get_recipe
 from wan_jax.diffusion.params import DTYPES
 from wan_jax.errors import InputError
@@ -42,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("generate", help="make videos from prompts", allow_abbrev=False)
     command.add_argument("--recipe", help=f"options to start from: {' | '.join(RECIPES)}", metavar="NAME")
-    add_options(command, [option.name for option in dataclasses.fields(Options)])
+    add_options(command, list(OPTIONS))
     command.set_defaults(run=_generate)
 
     command = commands.add_parser("sample", help="run a recipe: --config FILE [--config.steps=30 ...]", add_help=False)
@@ -54,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("video", help="the video file to continue; models for image to video can", metavar="VIDEO")
     skipped = {"prompts", "image", "last_image", "size", "initial_latents", "save_latents", "save_frames", "json"}
     skipped |= {"overwrite", "extend_prompt", "extend_model", "extend_url", "extend_key"}
-    add_options(command, [option.name for option in dataclasses.fields(Options) if option.name not in skipped])
+    add_options(command, [name for name in OPTIONS if name not in skipped])
     command.set_defaults(run=_extend)
 
     command = commands.add_parser("decode", help="finish a video from saved latents", allow_abbrev=False)

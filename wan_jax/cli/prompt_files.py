@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from wan_jax.cli.options import PER_EXPERT, PER_VIDEO, Options
+from wan_jax.cli.options import OPTIONS, PER_VIDEO, Options
 from wan_jax.errors import InputError, unknown_name
 
 FILES = ("output", "save_latents", "save_frames")  # what a video writes
@@ -117,7 +117,8 @@ def _read_json_lines(path: str, text: str) -> Iterator[tuple[int, dict[str, Any]
         names = [name for name, _ in pairs]
         if doubled := [name for name in names if names.count(name) > 1]:
             raise InputError(f"{_where(path, line)}: key {doubled[0]!r} is there twice")
-        yield line, _values(_where(path, line), dict(pairs), _from_json)
+        values = {name: dict(value) if isinstance(value, _Pairs) else value for name, value in pairs}
+        yield line, _values(_where(path, line), values)
 
 
 class _Pairs(list[tuple[str, Any]]):
@@ -139,14 +140,14 @@ def _read_csv(path: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         if header is None:
             header = [name.strip() for name in row]
-            _values(_where(path, line), dict.fromkeys(header), _from_text)
+            _values(_where(path, line), dict.fromkeys(header))
             if doubled := [name for name in header if header.count(name) > 1]:
                 raise InputError(f"{_where(path, line)}: key {doubled[0]!r} is there twice")
             continue
         if len(row) != len(header):
             raise InputError(f"{_where(path, line)}: {len(row)} cells; the header has {len(header)} keys")
         cells = {name: cell.strip() or None for name, cell in zip(header, row, strict=True)}
-        yield line, _values(_where(path, line), cells, _from_text)
+        yield line, _values(_where(path, line), cells)
 
 
 READERS: dict[str, Callable[[str, str], Iterator[tuple[int, dict[str, Any]]]]] = {
@@ -156,38 +157,18 @@ READERS: dict[str, Callable[[str, str], Iterator[tuple[int, dict[str, Any]]]]] =
 }
 
 
-def _values(where: str, entry: dict[str, Any], convert: Callable[[str, type, Any], Any]) -> dict[str, Any]:
-    """The options of one line, of the types that `Options` declares; those that say nothing are left out."""
-    kinds = {field.name: field.metadata["kind"] for field in dataclasses.fields(Options)}
+def _values(where: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """The options of one line; those that say nothing are left out."""
     values = {}
     for name, value in entry.items():
         if name not in PER_VIDEO:
             error = unknown_name("key", name, PER_VIDEO)
-            if name in kinds:
+            if name in OPTIONS:
                 error = InputError(f"key {name!r} is one of the whole run; give it as --{name.replace('_', '-')}")
             raise InputError(f"{where}: {error}")
-        if value is None:
-            continue
-        try:
-            values[name] = convert(name, kinds[name], value)
-        except (TypeError, ValueError, OverflowError):
-            wanted = {str: "text", int: "a whole number", float: "a number"}[kinds[name]]
-            raise InputError(f"{where}: {name} {value!r}: must be {wanted}") from None
+        if value is not None:
+            try:
+                values[name] = OPTIONS[name].metadata["convert"](name, value)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from None
     return values
-
-
-def _from_text(name: str, kind: type, value: str) -> Any:
-    del name
-    return kind(value)
-
-
-def _from_json(name: str, kind: type, value: Any) -> Any:
-    if kind is str and name in PER_EXPERT:  # a number, or a pair
-        parts = value if isinstance(value, list) and not isinstance(value, _Pairs) else [value]
-        if any(isinstance(part, bool) or not isinstance(part, (str, int, float)) for part in parts):
-            raise TypeError
-        return ",".join(map(str, parts))
-    accepted = (int, float) if kind is float else kind
-    if isinstance(value, bool) or not isinstance(value, accepted):
-        raise TypeError
-    return kind(value)

@@ -4,14 +4,13 @@ A file is an ml_collections config whose keys are the options of `wan-jax genera
 takes `recipe()`, or `recipe(NAME)`, and sets what differs.
 """
 
-import dataclasses
 import difflib
 import os
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from wan_jax.cli.options import Options
+from wan_jax.cli.options import OPTIONS, Options
 from wan_jax.errors import InputError, unknown_name
 
 if TYPE_CHECKING:
@@ -69,9 +68,9 @@ def recipe(name: str | None = None) -> "ConfigDict":
     from ml_collections import ConfigDict, config_dict
 
     config = ConfigDict()
-    for option in dataclasses.fields(Options):
+    for key, option in OPTIONS.items():
         kind = option.metadata["kind"]
-        config[option.name] = config_dict.placeholder(kind) if option.default is None else option.default
+        config[key] = config_dict.placeholder(kind) if option.default is None else option.default
     config.update(get_recipe(name) if name is not None else {})
     return config.lock()
 
@@ -82,8 +81,7 @@ def load_recipe(arguments: Sequence[str]) -> Options:
     Raises:
         InputError: no recipe is named, it does not exist, a key is misspelt, or a value has the wrong type.
     """
-    known = [option.name for option in dataclasses.fields(Options)]
-    return read_config("sample", arguments, known, lambda values: Options(**values))
+    return read_config("sample", arguments, list(OPTIONS), lambda values: Options(**values))
 
 
 def read_config(

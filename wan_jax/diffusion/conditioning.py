@@ -74,11 +74,19 @@ class FirstFrame:
 
     def restore(self, latents: jax.Array) -> jax.Array:
         """What the solver remembers of its first frame is left alone: it reaches no other frame."""
-        known = self.known[:, None, None, None, None]
+        known = jnp.reshape(self.known, (-1, 1, 1, 1, 1))
         return latents.at[:, :, :1].set(jnp.where(known, self.latents, latents[:, :, :1]))
 
 
 TEXT_ONLY = TextOnly()
+
+
+def stack_conditioning(videos: Sequence[Conditioning]) -> Conditioning:
+    """The conditioning of a batch, from that of each of its videos; what all share stays one row."""
+    first, *others = videos
+    if all(each is first for each in others):
+        return first
+    return jax.tree.map(lambda *rows: jnp.concatenate(rows), *videos)
 
 
 def known_frames(latents: jax.Array, known: Sequence[int], stride: int) -> KnownFrames:

@@ -1,76 +1,233 @@
-"""What one run does: the user's choices over the preset's defaults, checked before any work starts."""
+"""What one video is made of: the request, checked before any work starts.
 
+Every knob is one field of `SamplingParams`. The arguments of a call, the command line's flags, the keys of recipes and
+of files of prompts derive from the fields; cli/options.py adds what a run of the command line has beside them.
+"""
+
+import inspect
 import math
+import os
+import pathlib
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
-from wan_jax.config import WanConfig
+import numpy as np
+
+from wan_jax.config import PerExpert, WanConfig
 from wan_jax.diffusion.experts import as_pair, by_expert
-from wan_jax.diffusion.schedule import Schedule, make_schedule
+from wan_jax.diffusion.schedule import GRIDS, Schedule, make_schedule
 from wan_jax.errors import InputError, unknown_name
+from wan_jax.media.image import Picture, check_images, output_size
 
 NOISES = ("jax", "torch")
 DTYPES = ("bfloat16", "float32")
-PROFILE_NAMES = ("auto", "resident", "swap", "stream")  # what the last three mean is in memory.py
+PROFILE_NAMES = ("auto", "resident", "swap", "stream")  # what the last three mean is in runtime/offload.py
 
-T = TypeVar("T")
+Convert = Callable[[str, Any], Any]  # (the field's name, a value or a text of it) -> the value; raises InputError
+
+
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"{name} {value!r}: must be text")
+    return value
+
+
+def integer(name: str, value: Any) -> int:
+    parsed = _parsed(value, int)
+    is_whole = isinstance(parsed, Integral) or (isinstance(parsed, float) and parsed.is_integer())
+    if isinstance(parsed, bool) or not is_whole:
+        raise InputError(f"{name} {value!r}: must be a whole number")
+    return int(parsed)
+
+
+def number(name: str, value: Any) -> float:
+    parsed = _parsed(value, float)
+    try:
+        if isinstance(parsed, bool) or not isinstance(parsed, Real):
+            raise TypeError
+        return float(parsed)
+    except (TypeError, OverflowError):
+        raise InputError(f"{name} {value!r}: must be a number") from None
+
+
+def switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(f"{name} {value!r}: must be true or false")
+    return value
+
+
+def texts(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (tuple, list)):
+        raise InputError(f"{name} {value!r}: must be a list of texts")
+    return tuple(text(name, each) for each in value)
+
+
+def width_height(name: str, value: Any) -> tuple[int, int]:
+    """ "1280x720", "1280*720" or (1280, 720), width first."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(\d+)\s*", value)
+        if not match:
+            raise InputError(f"{name} {value!r}: write WIDTHxHEIGHT, for example 1280x720")
+        return int(match[1]), int(match[2])
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise InputError(f"{name} {value!r}: give (width, height)")
+    width, height = (integer(name, side) for side in value)
+    return width, height
+
+
+def anything(name: str, value: Any) -> Any:
+    """What `SamplingParams.resolve` reads: a file's name, or what was in it."""
+    del name
+    return value
+
+
+def per_expert(convert: Convert) -> Convert:
+    """A value for both experts, a pair (low, high), a PerExpert, or the text "LOW,HIGH"."""
+    kind = "whole number" if convert is integer else "number" if convert is number else "name"
+
+    def convert_each(name: str, value: Any) -> Any:
+        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(parts, (tuple, list)):
+            return convert(name, value)
+        try:
+            values = [convert(name, part) for part in parts] if len(parts) in (1, 2) else []
+        except InputError:
+            if not isinstance(value, str):
+                raise
+            values = []
+        if not values:
+            write = f"write one {kind}, or LOW,HIGH" if isinstance(value, str) else "give one value, or a pair"
+            raise InputError(f"{name} {value!r}: {write} for the low-noise and the high-noise expert")
+        return values[0] if len(values) == 1 else PerExpert(*values)
+
+    return convert_each
+
+
+# The type of a field's value in a recipe; text for all others.
+KINDS: dict[Convert, type] = {integer: int, number: float, switch: bool, texts: tuple}
+
+
+def knob(
+    convert: Convert,
+    description: str,
+    *,
+    default: Any = None,
+    metavar: str | None = None,
+    both_experts: bool = False,
+    per_video: bool = True,
+    per_row: bool = False,
+) -> Any:
+    """A field of a request.
+
+    Args:
+        convert: one of the functions above.
+        description: for the help of the command line and of Python.
+        default: None takes the preset's value, if there is one.
+        metavar: of the command line.
+        both_experts: whether a value may be one for each expert.
+        per_video: whether a file of prompts may give it for each video.
+        per_row: whether a call may give a sequence with one value for each video.
+    """
+    metadata = {
+        "kind": str if both_experts else KINDS.get(convert, str),
+        "convert": per_expert(convert) if both_experts else convert,
+        "help": description,
+        "metavar": metavar,
+        "per_expert": both_experts,
+        "per_video": per_video,
+        "per_row": per_row,
+    }
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """One run's resolved choices."""
+class SamplingParams:
+    """The request of one video.
 
-    size: tuple[int, int]  # width, height in pixels
-    frames: int
-    fps: int
-    steps: int | tuple[int, int]  # a pair, here and below: low-noise expert, high-noise expert
-    guidance: tuple[float, float]
-    shift: float
-    boundary: float | None
-    solver: str | tuple[str, str]
-    schedule: str | tuple[str, str]
-    seed: int
-    noise: str
-    negative_prompt: str
+    A field that is None takes the preset's value (`resolve`). Values may be written as on the command line:
+    `SamplingParams("a cat boxes", size="832x480", guidance="1,3.5")`.
+    """
 
-    @classmethod
-    def resolve(
-        cls,
-        config: WanConfig,
-        *,
-        negative_prompt: str | None = None,
-        size: tuple[int, int] | None = None,
-        frames: int | None = None,
-        steps: int | tuple[int, int] | None = None,
-        guidance: float | tuple[float, float] | None = None,
-        shift: float | None = None,
-        solver: str | tuple[str, str] | None = None,
-        schedule: str | tuple[str, str] | None = None,
-        seed: int = 0,
-        noise: str = "jax",
-    ) -> "Settings":
-        """Takes the preset's value for every None; raises InputError naming the first choice that cannot be used."""
-        preset = config.sampling
-        low, high = as_pair(_choice("guidance", preset.guidance if guidance is None else guidance, _number))
-        settings = cls(
-            size=_integers("size", preset.size if size is None else size),
-            frames=_integer("frames", preset.frames if frames is None else frames),
-            fps=preset.fps,
-            steps=_choice("steps", preset.steps if steps is None else steps, _integer),
-            guidance=(low, high),
-            shift=_number("shift", preset.shift if shift is None else shift),
-            boundary=preset.boundary,
-            solver=_same(_choice("solver", preset.solver if solver is None else solver, _name)),
-            schedule=_same(_choice("schedule", preset.schedule if schedule is None else schedule, _name)),
-            seed=_integer("seed", seed),
-            noise=noise,
-            negative_prompt=preset.negative_prompt if negative_prompt is None else negative_prompt,
-        )
-        settings._check(config)
-        return settings
+    prompt: str = knob(text, "what the video shows")
+    negative_prompt: str = knob(text, "what to steer away from", metavar="TEXT", per_row=True)
+    image: Any = knob(
+        anything, "picture that the video starts from, for models that take one", metavar="FILE", per_row=True
+    )
+    last_image: Any = knob(
+        anything, "picture that it ends with, for models that take two", metavar="FILE", per_row=True
+    )
+    size: tuple[int, int] = knob(
+        width_height,
+        "WIDTHxHEIGHT in pixels, multiples of 16 (default: the preset's, in the image's shape)",
+        metavar="WxH",
+    )
+    frames: int = knob(integer, "number of frames, 4n + 1", metavar="N")
+    fps: int = knob(integer, "frames per second of the file", metavar="N")
+    steps: int | tuple[int, int] = knob(
+        integer, "number of denoising steps, or LOW,HIGH for each expert's", metavar="N[,N]", both_experts=True
+    )
+    guidance: float | tuple[float, float] = knob(
+        number, "one number, or LOW,HIGH for the two experts; 1 is none", metavar="LOW[,HIGH]", both_experts=True
+    )
+    shift: float = knob(number, "shift of the sigma schedule", metavar="S")
+    boundary: float | None = knob(number, "noise level at which the experts change, from 0 to 1", metavar="SIGMA")
+    solver: str | tuple[str, str] = knob(
+        text, f"{' | '.join(GRIDS['official'])}, or LOW,HIGH", metavar="NAME[,NAME]", both_experts=True
+    )
+    schedule: str | tuple[str, str] = knob(
+        text, f"{' | '.join(GRIDS)}, or LOW,HIGH", metavar="NAME[,NAME]", both_experts=True
+    )
+    seed: int = knob(integer, "the initial noise depends on it alone (default 0)", default=0, metavar="N", per_row=True)
+    noise: str = knob(text, f"{' | '.join(NOISES)}: whose random numbers (default jax)", default="jax", metavar="NAME")
+    initial_latents: Any = knob(
+        anything, "start from these float32 [C, F', h, w] latents", metavar="F.npy", per_row=True
+    )
+    attention: str | None = knob(text, "implementation of attention (default: the fastest exact one)", metavar="NAME")
+
+    if TYPE_CHECKING:  # the fields' types are those of resolved values; __post_init__ takes more
+
+        def __init__(self, prompt: str | None = None, **fields: Any) -> None: ...
+
+    # The model that `resolve` has checked the request against; a copy by dataclasses.replace is unresolved again.
+    _resolved_for: WanConfig | None = field(default=None, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if "convert" in each.metadata and (value := vars(self)[each.name]) is not None:
+                object.__setattr__(self, each.name, each.metadata["convert"](each.name, value))
+
+    def resolve(self, config: WanConfig) -> Self:
+        """The request with every field set: values of the preset, pictures and latents read, everything checked.
+
+        A request without a prompt is a plan (what size, how many steps); it needs no picture.
+
+        Raises:
+            InputError: the first choice that the model cannot serve.
+        """
+        if self._resolved_for is config:
+            return self
+        image, last_image = (None if x is None else Picture.read(x) for x in (self.image, self.last_image))
+        if self.prompt is not None:
+            check_images(config, image is not None, last_image is not None)
+        values = {name: value for name, value in vars(config.sampling).items() if vars(self)[name] is None}
+        if image is not None and self.size is None:
+            values["size"] = output_size(config, image.size)
+        if image is not None and last_image is not None:
+            last_image = last_image.cover(image.size)
+        low, high = as_pair(values.get("guidance", self.guidance))
+        values["guidance"] = PerExpert(low=low, high=high)
+        latents = None if self.initial_latents is None else read_latents(self.initial_latents)
+        resolved = replace(self, **values, image=image, last_image=last_image, initial_latents=latents)
+        for name in ("solver", "schedule"):
+            low, high = as_pair(vars(resolved)[name])
+            if low == high:
+                object.__setattr__(resolved, name, low)
+        resolved._check(config)
+        object.__setattr__(resolved, "_resolved_for", config)
+        return resolved
 
     def _check(self, config: WanConfig) -> None:
         for axis, pixels, multiple in zip(("width", "height"), self.size, config.size_multiple[::-1], strict=True):
@@ -83,45 +240,149 @@ class Settings:
         if self.frames < 1 or (self.frames - 1) % stride:
             below = max(1, (self.frames - 1) // stride * stride + 1)
             raise InputError(f"frames {self.frames}: must be {stride}n + 1; use {below} or {below + stride}")
+        if self.last_image is not None and self.frames < 2:
+            raise InputError(f"frames {self.frames}: a first and a last image need more than one")
+        if self.fps < 1:
+            raise InputError(f"fps {self.fps}: must be at least 1")
         if self.seed < 0:
             raise InputError(f"seed {self.seed}: must not be negative")
         check_name("noise", self.noise, NOISES)
-        if not all(map(math.isfinite, self.guidance)):
+        if not all(map(math.isfinite, as_pair(self.guidance))):
             raise InputError(f"guidance {self.guidance}: must be finite numbers")
-        by_expert("guidance", self.guidance, config.experts)
-        by_expert("solver", self.solver, config.experts)
-        by_expert("schedule", self.schedule, config.experts)
+        if config.sampling.boundary is None and self.boundary is not None:
+            raise InputError(f"boundary {self.boundary:g} is between two experts but the model has one; leave it out")
+        if self.boundary is not None and not 0 <= self.boundary <= 1:
+            raise InputError(f"boundary {self.boundary:g}: must be from 0 to 1")
+        for name in ("guidance", "solver", "schedule"):
+            by_expert(name, vars(self)[name], config.experts)
         if isinstance(self.steps, tuple) and self.boundary is None:
             low, high = self.steps
             raise InputError(f"steps {low},{high} are for two experts but the model has one; give one number")
+        if self.attention is not None:
+            from wan_jax.kernels.attention import BACKENDS
+
+            check_name("attention", self.attention, tuple(BACKENDS))
         self.make_schedule()
+        if self.initial_latents is not None and self.initial_latents.shape != (needed := self.latents_shape(config)):
+            raise InputError(
+                f"latents have shape {self.initial_latents.shape}; {self.size[0]}x{self.size[1]} with {self.frames} "
+                f"frames needs {needed}"
+            )
 
     def make_schedule(self) -> Schedule:
         """The run's sigmas and timesteps; raises InputError for unknown names, steps or shift out of range."""
         return make_schedule(self.schedule, self.solver, self.steps, self.shift, self.boundary)
 
     def latents_shape(self, config: WanConfig) -> tuple[int, int, int, int]:
-        """(C, F', h, w) of one video's latents."""
+        """(C, F', h, w) of the video's latents."""
         width, height = self.size
         stride = config.vae.spatial_stride
-        return (
-            config.vae.z_dim,
-            (self.frames - 1) // config.vae.temporal_stride + 1,
-            height // stride,
-            width // stride,
-        )
-
-    def check_latents(self, shape: tuple[int, ...], config: WanConfig, batch: int) -> None:
-        """Raises InputError unless `shape` is that of one video's latents, or of a batch of them."""
-        needed = self.latents_shape(config)
-        if tuple(shape) not in (needed, (batch, *needed)):
-            raise InputError(
-                f"latents have shape {tuple(shape)}; {self.size[0]}x{self.size[1]} with {self.frames} frames "
-                f"needs {needed}"
-            )
+        frames = (self.frames - 1) // config.vae.temporal_stride + 1
+        return config.vae.z_dim, frames, height // stride, width // stride
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Everything but what the video is made of: prompt, pictures and latents."""
+        inputs = ("prompt", "image", "last_image", "initial_latents")
+        return {each.name: vars(self)[each.name] for each in knobs() if each.name not in inputs}
+
+
+def knobs() -> list[Field]:
+    """The fields of a request."""
+    return [each for each in fields(SamplingParams) if each.init]
+
+
+def make_requests(
+    prompt: "str | SamplingParams | Sequence[str | SamplingParams]",
+    choices: Mapping[str, Any],
+    num_videos: int = 1,
+) -> list[SamplingParams]:
+    """The requests of a call: one video for each prompt, or `num_videos` of them side by side.
+
+    Args:
+        prompt: one or several; a SamplingParams keeps its own choices but for those given beside it.
+        choices: fields of all videos. Those that may differ ("per_row") may be sequences, one value for each video.
+            One seed for several prompts counts up: seed, seed + 1, ...
+
+    Raises:
+        InputError: an argument that does not exist, a sequence of another length, or no prompt at all.
+    """
+    prompts = [prompt] if isinstance(prompt, (str, SamplingParams)) else list(prompt)
+    if not prompts:
+        raise InputError("no prompts: give at least one")
+    names = {each.name: each for each in knobs()}
+    for name in choices:
+        if name not in names:
+            raise unknown_name("argument", name, names)
+    if num_videos < 1:
+        raise InputError(f"num_videos {num_videos}: give at least 1")
+    prompts = [each for each in prompts for _ in range(num_videos)]
+    given = {name: value for name, value in choices.items() if value is not None}
+    rows = {name: _rows(name, given.pop(name), len(prompts)) for name in list(given) if _is_rows(names[name], given)}
+    requests = []
+    for index, each in enumerate(prompts):
+        own = given | {name: values[index] for name, values in rows.items()}
+        if "seed" in given or ("seed" not in rows and not isinstance(each, SamplingParams)):
+            own["seed"] = integer("seed", given.get("seed", 0)) + index
+        elif "seed" not in rows and num_videos > 1:
+            own["seed"] = vars(each)["seed"] + index % num_videos
+        if isinstance(each, SamplingParams):
+            requests.append(replace(each, **own) if own else each)
+        else:
+            requests.append(SamplingParams(each, **own))
+    return requests
+
+
+def _is_rows(each: Field, choices: Mapping[str, Any]) -> bool:
+    value = choices[each.name]
+    if isinstance(value, (list, tuple)):
+        return each.metadata["per_row"]
+    dims = np.ndim(value) if hasattr(value, "shape") else 0
+    return (each.name == "initial_latents" and dims == 5) or (each.name == "seed" and dims == 1)
+
+
+def _rows(name: str, values: Sequence[Any], count: int) -> Sequence[Any]:
+    if len(values) != count:
+        raise InputError(f"{name} has {len(values)} values for {count} videos; give one for each, or one for all")
+    return values
+
+
+def documented(function: Any) -> Any:
+    """Decorates a function of `**params`: signature and docstring say which they are."""
+    signature = inspect.signature(function)
+    parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
+    added = [each for each in knobs() if each.name not in signature.parameters]
+    parameters += [
+        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
+        for each in added
+    ]
+    function.__signature__ = signature.replace(parameters=parameters)
+    lines = [f"            {each.name}: {each.metadata['help']}." for each in added]
+    function.__doc__ = function.__doc__.replace("            **params: see SamplingParams.", "\n".join(lines))
+    return function
+
+
+def read_latents(latents: Any) -> np.ndarray:
+    """Latents of one video, float32 [C, F', h, w], from an array or a .npy file.
+
+    Raises:
+        InputError: no such file, an array of another kind, or numbers that are not finite.
+    """
+    where = "initial latents"
+    if isinstance(latents, (str, os.PathLike)):
+        path = pathlib.Path(latents)
+        where = f"latents file {path}"
+        if not path.is_file():
+            raise InputError(f"{where} does not exist; give a .npy file of float32 [C, F', h, w]")
+        try:
+            latents = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError, OSError):
+            raise InputError(f"{where} is not a .npy array; give float32 [C, F', h, w]") from None
+        if latents.dtype != np.float32 or latents.ndim != 4:
+            raise InputError(f"{where} holds {latents.dtype} of shape {latents.shape}; give float32 [C, F', h, w]")
+    latents = np.asarray(latents, np.float32)
+    if not np.isfinite(latents).all():
+        raise InputError(f"{where} {'holds' if 'file' in where else 'hold'} NaN or infinity; give finite numbers")
+    return latents
 
 
 def check_name(what: str, name: str, known: tuple[str, ...]) -> None:
@@ -130,79 +391,11 @@ def check_name(what: str, name: str, known: tuple[str, ...]) -> None:
         raise unknown_name(what, name, known)
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    """ "1280x720" or "1280*720" -> (1280, 720), width first."""
-    match = re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(\d+)\s*", text)
-    if not match:
-        raise InputError(f"size {text!r}: write WIDTHxHEIGHT, for example 1280x720")
-    return int(match[1]), int(match[2])
-
-
-def parse_guidance(text: str) -> float | tuple[float, float]:
-    """ "3.5" -> 3.5; "3,4" -> (3.0, 4.0), the low-noise expert's first."""
-    return _parse("guidance", text, float, "number")
-
-
-def parse_steps(text: str) -> int | tuple[int, int]:
-    """ "40" -> 40; "4,2" -> (4, 2), the low-noise expert's first."""
-    return _parse("steps", text, int, "whole number")
-
-
-def parse_names(what: str, text: str) -> str | tuple[str, str]:
-    """ "unipc" -> "unipc"; "euler,unipc" -> ("euler", "unipc"), the low-noise expert's first."""
-    return _parse(what, text, str.strip, "name")
-
-
-def _parse(what: str, text: str, convert: Callable[[str], T], kind: str) -> T | tuple[T, T]:
+def _parsed(value: Any, kind: Callable[[str], Any]) -> Any:
     try:
-        values = [convert(part) for part in text.split(",")]
+        return kind(value) if isinstance(value, str) else value
     except ValueError:
-        values = []
-    if len(values) == 1:
-        return values[0]
-    if len(values) == 2:
-        return values[0], values[1]
-    raise InputError(f"{what} {text!r}: write one {kind}, or LOW,HIGH for the low-noise and the high-noise expert")
-
-
-def _choice(what: str, value: Any, convert: Callable[[str, Any], T]) -> T | tuple[T, T]:
-    """One value, or a pair of them, converted."""
-    if not isinstance(value, (tuple, list)):
-        return convert(what, value)
-    if len(value) != 2:
-        raise InputError(f"{what} {value}: give one value, or a pair (low-noise expert, high-noise expert)")
-    low, high = value
-    return convert(what, low), convert(what, high)
-
-
-def _same(choice: Any) -> Any:
-    """A pair of equal names is that name."""
-    return choice[0] if isinstance(choice, tuple) and choice[0] == choice[1] else choice
-
-
-def _name(what: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{what} {value!r}: must be a name")
-    return value
-
-
-def _number(what: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise InputError(f"{what} {value!r}: must be a number")
-    return float(value)
-
-
-def _integer(what: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (Integral, float)) or not float(value).is_integer():
-        raise InputError(f"{what} {value!r}: must be a whole number")
-    return int(value)
-
-
-def _integers(what: str, values: Any) -> tuple[int, int]:
-    if len(values) != 2:
-        raise InputError(f"{what} {values!r}: give (width, height)")
-    width, height = (_integer(what, value) for value in values)
-    return width, height
+        return value
 
 
 def _nearest_multiple(pixels: int, multiple: int) -> str:

@@ -1,11 +1,10 @@
 """The images that a video starts from (and may end with): reading them, the video's size, resizing.
 
-`ImagePrompt` is what the pipeline uses; the rest are its parts.
-
 Rules and arithmetic are those of the official code (Wan-Video/Wan2.2: wan/image2video.py, wan/textimage2video.py,
 wan/utils/utils.py; Wan2.1: wan/modules/clip.py), with its roundings: the same image gives the same size and pixels.
 """
 
+import functools
 import hashlib
 import math
 import os
@@ -24,62 +23,61 @@ CLIP_STD = np.array((0.26862954, 0.26130258, 0.27577711), np.float32)
 
 
 @dataclass(frozen=True, eq=False)
-class ImagePrompt:
-    """The images that are given beside a text."""
+class Picture:
+    """An image that has been read.
 
-    first: np.ndarray  # uint8 [H, W, 3]
-    last: np.ndarray | None  # of the same size
-    names: dict[str, str]  # for the metadata: "image", "last_image"
-    digest: bytes  # equal for equal images
+    Attributes:
+        pixels: uint8 [H, W, 3], red, green, blue.
+        name: for the metadata: its path, or its size if it never was a file.
+    """
+
+    pixels: np.ndarray
+    name: str
 
     @classmethod
-    def read(cls, config: WanConfig, image: Any = None, last_image: Any = None) -> "ImagePrompt | None":
-        """Reads the images, each in one of the forms that `read_image` takes; None where there are none.
+    def read(cls, image: Any) -> "Picture":
+        """Reads an image in one of the forms that `read_image` takes; one that has been read is returned as it is."""
+        if isinstance(image, Picture):
+            return image
+        pixels = read_image(image)
+        height, width, _ = pixels.shape
+        is_file = isinstance(image, (str, os.PathLike))
+        return cls(pixels, os.fspath(image) if is_file else f"{width}x{height} pixels")
 
-        A last image of another shape is cut to the shape of the first.
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height)."""
+        height, width, _ = self.pixels.shape
+        return width, height
 
-        Raises:
-          InputError: what cannot be read, and what the model has no use for or misses.
-        """
-        check_images(config, image is not None, last_image is not None)
-        if image is None:
-            return None
-        first = read_image(image)
-        last = None
-        names = {"image": image_name(image)}
-        if last_image is not None:
-            height, width, _ = first.shape
-            last = cover(read_image(last_image), (width, height))
-            names["last_image"] = image_name(last_image)
-        digest = hashlib.sha256(b"".join(str(x.shape).encode() + x.tobytes() for x in (first, last) if x is not None))
-        return cls(first, last, names, digest.digest())
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """Equal for equal pixels."""
+        return hashlib.sha256(str(self.size).encode() + self.pixels.tobytes()).digest()
 
-    def video_size(self, config: WanConfig) -> tuple[int, int]:
-        """The (width, height) of the video that this model makes of the image; see `output_size`."""
-        height, width, _ = self.first.shape
-        return output_size(config, (width, height))
+    def cover(self, size: tuple[int, int]) -> "Picture":
+        """The same, cut to the shape of `size`; see `cover`."""
+        return Picture(cover(self.pixels, size), self.name)
 
-    def is_stretched(self, config: WanConfig, size: tuple[int, int]) -> bool:
-        """Whether `fit` changes the image's shape by more than the sizes of `output_size` do."""
-        height, width, _ = self.first.shape
-        return config.conditioning != "first_frame" and abs(math.log(width / height * size[1] / size[0])) > 0.05
 
-    def frames(self, config: WanConfig, size: tuple[int, int], count: int) -> np.ndarray:
-        """The video of `count` frames that the VAE encodes: float32 [F, H, W, 3]; grey where nothing is known."""
-        if config.conditioning == "first_frame":
-            return fit(config, self.first, size)[None]
-        if self.last is not None and count < 2:
-            raise InputError(f"frames {count}: a first and a last image need more than one")
-        width, height = size
-        frames = np.zeros((count, height, width, 3), np.float32)
-        frames[0] = fit(config, self.first, size)
-        if self.last is not None:
-            frames[-1] = fit(config, self.last, size)
-        return frames
+def is_stretched(config: WanConfig, picture: Picture, size: tuple[int, int]) -> bool:
+    """Whether `fit` changes the picture's shape by more than the sizes of `output_size` do."""
+    width, height = picture.size
+    return config.conditioning != "first_frame" and abs(math.log(width / height * size[1] / size[0])) > 0.05
 
-    def clip_inputs(self, size: int) -> np.ndarray:
-        """What the image encoder sees: float32 [1 or 2, size, size, 3]."""
-        return np.stack([clip_input(image, size) for image in (self.first, self.last) if image is not None])
+
+def frames_to_encode(
+    config: WanConfig, first: Picture, last: Picture | None, size: tuple[int, int], count: int
+) -> np.ndarray:
+    """The video of `count` frames that the VAE encodes: float32 [F, H, W, 3]; grey where nothing is known."""
+    if config.conditioning == "first_frame":
+        return fit(config, first.pixels, size)[None]
+    width, height = size
+    frames = np.zeros((count, height, width, 3), np.float32)
+    frames[0] = fit(config, first.pixels, size)
+    if last is not None:
+        frames[-1] = fit(config, last.pixels, size)
+    return frames
 
 
 def check_images(config: WanConfig, first: bool, last: bool) -> None:
@@ -142,14 +140,6 @@ def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
     if image.mode.startswith("I;16"):  # PIL would clip 16 bits, not scale them
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return np.array(image.convert("RGB"))
-
-
-def image_name(image: Any) -> str:
-    """What metadata calls an image: its path, or its size if it never was a file."""
-    if isinstance(image, (str, os.PathLike)):
-        return os.fspath(image)
-    height, width, _ = read_image(image).shape
-    return f"{width}x{height} pixels"
 
 
 def output_size(config: WanConfig, image_size: tuple[int, int]) -> tuple[int, int]:

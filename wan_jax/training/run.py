@@ -16,7 +16,7 @@ from wan_jax.checkpoint import Checkpoint, convert, open_checkpoint
 from wan_jax.checkpoint.hub import local_checkpoint
 from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.checkpoint.memory import memory_checkpoint
-from wan_jax.diffusion.params import Settings, parse_size
+from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
 from wan_jax.lora.apply import save_lora
 from wan_jax.lora.files import Lora
@@ -25,13 +25,12 @@ from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.mesh_spec import MeshSpec
-from wan_jax.parallel.placement import Placement
 from wan_jax.parallel.sharding import ShardingRules, make_mesh
 from wan_jax.parameters import named_parameters, with_parameters
 from wan_jax.pipeline import WanPipeline
 from wan_jax.runtime import xla_flags
 from wan_jax.runtime.devices import matmul_rate
-from wan_jax.runtime.offload import PROFILES, place, single_device
+from wan_jax.runtime.offload import PROFILES, Memory, place, single_device
 from wan_jax.runtime.progress import Bars
 from wan_jax.text.tokenizer import Tokenizer
 from wan_jax.training.adapters import adapter_tree, initial_adapters, make_adapters
@@ -93,7 +92,7 @@ class TrainingRun:
             lora_scale=options.lora.scale,
         )
         self._remember()
-        self._encoding = Placement(offload=PROFILES["swap"])
+        self._memory = Memory(PROFILES["swap"])
         self._frozen: dict[str, Any] = {}
         self._others: dict[str, Denoiser] = {}  # experts that samples need and that do not train
 
@@ -181,12 +180,12 @@ class TrainingRun:
             raise InputError(f"mesh {strategy}: needs {strategy.devices} devices, there are {len(jax.devices())}")
         return make_mesh(strategy.axes, jax.devices()[: strategy.devices]) if strategy.axes else None
 
-    def _sample_settings(self) -> Settings | None:
+    def _sample_settings(self) -> SamplingParams | None:
         samples = self.options.samples
         if samples.every is None:
             return None
-        size = None if samples.size is None else parse_size(samples.size)
-        return Settings.resolve(self.config, size=size, frames=samples.frames, steps=samples.steps, seed=samples.seed)
+        choices = {name: vars(samples)[name] for name in ("size", "frames", "steps", "seed")}
+        return SamplingParams(**choices).resolve(self.config)
 
     def _remember(self) -> None:
         """Writes the options beside the run, or compares them with those that it began with."""
@@ -210,7 +209,7 @@ class TrainingRun:
 
         def load(component: str, make: Any, model_config: Any, dtype: str) -> Any:
             with self.bars.transfers("load") as report:
-                arrays = checkpoint.load(component, dtype, self._encoding.parameter_sharding(()), progress=report)
+                arrays = checkpoint.load(component, dtype, self._memory.waiting(), progress=report)
             return with_parameters(lambda: make(model_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), arrays)
 
         return WanPipeline(
@@ -219,7 +218,7 @@ class TrainingRun:
             text_encoder=load("text_encoder", TextEncoder, config.text_encoder, dtype),
             denoisers={},
             vae=load("vae", VAE, config.vae, "float32"),
-            placement=self._encoding,
+            memory=self._memory,
             programs=CompiledModels(exact=dtype == "float32"),
         )
 
@@ -272,7 +271,7 @@ class TrainingRun:
         for expert in self.config.experts:
             if expert not in denoisers:
                 if expert not in self._others:
-                    arrays = self.checkpoint.load(expert, self.options.dtype, self._encoding.parameter_sharding(()))
+                    arrays = self.checkpoint.load(expert, self.options.dtype, self._memory.waiting())
                     self._others[expert] = with_parameters(self._build, arrays)
                 denoisers[expert] = self._others[expert]
         pipeline, settings = self.pipeline.with_denoisers(denoisers), self.sample_settings
