@@ -44,9 +44,9 @@ def main() -> None:
     from wan_jax.diffusion.params import SamplingParams
     from wan_jax.lora.apply import Lora
     from wan_jax.models.compiled import CompiledModels
+    from wan_jax.parallel.placement import Placement
     from wan_jax.pipeline import peak_bytes
     from wan_jax.presets import get_preset
-    from wan_jax.runtime.offload import PROFILES, Memory
     from wan_jax.testing.models import DEMO
 
     report: dict[str, Any] = {
@@ -88,7 +88,7 @@ def main() -> None:
             timed("write a file", partial(write_lora, path, config.denoiser, seed))
     report["file_bytes"] = paths["a"]["high_noise"].stat().st_size
     start = time.perf_counter()
-    pipeline = made_up_pipeline(config, Memory(PROFILES["resident"]), "bfloat16", CompiledModels(exact=False))
+    pipeline = made_up_pipeline(config, Placement(), "bfloat16", CompiledModels(exact=False))
     report["weights_seconds"] = time.perf_counter() - start
 
     def loras(name: str, strength: float = 1.0) -> Sequence[Lora]:

@@ -150,10 +150,10 @@ def run_pipeline(config, settings, profile, vae_dtype: str, programs, started: f
     import numpy as np
 
     from wan_jax import pipeline as pipelines
-    from wan_jax.runtime.offload import Memory
+    from wan_jax.parallel.placement import Placement
 
     start = time.perf_counter()
-    pipeline = made_up_pipeline(config, Memory(profile), vae_dtype, programs)
+    pipeline = made_up_pipeline(config, Placement(offload=profile), vae_dtype, programs)
     result: dict[str, Any] = {"profile": profile.name, "weights_seconds": time.perf_counter() - start}
     peaks = {"weights": pipelines.peak_bytes()}
 
@@ -195,8 +195,8 @@ def run_pipeline(config, settings, profile, vae_dtype: str, programs, started: f
     }
 
 
-def made_up_pipeline(config, memory, vae_dtype: str, programs):
-    """Weights at once: each parameter's layers are one random layer, spread over the device."""
+def made_up_pipeline(config, placement, vae_dtype: str, programs):
+    """Weights at once: each parameter's layers are one random layer."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -222,7 +222,7 @@ def made_up_pipeline(config, memory, vae_dtype: str, programs):
         array = jnp.asarray(layer.astype(info.dtype))
         if info.stacked:
             array = jnp.broadcast_to(array, info.shape)
-        return jax.block_until_ready(jax.device_put(array, memory.waiting()))
+        return jax.block_until_ready(jax.device_put(array, placement.parameter_sharding(())))
 
     def model(make, model_config, dtype: str):
         def build():
@@ -240,7 +240,7 @@ def made_up_pipeline(config, memory, vae_dtype: str, programs):
         text_encoder=model(TextEncoder, config.text_encoder, "bfloat16"),
         denoisers={name: model(Denoiser, config.denoiser, "bfloat16") for name in config.experts},
         vae=model(VAE, config.vae, vae_dtype),
-        memory=memory,
+        placement=placement,
         programs=programs,
     )
 

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wan_jax import WanPipeline, read_video
+from wan_jax import read_video
 from wan_jax.cli.main import main
 from wan_jax.config import ImageEncoderConfig
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
 from wan_jax.media.image import frames_to_encode
 from wan_jax.media.video import Video
+from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import named_parameters
-from wan_jax.runtime.offload import PROFILES, Memory, place
+from wan_jax.runtime.offload import PROFILES
 from wan_jax.testing.models import DEMO, random_pipeline, write_demo
 from wan_jax.text.tokenizer import Tokenizer
 
@@ -100,20 +101,9 @@ def test_an_image_is_encoded_once_and_another_compiles_nothing(i2v, compiled):
 
 def test_the_image_encoder_streams_too(tokenizer):
     """It waits in host memory as the others."""
-    resident, keeper = random_pipeline(WITH_CLIP, tokenizer, "float32"), Memory(PROFILES["stream"])
-
-    def wait(model):
-        return place(model, dict.fromkeys(named_parameters(model), keeper.waiting()))
-
-    stream = WanPipeline(
-        WITH_CLIP,
-        tokenizer=tokenizer,
-        text_encoder=wait(resident.text_encoder),
-        denoisers={name: wait(denoiser) for name, denoiser in resident.denoisers.items()},
-        vae=wait(resident.vae),
-        image_encoder=wait(resident.image_encoder),
-        memory=keeper,
-        programs=resident._programs,
+    resident, stream = (
+        random_pipeline(WITH_CLIP, tokenizer, "float32", placement=Placement(offload=PROFILES[name]))
+        for name in ("resident", "stream")
     )
     request = SamplingParams("a", image=picture(0), **SMALL).resolve(WITH_CLIP)
     latents = [pipe.denoise([request]) for pipe in (resident, stream)]

@@ -18,25 +18,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from wan_bench.parts import device_facts, get_config, normal
 from wan_bench.trace import traced
 from wan_jax.config import WanConfig
+from wan_jax.diffusion.loop import StepReport, denoise
 from wan_jax.diffusion.params import DTYPES, SamplingParams, check_name
-from wan_jax.diffusion.sampler import Expert, StepReport, compile_step, denoise
 from wan_jax.diffusion.schedule import make_schedule
+from wan_jax.diffusion.segments import Segment, plan_segments
 from wan_jax.diffusion.solvers import get_solver
+from wan_jax.diffusion.step import Expert, compile_step
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
-from wan_jax.parameters import abstract_parameters, with_parameters
 from wan_jax.runtime.compiled import workspace_bytes
 from wan_jax.runtime.distributed import Watchdog
-from wan_jax.testing.models import random_parameters
+from wan_jax.testing.models import random_model
 
 GUIDANCE = 4.0
 
@@ -58,19 +58,13 @@ class MeshBench:
     forwards: bool = False
     beat: Callable[[str], None] = lambda what: None
 
-    def expert(self, spread: Placement | None) -> Expert:
-        """Random weights in their places; the same numbers on every mesh, and on one device (None)."""
+    def expert(self, placement: Placement) -> Expert:
+        """Random weights in their places; the same numbers on every mesh."""
         config = self.config.denoiser
-
-        def build() -> Denoiser:
-            return Denoiser(config, dtype=jnp.dtype(self.dtype), rngs=nnx.Rngs(0))
-
-        tree = abstract_parameters(build)
-        places = None if spread is None else spread.shardings(tree)
-        model = with_parameters(build, random_parameters(tree, 0, self.dtype, places))
+        model = random_model(Denoiser, config, self.dtype, placement=placement)
         shape = self.prompts, config.text_length, config.text_dim
-        texts = [put(normal(shape, self.dtype, seed), spread) for seed in (1, 2)]
-        return Expert.prepare(model, texts[0], texts[1], spread=spread)
+        text, negative = placement.put_batch([normal(shape, self.dtype, seed) for seed in (1, 2)])
+        return Expert.prepare(model, text, negative, placement=placement)
 
     def run(self, expert: Expert, guidance: float, steps: int) -> tuple[list[float], jax.Array]:
         """Seconds of each step, and the latents."""
@@ -80,24 +74,20 @@ class MeshBench:
             seconds.append(step.seconds)
             self.beat(f"step {len(seconds)} of {steps}")
 
-        schedule = make_schedule("official", "euler", steps, 5.0)
-        result = denoise(
-            self.noise(expert), schedule, get_solver("euler"), guidance, None, lambda name: expert, on_step
-        )
+        result = denoise(self.noise(expert), euler_steps(steps, guidance), lambda name: expert, on_step)
         return seconds, result
 
     def noise(self, expert: Expert) -> jax.Array:
-        return put(self._noise, expert.spread)
+        return expert.placement.put_batch(self._noise)
 
     @functools.cached_property
     def _noise(self) -> jax.Array:
         return normal((self.prompts, *self.settings.latents_shape(self.config)))
 
-    def measure(self, strategy: MeshSpec, row: dict[str, Any]) -> np.ndarray:
+    def measure(self, mesh_spec: MeshSpec, row: dict[str, Any]) -> np.ndarray:
         """Fills in a row, figure by figure; returns the latents that the last run came to."""
-        spread = Placement.over(strategy) if strategy.devices > 1 else None
         start = time.perf_counter()
-        expert = jax.block_until_ready(self.expert(spread))
+        expert = jax.block_until_ready(self.expert(Placement.over(mesh_spec)))
         row["place_seconds"] = time.perf_counter() - start
         first = jax.devices()[0]
         row["weight_bytes"] = sum(
@@ -106,7 +96,7 @@ class MeshBench:
             for shard in array.addressable_shards
             if shard.device == first
         )
-        apart = strategy.cfg > 1 or strategy.pipeline > 1  # what a forward alone does not fill
+        apart = mesh_spec.cfg > 1 or mesh_spec.pipeline > 1  # what a forward alone does not fill
         parts = (["forward"] if not apart else []) + (["step"] if apart or not self.forwards else [])
         latents = None
         for part in parts:
@@ -116,21 +106,21 @@ class MeshBench:
             row["memory_bytes"] = analysis.argument_size_in_bytes + workspace_bytes(program)
             seconds, latents = self.run(expert, GUIDANCE if part == "step" else 1.0, 1 + self.repeats)
             row |= {f"{part}_runs": seconds[1:], f"{part}_seconds": float(np.mean(seconds[1:]))}
-        if strategy.devices > 1 and first.platform == "gpu":
+        if mesh_spec.devices > 1 and first.platform == "gpu":
             row["traced"] = "guided step" if apart else "forward"
             row |= traced(lambda: jax.block_until_ready(self.run(expert, GUIDANCE if apart else 1.0, 1)[1]))
         return np.asarray(latents)
 
     def compile(self, expert: Expert, guided: bool) -> tuple[float, jax.stages.Compiled]:
         """Seconds, and the program."""
-        start, solver = time.perf_counter(), get_solver("euler")
-        used = expert if guided else Expert(expert.denoiser, expert.positive, None, expert.spread)
-        step = compile_step(used, make_schedule("official", "euler", 1, 5.0), solver, solver.init(self.noise(expert)))
+        start, (segment,) = time.perf_counter(), euler_steps(1, GUIDANCE)
+        used = expert if guided else Expert(expert.denoiser, expert.positive, None, expert.placement)
+        step = compile_step(used, segment, segment.solver.init(self.noise(expert)))
         return time.perf_counter() - start, step
 
 
-def put(array: jax.Array, spread: Placement | None) -> jax.Array:
-    return array if spread is None else spread.put_batch(array)
+def euler_steps(steps: int, guidance: float) -> list[Segment]:
+    return plan_segments(make_schedule("official", "euler", steps, 5.0), get_solver("euler"), guidance, None)
 
 
 def default_meshes(config: WanConfig, devices: int) -> list[str]:
@@ -140,12 +130,12 @@ def default_meshes(config: WanConfig, devices: int) -> list[str]:
         return found
     for names in (("ulysses",), ("cfg", "ulysses"), ("ring",), ("tensor",), ("fsdp",), ("pipeline",)):
         sizes = {"cfg": 2, "ulysses": devices // 2} if len(names) == 2 else {names[0]: devices}
-        strategy = MeshSpec(**sizes)
+        mesh_spec = MeshSpec(**sizes)
         try:
-            strategy.check(config)
+            mesh_spec.check(config)
         except InputError:
             continue
-        found.append(str(strategy))
+        found.append(str(mesh_spec))
     return found
 
 
@@ -178,10 +168,10 @@ def run(
         raise InputError(f"output folder {output.parent} does not exist; make it first")
     config = get_config(preset)
     settings = SamplingParams(size=size, frames=frames).resolve(config)
-    strategies = [MeshSpec.parse(mesh) for mesh in meshes or default_meshes(config, jax.device_count())]
-    for strategy in strategies:
-        strategy.check(config, prompts=prompts)
-        strategy.make_mesh()
+    mesh_specs = [MeshSpec.parse(mesh) for mesh in meshes or default_meshes(config, jax.device_count())]
+    for mesh_spec in mesh_specs:
+        mesh_spec.check(config, prompts=prompts)
+        mesh_spec.make_mesh()
     width, height = settings.size
     report: dict[str, Any] = {
         "benchmark": "mesh",
@@ -201,11 +191,11 @@ def run(
     with Watchdog(hang_seconds) as watchdog:
         bench = MeshBench(config, settings, dtype, prompts, repeats, forwards, watchdog.beat)
         firsts: dict[str, np.ndarray] = {}  # the first latents of each kind of run
-        for strategy in strategies:
-            row: dict[str, Any] = {"mesh": str(strategy), "devices": strategy.devices}
-            watchdog.beat(f"mesh {strategy}")
+        for mesh_spec in mesh_specs:
+            row: dict[str, Any] = {"mesh": str(mesh_spec), "devices": mesh_spec.devices}
+            watchdog.beat(f"mesh {mesh_spec}")
             try:
-                latents = bench.measure(strategy, row)
+                latents = bench.measure(mesh_spec, row)
                 first = firsts.setdefault("step" if "step_seconds" in row else "forward", latents)
                 row["difference_to_first"] = float(np.abs(latents - first).max() / np.abs(first).max())
             except Exception as error:

@@ -32,7 +32,7 @@ from wan_jax.models.nn.layers import layer_norm
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.mesh_spec import MeshSpec
-from wan_jax.parallel.placement import Placement
+from wan_jax.parallel.placement import SINGLE, Placement
 from wan_jax.pipeline import peak_bytes
 from wan_jax.planning.time import decode_flops, denoiser_flops, encode_flops
 from wan_jax.presets import get_preset
@@ -78,7 +78,7 @@ class Bench:
         repeats: timed runs of each part.
         vae_dtype: of the VAE; the other models take `dtype`.
         on_row: called with each row as it is done.
-        spread: the devices of the VAE and of a whole video; None for one.
+        placement: the devices of the VAE and of a whole video.
     """
 
     config: WanConfig
@@ -87,11 +87,7 @@ class Bench:
     vae_dtype: str = "float32"
     repeats: int = 5
     on_row: Callable[[Row], None] = lambda row: None
-    spread: Placement | None = None
-
-    def put(self, array: Any) -> jax.Array:
-        """An array where the VAE takes it."""
-        return jnp.asarray(array) if self.spread is None else self.spread.put_whole(array)
+    placement: Placement = SINGLE
 
     @property
     def latents_shape(self) -> tuple[int, int, int, int]:
@@ -255,31 +251,31 @@ def bench_text(bench: Bench) -> None:
 
 def bench_vae(bench: Bench) -> None:
     """Both ways of the VAE."""
-    model = random_model(VAE, bench.config.vae, bench.vae_dtype, spread=bench.spread)
+    model = random_model(VAE, bench.config.vae, bench.vae_dtype, placement=bench.placement)
     bench_encode(bench, model)
     bench_decode(bench, model=model)
 
 
 def bench_encode(bench: Bench, model: VAE) -> None:
     """Encoding a video as image to video does, float32 frames sent as those before are encoded."""
-    programs = CompiledModels(exact=bench.dtype == "float32", spread=bench.spread)
+    programs = CompiledModels(exact=bench.dtype == "float32", placement=bench.placement)
     (width, height), count = bench.settings.size, bench.settings.frames
     frames = np.random.default_rng(0).uniform(-1, 1, (count, height, width, 3)).astype(np.float32)
     stride = bench.config.vae.temporal_stride
     start = time.perf_counter()
-    _, cache = programs.encode_first(model, bench.put(frames[:1]))
-    step_bytes = programs.encode_first.workspace_bytes(model, bench.put(frames[:1]))
+    _, cache = programs.encode_first(model, bench.placement.put(frames[:1]))
+    step_bytes = programs.encode_first.workspace_bytes(model, bench.placement.put(frames[:1]))
     if count > 1:
-        step_bytes = programs.encode_next.workspace_bytes(model, cache, bench.put(frames[1 : 1 + stride]))
+        step_bytes = programs.encode_next.workspace_bytes(model, cache, bench.placement.put(frames[1 : 1 + stride]))
     compile_seconds = time.perf_counter() - start
     held = bytes_of_a_device((model, cache))
     del cache
 
     def encode() -> list[np.ndarray]:
-        latents, cache = programs.encode_first(model, bench.put(frames[:1]))
+        latents, cache = programs.encode_first(model, bench.placement.put(frames[:1]))
         lots = []
         for index in range(1, count, stride):
-            following, cache = programs.encode_next(model, cache, bench.put(frames[index : index + stride]))
+            following, cache = programs.encode_next(model, cache, bench.placement.put(frames[index : index + stride]))
             lots.append(np.asarray(latents))
             latents = following
         return [*lots, np.asarray(latents)]
@@ -295,10 +291,10 @@ def bench_decode(bench: Bench, chunk: int | None = None, model: VAE | None = Non
     Returns those frames.
     """
     if model is None:
-        model = random_model(VAE, bench.config.vae, bench.vae_dtype, spread=bench.spread)
-    programs = CompiledModels(exact=bench.dtype == "float32", spread=bench.spread)
+        model = random_model(VAE, bench.config.vae, bench.vae_dtype, placement=bench.placement)
+    programs = CompiledModels(exact=bench.dtype == "float32", placement=bench.placement)
     chunk = chunk or programs.decode_chunk
-    latents = bench.put(normal((1, *bench.latents_shape)))
+    latents = bench.placement.put(normal((1, *bench.latents_shape)))
     count = latents.shape[2]
     start = time.perf_counter()
     _, cache = programs.decode_first(model, latents[:, :, :1])
@@ -333,7 +329,9 @@ def bench_video(bench: Bench) -> None:
         folder = pathlib.Path(name)
         train_small_tokenizer([PROMPT], min(512, bench.config.text_encoder.vocab_size), folder)
         tokenizer = Tokenizer.from_pretrained(folder)
-        pipeline = random_pipeline(bench.config, tokenizer, bench.dtype, vae_dtype=bench.vae_dtype, spread=bench.spread)
+        pipeline = random_pipeline(
+            bench.config, tokenizer, bench.dtype, vae_dtype=bench.vae_dtype, placement=bench.placement
+        )
 
         def run(prompt: str, settings: SamplingParams) -> dict[str, float]:
             request = replace(settings, prompt=prompt).resolve(bench.config)
@@ -398,14 +396,18 @@ def run(
         if not path.parent.is_dir():
             raise InputError(f"output folder {path.parent} does not exist; make it first")
     config = get_config(preset)
-    settings = SamplingParams(size=size, frames=frames, steps=steps).resolve(config)
-    spread = None
+    settings = SamplingParams(
+        size=size,
+        frames=frames,
+        steps=steps,
+    ).resolve(config)
+    placement = SINGLE
     if mesh is not None:
         if part not in ON_A_MESH:
             raise InputError(f"--mesh: bench {', '.join(ON_A_MESH)} run on one; bench mesh compares them")
-        strategy = MeshSpec.parse(mesh)
-        strategy.check(config, prompts=1)
-        spread = Placement.over(strategy) if strategy.devices > 1 else None
+        mesh_spec = MeshSpec.parse(mesh)
+        mesh_spec.check(config, prompts=1)
+        placement = Placement.over(mesh_spec)
     report: dict[str, Any] = {
         "benchmark": part,
         "mesh": mesh or "single",
@@ -431,7 +433,7 @@ def run(
             output.write_text(json.dumps(report, indent=1) + "\n")
         on_line(format_row(row, matmul))
 
-    bench = Bench(config, settings, dtype, vae_dtype, repeats, on_row, spread)
+    bench = Bench(config, settings, dtype, vae_dtype, repeats, on_row, placement)
     PARTS[part](bench, **({"plot": plot} if plot else {}))
     return report
 

@@ -18,17 +18,17 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from wan_jax.checkpoint import Checkpoint, open_checkpoint
-from wan_jax.checkpoint.components import Shardings
 from wan_jax.checkpoint.hub import local_checkpoint
 from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.config import WanConfig
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, known_frames, stack_conditioning
-from wan_jax.diffusion.guidance import guidance_by_expert
+from wan_jax.diffusion.loop import StepReport, denoise
 from wan_jax.diffusion.noise import initial_noise
 from wan_jax.diffusion.params import DTYPES, PROFILE_NAMES, SamplingParams, check_name, documented, make_requests
 from wan_jax.diffusion.relay import denoise_in_relay
-from wan_jax.diffusion.sampler import Expert, StepReport, denoise, plan_steps
+from wan_jax.diffusion.segments import plan_segments
 from wan_jax.diffusion.solvers import get_solvers
+from wan_jax.diffusion.step import Expert
 from wan_jax.errors import InputError
 from wan_jax.lora.apply import AdaptedDenoiser, Lora, LoraFile, adapter_bytes, open_loras, with_loras
 from wan_jax.media.image import Picture, clip_input, frames_to_encode, is_stretched
@@ -38,13 +38,12 @@ from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
-from wan_jax.parallel.placement import Placement
+from wan_jax.parallel.placement import SINGLE, Placement
 from wan_jax.parameters import with_parameters
-from wan_jax.planning.memory import choose_profile
-from wan_jax.planning.mesh import Mesh, spread_over
+from wan_jax.planning.mesh import Mesh, choose_placement
 from wan_jax.runtime import xla_flags
 from wan_jax.runtime.compiled import CompiledFunction
-from wan_jax.runtime.offload import PROFILES, Memory
+from wan_jax.runtime.offload import Memory
 from wan_jax.runtime.progress import Bars
 from wan_jax.text.tokenizer import Tokenizer
 
@@ -63,8 +62,8 @@ class WanPipeline:
         text_encoder, denoisers, vae, image_encoder: the models; `denoisers` by expert name, with the LoRAs on them. Few
             have an image encoder.
         loras: what `set_loras` put on the denoisers.
-        memory: where their weights wait and run.
-        spread: over which devices; None for one alone.
+        placement: the devices that they run on.
+        memory: moves their weights as the placement's offload profile asks.
         seconds: wall time of the last run by stage: "load", "compile", "text", "image", "encode", "denoise",
             "decode".
         latents: float32 [B, C, F', h, w] of the last run. They are kept as soon as denoising ends, so that nothing is
@@ -80,33 +79,29 @@ class WanPipeline:
         denoisers: dict[str, Denoiser],
         vae: VAE,
         image_encoder: ImageEncoder | None = None,
-        memory: Memory | None = None,
-        spread: Placement | None = None,
+        placement: Placement = SINGLE,
         programs: CompiledModels | None = None,
         progress: bool | Bars = False,
     ):
         self.config = config
-        self.spread = spread
-        self.memory = Memory(PROFILES["resident"]) if memory is None else memory
+        self.placement = placement
+        self.memory = Memory(placement.offload, placement.devices[0])
         self.latents: np.ndarray | None = None
         self.seconds: dict[str, float] = {}
         self._bars = progress if isinstance(progress, Bars) else Bars(progress)
         self._tokenizer = tokenizer
         self.denoisers = denoisers
         self.loras: tuple[Lora, ...] = ()
-        self._spreads = dict.fromkeys(denoisers) if spread is None else spread.by_expert(list(denoisers))
+        self._placements = placement.by_expert(list(denoisers))
         self._adapted = {
-            name: AdaptedDenoiser(
-                denoiser,
-                (lambda axes: self.memory.waiting()) if (on := self._spreads[name]) is None else on.adapter_place,
-            )
+            name: AdaptedDenoiser(denoiser, self._placements[name].parameter_sharding)
             for name, denoiser in denoisers.items()
         }
         self.text_encoder = text_encoder
         self.vae = vae
         self.image_encoder = image_encoder
         if programs is None:
-            programs = CompiledModels(exact=next(iter(denoisers.values())).dtype == jnp.float32, spread=spread)
+            programs = CompiledModels(exact=next(iter(denoisers.values())).dtype == jnp.float32, placement=placement)
         self._programs = programs
         self._encoded_prompts: dict[str, jax.Array] = {}
         self._encoded_images: dict[tuple[Any, ...], tuple[Conditioning, jax.Array | None]] = {}
@@ -180,23 +175,13 @@ class WanPipeline:
 
         adapters = [adapter_bytes(each, config.denoiser) for each in open_loras(loras, config).by_expert.values()]
         run = (request or SamplingParams()).resolve(config)
-        spread = spread_over(mesh, config, run, dtype, vae_dtype, profile, max(adapters), bars.note)
-        programs = CompiledModels(exact=dtype == "float32", spread=spread)
-        if spread is not None:
-            chosen = PROFILES["resident"]
-        elif profile == "auto":
-            chosen = choose_profile(config, run, dtype, vae_dtype, programs, adapter_bytes=max(adapters))
-            if chosen.idle_on_host:
-                bars.note(f"memory profile {chosen.name}: the device has no room for more")
-        else:
-            chosen = PROFILES[profile]
-        memory = Memory(chosen)
+        placement, programs = choose_placement(
+            mesh, profile, config, run, dtype, vae_dtype, adapter_bytes=max(adapters), note=bars.note
+        )
+        by_expert = placement.by_expert(config.experts)
 
         def load(component: str, make, model_config, dtype: str):
-            places: Shardings = memory.waiting()
-            if spread is not None:
-                on = spread.by_expert(config.experts).get(component, spread)
-                places = on.places(model_config, abstract_model(model_config))
+            places = by_expert.get(component, placement).model_shardings(model_config, abstract_model(model_config))
             with bars.transfers("load") as report:
                 arrays = checkpoint.load(component, dtype, places, progress=report)
             return with_parameters(lambda: make(model_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), arrays)
@@ -210,8 +195,7 @@ class WanPipeline:
             vae=load("vae", VAE, config.vae, vae_dtype),
             # In float32: the official code has float16 here, which bfloat16 would not match.
             image_encoder=None if clip is None else load("image_encoder", ImageEncoder, clip, "float32"),
-            memory=memory,
-            spread=spread,
+            placement=placement,
             programs=programs,
             progress=progress,
         )
@@ -229,8 +213,7 @@ class WanPipeline:
             denoisers=denoisers,
             vae=self.vae,
             image_encoder=self.image_encoder,
-            memory=self.memory,
-            spread=self.spread,
+            placement=self.placement,
             programs=self._programs,
             progress=self._bars,
         )
@@ -331,15 +314,14 @@ class WanPipeline:
                 raise InputError(
                     f"{name} {vars(different[0])[name]}: videos of one call have the same {name}; make this one apart"
                 )
-        if self.spread is not None:
-            self.spread.strategy.check(self.config, prompts=len(prompts))
+        self.placement.mesh_spec.check(self.config, prompts=len(prompts))
         self._warn_of_length(settings.frames)
         self.seconds = {"load": self.seconds["load"]} if "load" in self.seconds else {}
         latents = jnp.stack([self._initial_latents(request) for request in requests])
-        schedule = settings.make_schedule()
-        experts = list(dict.fromkeys(plan_steps(schedule, settings.boundary)))
-        scales = guidance_by_expert(settings.guidance, tuple(experts))
-        guided = any(scale != 1 for scale in scales.values())
+        solvers = get_solvers(settings.solver)
+        segments = plan_segments(settings.make_schedule(), solvers, settings.guidance, settings.boundary)
+        experts = list(dict.fromkeys(segment.expert for segment in segments))
+        guided = {segment.expert for segment in segments if segment.is_guided}
         encoded = self.encode_prompts([*prompts, *[request.negative_prompt for request in requests if guided]])
         positive, negative = encoded[: len(prompts)], encoded[len(prompts) :]
         encodings = [self._encode_images(request) for request in requests]
@@ -347,13 +329,15 @@ class WanPipeline:
         rows = [each for _, each in encodings if each is not None]
         features = jnp.concatenate(rows) if rows else None
         # With experts on devices of their own, videos pass from one to the other; batches are as large as "data" asks.
-        in_relay = self.spread is not None and self.spread.strategy.experts > 1
-        batch = self.spread.strategy.data if self.spread is not None and in_relay else len(prompts)
-        if self.spread is not None and not in_relay:
-            latents, conditioning = self.spread.put_batch(latents), self.spread.put_known(conditioning)
+        placement = self.placement
+        in_relay = placement.mesh_spec.experts > 1
+        batch = placement.mesh_spec.data if in_relay else len(prompts)
+        if not in_relay:
+            latents = placement.put_batch(latents)
+            conditioning = placement.put(conditioning, placement.batch_specs(conditioning))
 
         with (
-            self._bars.task("denoise (compiling)", total=schedule.num_steps * len(prompts) // batch) as bar,
+            self._bars.task("denoise (compiling)", total=segments[0].total * len(prompts) // batch) as bar,
             contextlib.ExitStack() as at_the_end,
             contextlib.ExitStack() as running,
         ):
@@ -363,12 +347,11 @@ class WanPipeline:
                 part = slice(index * batch, (index + 1) * batch)
                 running.close()  # frees the expert before this one
                 denoiser = running.enter_context(self.memory.on_device(self.denoisers[name]))
-                inputs: Any = [positive, negative if scales[name] != 1 else None, features]
-                inputs = [None if x is None else x[part] for x in inputs]
-                if (spread := self._spreads[name]) is not None:
-                    inputs = spread.put_batch(inputs)
-                text, opposite, image = inputs
-                return Expert.prepare(denoiser, text, opposite, image, spread)
+                inputs: Any = [positive, negative if name in guided else None, features]
+                text, opposite, image = self._placements[name].put_batch(
+                    [None if x is None else x[part] for x in inputs]
+                )
+                return Expert.prepare(denoiser, text, opposite, image, self._placements[name])
 
             def on_step(step: StepReport) -> None:
                 bar.advance(1, f"denoise ({step.expert} expert)")
@@ -378,7 +361,6 @@ class WanPipeline:
                 for following in experts[experts.index(step.expert) + 1 :]:
                     self.memory.prefetch(self.denoisers[following])
 
-            policies = schedule, get_solvers(settings.solver), settings.guidance, settings.boundary
             if in_relay:
                 lots = [latents[start : start + batch] for start in range(0, len(prompts), batch)]
                 known = [
@@ -386,11 +368,11 @@ class WanPipeline:
                     for start in range(0, len(prompts), batch)
                 ]
                 with self._stage("denoise"):
-                    lots = denoise_in_relay(lots, *policies, get_expert, lambda _, step: on_step(step), known)
+                    lots = denoise_in_relay(lots, segments, get_expert, lambda _, step: on_step(step), known)
                 self.latents = np.concatenate([np.asarray(lot) for lot in lots])
             else:
-                latents = denoise(latents, *policies, get_expert, on_step, conditioning)
-                self.latents = np.asarray(latents) if self.spread is None else self.spread.fetch(latents)
+                latents = denoise(latents, segments, get_expert, on_step, conditioning)
+                self.latents = placement.gather(latents)
         if not np.isfinite(self.latents).all():
             raise InputError("the denoised latents are not finite: the weights are damaged, or need float32")
         return self.latents
@@ -404,11 +386,11 @@ class WanPipeline:
         while the next are decoded; so memory does not grow with the length. `on_frames` is called with each lot, uint8
         [n, H, W, 3], in order.
         """
-        latents = self._put(np.asarray(latents)[None])
+        videos = self.placement.put(np.asarray(latents)[None])
         chunk = chunk or self._programs.decode_chunk
         lots: list[np.ndarray] = []
         with (
-            self._bars.task("decode", total=latents.shape[2]) as bar,
+            self._bars.task("decode", total=videos.shape[2]) as bar,
             self.memory.on_device(self.vae) as vae,
             self._stage("decode"),
         ):
@@ -418,15 +400,15 @@ class WanPipeline:
                 if on_frames is not None:
                     on_frames(lots[-1])
 
-            frames, cache = self._start(self._programs.decode_first, vae, latents[:, :, :1])
-            for index in range(1, latents.shape[2], chunk):
-                some = latents[:, :, index : index + chunk]
+            frames, cache = self._start(self._programs.decode_first, vae, videos[:, :, :1])
+            for index in range(1, videos.shape[2], chunk):
+                some = videos[:, :, index : index + chunk]
                 following, cache = self._start(self._programs.decode_next, vae, cache, some)
                 fetch(frames)
                 bar.reach(index)
                 frames = following
             fetch(frames)
-            bar.reach(latents.shape[2])
+            bar.reach(videos.shape[2])
         return np.concatenate(lots)
 
     def encode(self, frames: ArrayLike) -> np.ndarray:
@@ -451,9 +433,9 @@ class WanPipeline:
             self.memory.on_device(self.vae) as vae,
             self._stage("encode"),
         ):
-            latents, cache = self._start(self._programs.encode_first, vae, self._put(frames[:1]))
+            latents, cache = self._start(self._programs.encode_first, vae, self.placement.put(frames[:1]))
             for index in range(1, len(frames), stride):
-                some = self._put(frames[index : index + stride])
+                some = self.placement.put(frames[index : index + stride])
                 following, cache = self._start(self._programs.encode_next, vae, cache, some)
                 lots.append(np.asarray(latents))  # waits, so that no more frames are on their way to the device
                 bar.reach(len(lots))
@@ -467,7 +449,7 @@ class WanPipeline:
         pictures = {"image": request.image, "last_image": request.last_image}
         names = {name: picture.name for name, picture in pictures.items() if picture is not None}
         loras = {"loras": [lora.as_json() for lora in self.loras]} if self.loras else {}
-        mesh = {} if self.spread is None else {"mesh": str(self.spread.strategy)}
+        mesh = {} if self.placement.is_single else {"mesh": str(self.placement.mesh_spec)}
         return {"prompt": request.prompt, **names, "model": self.config.name, **loras, **mesh, **request.as_json()}
 
     def _initial_latents(self, request: SamplingParams) -> jax.Array:
@@ -483,8 +465,7 @@ class WanPipeline:
             with self.memory.on_device(self.text_encoder) as encoder:
                 for prompt in new:
                     tokens, mask = self._tokenizer([prompt], self.config.denoiser.text_length)
-                    if self.spread is not None:
-                        tokens, mask = self.spread.put_whole((tokens, mask))
+                    tokens, mask = self.placement.put((tokens, mask))
                     encoded[prompt] = self._run("text", self._programs.encode_text, encoder, tokens, mask)[0]
                     remembered[prompt] = encoded[prompt]
             while len(remembered) > CACHED_PROMPTS:
@@ -523,14 +504,10 @@ class WanPipeline:
         if self.image_encoder is None:
             return None
         side = self.image_encoder.config.image_size
-        pixels = self._put(np.stack([clip_input(picture.pixels, side) for picture in pictures]))
+        pixels = self.placement.put(np.stack([clip_input(picture.pixels, side) for picture in pictures]))
         with self.memory.on_device(self.image_encoder) as encoder:
             features = self._run("image", self._programs.encode_image, encoder, pixels)
         return features.reshape(1, -1, features.shape[-1])  # of two images, one after the other
-
-    def _put(self, array: ArrayLike) -> jax.Array:
-        """An array where the models that are no denoisers take it."""
-        return jnp.asarray(array) if self.spread is None else self.spread.put_whole(array)
 
     def _warn_of_length(self, frames: int) -> None:
         """Says, once for each length, that the model was not trained for so many frames."""

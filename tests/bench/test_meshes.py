@@ -109,7 +109,7 @@ def test_random_parameters_on_a_mesh_are_those_of_one_device(monkeypatch):
         "large.kernel": ParameterInfo((2, 64, 48), jax.numpy.float32, ("layers", "embed", "mlp")),
         "small.kernel": ParameterInfo((8, 4), jax.numpy.float32, ("embed", None)),
     }
-    places = Placement.over(MeshSpec(fsdp=2, tensor=2)).shardings(tree)
+    places = Placement.over(MeshSpec(fsdp=2, tensor=2)).parameter_shardings(tree)
     spread, whole = (random_parameters(tree, 0, "float32", shardings) for shardings in (places, None))
     for name in tree:
         assert spread[name].sharding == places[name]

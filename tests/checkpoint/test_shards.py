@@ -28,7 +28,7 @@ def whole(checkpoint):
 
 @pytest.mark.parametrize("mesh", ["pipeline2-fsdp2-tensor2", "fsdp2-tensor2", "single"])
 def test_one_checkpoint_on_8_on_4_and_on_1(checkpoint, whole, mesh):
-    places = Placement.over(MeshSpec.parse(mesh)).shardings(abstract_model(DEMO.denoiser))
+    places = Placement.over(MeshSpec.parse(mesh)).parameter_shardings(abstract_model(DEMO.denoiser))
     for name, array in checkpoint.load("low_noise", "float32", places).items():
         assert array.sharding == places[name]
         np.testing.assert_array_equal(array, whole[name])
@@ -48,7 +48,7 @@ class SecondHalf:
 # Of the slowest axis the second half of the devices has the second half: layers, heads and features, the model's width.
 @pytest.mark.parametrize(("mesh", "fraction"), [("pipeline2-ring4", 0.7), ("tensor8", 0.8), ("fsdp8", 0.95)])
 def test_a_process_reads_its_part(checkpoint, whole, monkeypatch, mesh, fraction):
-    places = Placement.over(MeshSpec.parse(mesh)).shardings(abstract_model(DEMO.denoiser))
+    places = Placement.over(MeshSpec.parse(mesh)).parameter_shardings(abstract_model(DEMO.denoiser))
     read, held = [], {}
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda *args: read.append(preadv(*args)) or read[-1])
@@ -68,8 +68,8 @@ def test_a_process_reads_its_part(checkpoint, whole, monkeypatch, mesh, fraction
 
 
 def test_boxes():
-    spread = Placement.over(MeshSpec(fsdp=2, tensor=4))
-    sharding = spread.adapter_place(("layers", "embed", "mlp"))
+    placement = Placement.over(MeshSpec(fsdp=2, tensor=4))
+    sharding = placement.parameter_sharding(("layers", "embed", "mlp"))
     assert local_box(sharding, (2, 8, 8)) is None  # one process has all
     assert local_box(SecondHalf(sharding), (2, 8, 8)) == (slice(0, 2), slice(4, 8), slice(0, 8))
     assert local_box(None, (3,)) is None

@@ -16,7 +16,7 @@ from wan_jax.cli.main import main
 from wan_jax.cli.options import Options
 from wan_jax.cli.recipes import RECIPES, get_recipe, load_recipe, recipe
 from wan_jax.diffusion.guidance import guidance_by_expert
-from wan_jax.diffusion.sampler import plan_steps
+from wan_jax.diffusion.segments import plan_steps
 from wan_jax.errors import InputError
 from wan_jax.lora.names import guess_expert
 from wan_jax.presets import get_preset

@@ -1,5 +1,7 @@
 """Known frames in the denoise loop: the mask, what the denoiser gets, what stays, and that nothing recompiles."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,14 +11,16 @@ from flax import nnx
 
 from wan_jax.config import DenoiserConfig
 from wan_jax.diffusion.conditioning import FirstFrame, KnownFrames, known_frames, known_frames_mask
-from wan_jax.diffusion.sampler import Expert, denoise
+from wan_jax.diffusion.loop import denoise
 from wan_jax.diffusion.schedule import make_schedule
+from wan_jax.diffusion.segments import plan_segments
 from wan_jax.diffusion.solvers import SOLVERS, get_solver
+from wan_jax.diffusion.step import Expert
 from wan_jax.models.denoiser import Denoiser
 
 SHAPE = (2, 4, 3, 4, 6)  # B z T h w
 STRIDE = 4
-KNOWN = jnp.asarray(True)
+KNOWN = jnp.ones(1, bool)
 
 compilations: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
@@ -110,7 +114,7 @@ def plain_loop(latents, schedule, solver, guidance, expert, known, image) -> jax
         )
         velocity = unconditional + guidance * (conditional - unconditional)
         state = solver.step(state, velocity, jax.tree.map(lambda values, index=index: values[index], coefficients))
-        state = state._replace(latents=blend(state.latents))
+        state = replace(state, latents=blend(state.latents))
     return state.latents
 
 
@@ -125,7 +129,9 @@ def test_loop_equals_the_official_one(known, solver):
         image = random(1, 1, 8, *SHAPE[2:])
         expert, conditioning = make_expert(SHAPE[1] + 8), KnownFrames(image)
     noise = random(2, *SHAPE)
-    result = denoise(noise, schedule, get_solver(solver), 3.0, None, lambda name: expert, conditioning=conditioning)
+    result = denoise(
+        noise, plan_segments(schedule, get_solver(solver), 3.0, None), lambda name: expert, conditioning=conditioning
+    )
     expected = plain_loop(noise, schedule, get_solver(solver), 3.0, expert, known, image)
     # The same operations fused differently: float32 roundings of values around 1 over four steps.
     np.testing.assert_allclose(result, expected, atol=2e-5)
@@ -140,7 +146,7 @@ def test_another_image_and_none_compile_nothing():
     def run(conditioning: FirstFrame) -> None:
         noise = random(2, *SHAPE)
         compilations.clear()
-        denoise(noise, schedule, solver, 3.0, None, lambda name: expert, conditioning=conditioning)
+        denoise(noise, plan_segments(schedule, solver, 3.0, None), lambda name: expert, conditioning=conditioning)
 
     images = [FirstFrame(random(seed, 1, SHAPE[1], 1, *SHAPE[3:]), KNOWN) for seed in (1, 2)]
     for conditioning in (images[0], images[1], FirstFrame.unknown(SHAPE[1], *SHAPE[3:])):

@@ -8,10 +8,12 @@ import pytest
 from flax import nnx
 
 from tests.parallel.test_strategies import CONFIG, LATENTS
+from wan_jax.diffusion.loop import StepReport, denoise
 from wan_jax.diffusion.relay import denoise_in_relay
-from wan_jax.diffusion.sampler import Expert, StepReport, denoise
 from wan_jax.diffusion.schedule import make_schedule
+from wan_jax.diffusion.segments import plan_segments
 from wan_jax.diffusion.solvers import get_solvers
+from wan_jax.diffusion.step import Expert
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.mesh_spec import MeshSpec
@@ -40,24 +42,24 @@ def inputs() -> tuple[np.ndarray, np.ndarray]:
 
 
 SCHEDULE = make_schedule("official", "unipc", 4, 5.0)
-CHOICES = SCHEDULE, get_solvers(("unipc", "euler")), (3.0, 1.0), 0.9
+SEGMENTS = plan_segments(SCHEDULE, get_solvers(("unipc", "euler")), (3.0, 1.0), 0.9)
 
 
 @pytest.mark.parametrize("mesh", ["experts2-ulysses2", "experts2-cfg2-pipeline2"])
 def test_relay_gives_the_latents_of_one_device(mesh: str, models: dict, inputs: tuple) -> None:
-    spread = Placement.over(MeshSpec.parse(mesh))
-    spreads = spread.by_expert(EXPERTS)
-    assert not set(spreads["high_noise"].devices) & set(spreads["low_noise"].devices)
+    placement = Placement.over(MeshSpec.parse(mesh))
+    placements = placement.by_expert(EXPERTS)
+    assert not set(placements["high_noise"].devices) & set(placements["low_noise"].devices)
     tree = abstract_parameters(lambda: Denoiser(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-    placed = {name: place(model, spreads[name].shardings(tree)) for name, model in models.items()}
+    placed = {name: place(model, placements[name].parameter_shardings(tree)) for name, model in models.items()}
     noise, text = inputs
     reports: list[tuple[int, str, int]] = []
     second_is_in = threading.Event()
     at_once: list[bool] = []
 
     def get_expert(name: str, index: int) -> Expert:
-        texts = (spreads[name].put_batch(x) for x in text[index])
-        return Expert.prepare(placed[name], *texts, spread=spreads[name])
+        texts = (placements[name].put_batch(x) for x in text[index])
+        return Expert.prepare(placed[name], *texts, placement=placements[name])
 
     def on_step(index: int, step: StepReport) -> None:
         reports.append((index, step.expert, step.index))
@@ -66,13 +68,13 @@ def test_relay_gives_the_latents_of_one_device(mesh: str, models: dict, inputs: 
         if (index, step.expert) == (0, "low_noise"):
             at_once.append(second_is_in.wait(60))
 
-    relayed = denoise_in_relay(list(noise), *CHOICES, get_expert, on_step)
+    relayed = denoise_in_relay(list(noise), SEGMENTS, get_expert, on_step)
     assert all(at_once)
     assert len(reports) == VIDEOS * SCHEDULE.num_steps
     for index, video in enumerate(relayed):
         texts = [jnp.asarray(x) for x in text[index]]
         experts = {name: Expert.prepare(model, *texts) for name, model in models.items()}
-        alone = np.asarray(denoise(jnp.asarray(noise[index]), *CHOICES, experts.__getitem__))
+        alone = np.asarray(denoise(jnp.asarray(noise[index]), SEGMENTS, experts.__getitem__))
         assert np.abs(np.asarray(video) - alone).max() < 1e-5 * np.abs(alone).max()  # sums in another order
 
 
@@ -81,7 +83,7 @@ def test_an_error_at_one_expert_ends_the_relay(inputs: tuple) -> None:
         raise InputError(f"no {name} for video {index}")
 
     with pytest.raises(InputError, match="no high_noise for video 0"):
-        denoise_in_relay(list(inputs[0]), *CHOICES, get_expert)
+        denoise_in_relay(list(inputs[0]), SEGMENTS, get_expert)
 
 
 def test_experts_of_a_model_with_one() -> None:

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from wan_jax.diffusion.experts import as_pair
-from wan_jax.diffusion.sampler import plan_steps
 from wan_jax.diffusion.schedule import GRIDS, make_schedule
+from wan_jax.diffusion.segments import plan_steps
 from wan_jax.errors import InputError
 
 
@@ -141,7 +140,7 @@ def test_each_expert_has_its_part_of_the_grid(kind, solver, boundary, shift):
     assert schedule.num_steps == 6
     assert sigmas[2] == np.float32(boundary)
     assert plan_steps(schedule, boundary) == ["high_noise"] * 2 + ["low_noise"] * 4
-    kinds, solvers = as_pair(kind), as_pair(solver)
+    kinds, solvers = ((each, each) if isinstance(each, str) else each for each in (kind, solver))
     assert schedule.sigmas[0] == make_schedule(kinds[1], solvers[1], 1, shift).sigmas[0]
     # Before the shift, either part is even. Near sigma 1 float32 has 6e-8, and undoing the shift multiplies by it.
     even = sigmas / (shift - (shift - 1) * sigmas)

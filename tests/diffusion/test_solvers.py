@@ -111,8 +111,9 @@ def test_a_straight_path_is_solved_exactly(name, kind, grid, steps):
 
 def test_euler_step():
     c = Euler().coefficients(make_schedule("official", "euler", 2, 1.0))
-    state = Euler().step(Euler().init(jnp.full((2,), 3.0)), jnp.full((2,), 2.0), c[1])
+    state = Euler().step(Euler().init(jnp.full((2,), 3.0)), jnp.full((2,), 2.0), at(c, 1))
     np.testing.assert_allclose(state.latents, 3.0 - 2.0 * 0.4995, rtol=1e-6)
+    np.testing.assert_allclose(state.denoised, 3.0 - 2.0 * 0.4995, rtol=1e-6)  # the last step ends at x_0
 
 
 @pytest.mark.parametrize("name", SOLVERS)

@@ -21,9 +21,10 @@ from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
 from wan_jax.lora.apply import adapter_bytes, open_loras, save_lora
 from wan_jax.models.nn.layers import Adapter
+from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import named_parameters
 from wan_jax.planning.memory import Plan
-from wan_jax.runtime.offload import PROFILES, Memory, place
+from wan_jax.runtime.offload import PROFILES
 from wan_jax.testing.models import DEMO, random_pipeline
 from wan_jax.text.tokenizer import Tokenizer
 
@@ -69,20 +70,8 @@ def files(tmp_path_factory):
 
 
 def make(tokenizer_folder, profile: str = "resident") -> WanPipeline:
-    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
-    plain, memory = random_pipeline(DEMO, tokenizer), Memory(PROFILES[profile])
-
-    def wait(model):
-        return place(model, dict.fromkeys(named_parameters(model), memory.waiting()))
-
-    return WanPipeline(
-        DEMO,
-        tokenizer=tokenizer,
-        text_encoder=wait(plain.text_encoder),
-        denoisers={name: wait(denoiser) for name, denoiser in plain.denoisers.items()},
-        vae=wait(plain.vae),
-        memory=memory,
-    )
+    placement = Placement(offload=PROFILES[profile])
+    return random_pipeline(DEMO, Tokenizer.from_pretrained(tokenizer_folder), placement=placement)
 
 
 @pytest.fixture(scope="module")

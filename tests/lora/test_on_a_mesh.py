@@ -1,16 +1,14 @@
 """LoRAs on a mesh: adapters lie beside their kernels' parts and change the latents as on one device, in float32."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from jax.sharding import NamedSharding
 
 from tests.parallel.test_strategies import CONFIG, LATENTS
-from wan_jax.diffusion.sampler import Expert, denoise
+from wan_jax.diffusion.loop import denoise
 from wan_jax.diffusion.schedule import make_schedule
 from wan_jax.diffusion.solvers import get_solver
+from wan_jax.diffusion.step import Expert
 from wan_jax.lora.apply import AdaptedDenoiser
 from wan_jax.lora.export import save_lora
 from wan_jax.lora.files import ActiveLora, open_lora
@@ -18,8 +16,7 @@ from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.nn.layers import Adapter
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
-from wan_jax.parameters import abstract_parameters, named_parameters, with_parameters
-from wan_jax.runtime.offload import single_device
+from wan_jax.parameters import named_parameters
 from wan_jax.testing.models import random_model
 
 
@@ -43,40 +40,28 @@ def lora(tmp_path_factory) -> ActiveLora:
     return ActiveLora(file, file.changes_of("denoiser"), 0.7)
 
 
-def run(lora: ActiveLora | None, strategy: str | None) -> np.ndarray:
-    model, spread = random_model(Denoiser, CONFIG, "float32"), None
-    if strategy is not None:
-        spread = Placement.over(MeshSpec.parse(strategy))
-        build = lambda: Denoiser(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0))  # noqa: E731
-        places = spread.shardings(abstract_parameters(build))
-        arrays = {name: jax.device_put(array, places[name]) for name, array in named_parameters(model).items()}
-        model = with_parameters(build, arrays)
-
-    def place(axes):
-        if spread is None:
-            return single_device(jax.devices()[0], on_host=False)
-        return NamedSharding(spread.mesh, spread.parameter_spec(axes))
-
+def run(lora: ActiveLora | None, mesh: str) -> np.ndarray:
+    placement = Placement.over(MeshSpec.parse(mesh))
+    model = random_model(Denoiser, CONFIG, "float32", placement=placement)
     if lora is not None:
-        model = AdaptedDenoiser(model, place).with_loras([lora])
+        model = AdaptedDenoiser(model, placement.parameter_sharding).with_loras([lora])
     noise = np.random.default_rng(0)
     inputs = [jnp.asarray(noise.standard_normal(shape), jnp.float32) for shape in ((2, *LATENTS), *[(2, 7, 12)] * 2)]
-    if spread is not None:
-        inputs = [spread.put_batch(x) for x in inputs]
-    expert = Expert.prepare(model, *inputs[1:], spread=spread)
+    inputs = placement.put_batch(inputs)
+    expert = Expert.prepare(model, *inputs[1:], placement=placement)
     schedule = make_schedule("official", "unipc", 2, 5.0)
     return np.asarray(denoise(inputs[0], schedule, get_solver("unipc"), 3.0, None, lambda name: expert))
 
 
 @pytest.fixture(scope="module")
 def alone(lora) -> np.ndarray:
-    return run(lora, None)
+    return run(lora, "single")
 
 
-@pytest.mark.parametrize("strategy", ["pipeline2-tensor2", "ring2-fsdp2-tensor2"])
-def test_adapters_on_a_mesh(lora, alone, strategy):
-    assert np.abs(run(lora, strategy) - alone).max() < 1e-5 * np.abs(alone).max()  # as without adapters
+@pytest.mark.parametrize("mesh", ["pipeline2-tensor2", "ring2-fsdp2-tensor2"])
+def test_adapters_on_a_mesh(lora, alone, mesh):
+    assert np.abs(run(lora, mesh) - alone).max() < 1e-5 * np.abs(alone).max()  # as without adapters
 
 
 def test_the_adapters_matter(alone):
-    assert np.abs(run(None, None) - alone).max() > 0.01 * np.abs(alone).max()
+    assert np.abs(run(None, "single") - alone).max() > 0.01 * np.abs(alone).max()

@@ -17,6 +17,7 @@ from wan_jax.models.denoiser import (
     sinusoidal_embedding,
 )
 from wan_jax.models.nn.layers import on_host
+from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import abstract_parameters, named_parameters, with_parameters
 from wan_jax.presets import PRESETS
 from wan_jax.runtime.offload import PROFILES, Memory, place
@@ -370,11 +371,11 @@ def test_text_and_image_are_attended_apart():
 def test_streamed_layers_with_images_change_no_bit():
     latents, text = random_inputs(TINY)
     denoiser = random_denoiser(TWO_IMAGES, jnp.float32)
-    keeper = Memory(PROFILES["stream"])
-    waiting = place(denoiser, dict.fromkeys(named_parameters(denoiser), keeper.waiting()))
+    placement = Placement(offload=PROFILES["stream"])
+    waiting = place(denoiser, dict.fromkeys(named_parameters(denoiser), placement.parameter_sharding(())))
     timesteps, image = jnp.asarray([937.0, 12.0]), random_image(10)
     expected = step(denoiser, latents, timesteps, encode_with_image(denoiser, text, image))
-    with keeper.on_device(waiting) as running:
+    with Memory(placement.offload).on_device(waiting) as running:
         assert on_host(running.blocks.cross_attention.image.key.kernel.get_value())
         context = encode_with_image(running, text, image)
         np.testing.assert_array_equal(step(running, latents, timesteps, context), expected)

@@ -9,7 +9,7 @@ from wan_jax.cli.main import main
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
 from wan_jax.parallel.mesh_spec import MeshSpec
-from wan_jax.planning.mesh import choose_strategy, resolve
+from wan_jax.planning.mesh import choose_mesh, resolve
 from wan_jax.presets import get_preset
 
 A14B = get_preset("t2v-a14b")  # 40 heads, 40 layers
@@ -71,7 +71,7 @@ def test_streaming_is_refused():
 def auto(devices: int, gib: float | None = None, guidance: float | None = None, config=A14B) -> str:
     settings = SamplingParams(size=(1280, 720), frames=81, guidance=guidance).resolve(config)
     memory = None if gib is None else int(gib * GIB)
-    return str(choose_strategy(config, settings, "bfloat16", devices=devices, memory=memory)[0])
+    return str(choose_mesh(config, settings, "bfloat16", devices=devices, memory=memory)[0])
 
 
 def test_auto():
@@ -94,11 +94,11 @@ def test_a_plan_says_why(capsys):
 def test_auto_cuts_weights_that_do_not_fit():
     assert auto(4, gib=60) == "cfg2-fsdp2"
     assert auto(4, gib=34) == "fsdp4"
-    _, reason = choose_strategy(A14B, SamplingParams().resolve(A14B), "bfloat16", devices=4, memory=24 * GIB)
+    _, reason = choose_mesh(A14B, SamplingParams().resolve(A14B), "bfloat16", devices=4, memory=24 * GIB)
     assert reason.startswith("mesh fsdp4 for 4 devices")  # both experts and the text encoder fit
     settings = SamplingParams(size=(1280, 720), frames=81).resolve(A14B)
-    strategy, reason = choose_strategy(A14B, settings, "bfloat16", devices=4, memory=4 * GIB)
-    assert (str(strategy), "no mesh of 4 devices fits into 4.0 GiB" in reason) == ("fsdp4", True)
-    _, reason = choose_strategy(A14B, settings, "bfloat16", devices=4, memory=60 * GIB)
+    spec, reason = choose_mesh(A14B, settings, "bfloat16", devices=4, memory=4 * GIB)
+    assert (str(spec), "no mesh of 4 devices fits into 4.0 GiB" in reason) == ("fsdp4", True)
+    _, reason = choose_mesh(A14B, settings, "bfloat16", devices=4, memory=60 * GIB)
     assert "weights and 40 heads over 2, since they do not fit whole" in reason
     assert "\n" not in reason

@@ -7,16 +7,16 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.config import DenoiserConfig
-from wan_jax.diffusion.sampler import Expert, denoise
+from wan_jax.diffusion.loop import denoise
 from wan_jax.diffusion.schedule import make_schedule
+from wan_jax.diffusion.segments import plan_segments
 from wan_jax.diffusion.solvers import get_solver
+from wan_jax.diffusion.step import Expert
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.collectives import MESH_AXES
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement, gather_outside_layers
-from wan_jax.runtime.offload import place
 from wan_jax.testing.models import random_model
 
 # 3 x 1 x 3 = 9 tokens: over four devices the last has none, only padding.
@@ -34,18 +34,18 @@ def inputs() -> tuple[jax.Array, jax.Array, jax.Array]:
     return latents, weights, text
 
 
-def gradients(mesh: str | None) -> dict[str, np.ndarray]:
+def gradients(mesh: str) -> dict[str, np.ndarray]:
     """Of a number that depends on every value of the velocity: by parameters, latents and text."""
-    graphdef, state = nnx.split(random_model(Denoiser, CONFIG, "float32"))
+    placement = Placement.over(MeshSpec.parse(mesh))
+    graphdef, state = nnx.split(random_model(Denoiser, CONFIG, "float32", placement=placement))
     latents, weights, text = inputs()
 
     def forward(state: nnx.State, latents: jax.Array, text: jax.Array) -> jax.Array:
         denoiser = nnx.merge(graphdef, gather_outside_layers(state))
         return denoiser(latents, jnp.full(latents.shape[:1], 500.0), denoiser.encode_context(text))
 
-    if mesh is not None:
-        spread = Placement.over(MeshSpec.parse(mesh))
-        forward = spread.shard_map(forward, (spread.state_specs(state), spread.batch, spread.batch), spread.batch)
+    in_specs = placement.state_specs(state), placement.batch, placement.batch
+    forward = placement.run(forward, in_specs, placement.batch)
 
     def loss(state: nnx.State, latents: jax.Array, text: jax.Array) -> jax.Array:
         return jnp.mean(jnp.sin(forward(state, latents, text)) * weights)
@@ -57,7 +57,7 @@ def gradients(mesh: str | None) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, np.ndarray]:
-    return gradients(None)
+    return gradients("single")
 
 
 @pytest.mark.parametrize("mesh", ["data2-tensor2", "ulysses4", "ring4", "ring2-ulysses2", "pipeline2"])
@@ -71,21 +71,19 @@ def test_gradients_of_one_device(alone: dict[str, np.ndarray], mesh: str) -> Non
 
 
 def test_a_mesh_with_explicit_axes() -> None:
-    def run(spread: Placement | None) -> np.ndarray:
+    def run(placement: Placement) -> np.ndarray:
         latents, _, text = inputs()
-        model = random_model(Denoiser, CONFIG, "float32")
-        if spread is not None:
-            model = place(model, spread.shardings(abstract_model(CONFIG)))
-            latents, text = spread.put_batch((latents, text))
-        expert = Expert.prepare(model, text, -text, spread=spread)
+        model = random_model(Denoiser, CONFIG, "float32", placement=placement)
+        latents, text = placement.put_batch((latents, text))
+        expert = Expert.prepare(model, text, -text, placement=placement)
         schedule = make_schedule("official", "unipc", 2, 5.0)
-        result = denoise(latents, schedule, get_solver("unipc"), 3.0, None, lambda name: expert)
+        result = denoise(latents, plan_segments(schedule, get_solver("unipc"), 3.0, None), lambda name: expert)
         return np.asarray(result)
 
-    strategy = MeshSpec(data=2, ulysses=2, tensor=2)
-    sizes = tuple(getattr(strategy, name) for name in MESH_AXES)
+    mesh_spec = MeshSpec(data=2, ulysses=2, tensor=2)
+    sizes = tuple(getattr(mesh_spec, name) for name in MESH_AXES)
     mesh = jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Explicit,) * len(sizes))
     with jax.set_mesh(mesh):
-        spread = run(Placement(strategy, mesh))
-    single = run(None)
-    assert np.abs(spread - single).max() < 1e-5 * np.abs(single).max()  # as under a mesh of Auto axes
+        sharded = run(Placement(mesh_spec, mesh))
+    single = run(Placement())
+    assert np.abs(sharded - single).max() < 1e-5 * np.abs(single).max()  # as under a mesh of Auto axes

@@ -8,15 +8,15 @@ import numpy as np
 from tests.parallel import test_strategies
 from tests.parallel.test_strategies import CONFIG, LATENTS, run
 from wan_jax.diffusion.conditioning import FirstFrame
-from wan_jax.diffusion.sampler import denoise
+from wan_jax.diffusion.loop import denoise
 
 
 def test_first_frame(monkeypatch):
     channels, _, height, width = LATENTS
     frame = np.random.default_rng(3).standard_normal((1, channels, 1, height, width)).astype(np.float32)
-    conditioning = FirstFrame(jnp.asarray(frame), jnp.asarray(True))
+    conditioning = FirstFrame(jnp.asarray(frame), jnp.ones(1, bool))
     monkeypatch.setattr(test_strategies, "denoise", partial(denoise, conditioning=conditioning))
-    alone = run(CONFIG, None)
+    alone = run(CONFIG, "single")
     np.testing.assert_array_equal(alone[:, :, :1], np.broadcast_to(frame, alone[:, :, :1].shape))
     for strategy in ("data2-ring2", "pipeline2-ulysses2"):
         # As for all strategies: float32 sums in another order.

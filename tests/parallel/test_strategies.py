@@ -4,20 +4,19 @@ In float32 to 1e-5. In bfloat16 sums in another order round otherwise: the laten
 device than those are from float32's.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from wan_jax.config import DenoiserConfig
-from wan_jax.diffusion.sampler import Expert, denoise
+from wan_jax.diffusion.loop import denoise
 from wan_jax.diffusion.schedule import make_schedule
+from wan_jax.diffusion.segments import plan_segments
 from wan_jax.diffusion.solvers import get_solver
+from wan_jax.diffusion.step import Expert
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
-from wan_jax.parameters import abstract_parameters, named_parameters, with_parameters
 from wan_jax.testing.models import random_model
 
 # 3 x 3 x 5 = 45 tokens: no axis divides them.
@@ -30,47 +29,38 @@ FIVE_HEADS = DenoiserConfig(
 )
 
 
-def run(config: DenoiserConfig, strategy: str | None, dtype: str = "float32", *, batch: int = 2) -> np.ndarray:
-    model = random_model(Denoiser, config, dtype)
-    spread = None
-    if strategy is not None:
-        spread = Placement.over(MeshSpec.parse(strategy))
-        build = lambda: Denoiser(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))  # noqa: E731
-        places = spread.shardings(abstract_parameters(build))
-        arrays = {name: jax.device_put(array, places[name]) for name, array in named_parameters(model).items()}
-        model = with_parameters(build, arrays)
+def run(config: DenoiserConfig, mesh: str, dtype: str = "float32", *, batch: int = 2) -> np.ndarray:
+    placement = Placement.over(MeshSpec.parse(mesh))
+    model = random_model(Denoiser, config, dtype, placement=placement)
     noise = np.random.default_rng(0)
     latents, text = noise.standard_normal((batch, *LATENTS)), noise.standard_normal((2, batch, 7, 12))
-    arrays = [jnp.asarray(x, jnp.float32) for x in (latents, *text)]
-    if spread is not None:
-        arrays = [spread.put_batch(x) for x in arrays]
-    expert = Expert.prepare(model, *arrays[1:], spread=spread)
+    arrays = placement.put_batch([jnp.asarray(x, jnp.float32) for x in (latents, *text)])
+    expert = Expert.prepare(model, *arrays[1:], placement=placement)
     schedule = make_schedule("official", "unipc", 2, 5.0)
-    return np.asarray(denoise(arrays[0], schedule, get_solver("unipc"), 3.0, None, lambda name: expert))
+    return np.asarray(denoise(arrays[0], plan_segments(schedule, get_solver("unipc"), 3.0, None), lambda name: expert))
 
 
 @pytest.fixture(scope="module")
 def alone() -> np.ndarray:
-    return run(CONFIG, None)
+    return run(CONFIG, "single")
 
 
 @pytest.mark.parametrize(
-    "strategy",
+    "mesh",
     [
         "data2", "cfg2", "ulysses8", "ring3", "tensor4", "pipeline4", "fsdp4",
         "cfg2-ring2-ulysses2", "data2-tensor2-ulysses2", "pipeline2-tensor2", "ring2-fsdp2-tensor2",
         "data2-pipeline2-ring2", "cfg2-pipeline2-fsdp2",
     ],
 )  # fmt: skip
-def test_every_strategy_gives_the_latents_of_one_device(strategy: str, alone: np.ndarray) -> None:
-    spread = run(CONFIG, strategy)
-    assert np.abs(spread - alone).max() < 1e-5 * np.abs(alone).max()
+def test_every_mesh_gives_the_latents_of_one_device(mesh: str, alone: np.ndarray) -> None:
+    assert np.abs(run(CONFIG, mesh) - alone).max() < 1e-5 * np.abs(alone).max()
 
 
-@pytest.mark.parametrize("strategy", ["ulysses5", "data2-ring4"])
-def test_five_heads(strategy: str) -> None:
-    alone = run(FIVE_HEADS, None)
-    assert np.abs(run(FIVE_HEADS, strategy) - alone).max() < 1e-5 * np.abs(alone).max()
+@pytest.mark.parametrize("mesh", ["ulysses5", "data2-ring4"])
+def test_five_heads(mesh: str) -> None:
+    alone = run(FIVE_HEADS, "single")
+    assert np.abs(run(FIVE_HEADS, mesh) - alone).max() < 1e-5 * np.abs(alone).max()
 
 
 def rms(array: np.ndarray) -> float:
@@ -78,8 +68,8 @@ def rms(array: np.ndarray) -> float:
 
 
 def test_in_bfloat16(alone: np.ndarray) -> None:
-    rounded = run(CONFIG, None, "bfloat16")
+    rounded = run(CONFIG, "single", "bfloat16")
     distance = rms(rounded - alone)
     assert 1e-3 * rms(alone) < distance < 2e-2 * rms(alone)  # 1.1 % in two steps of four layers
-    for strategy in ("ulysses8", "ring3", "tensor4", "ring2-fsdp2-tensor2"):
-        assert 0 < rms(run(CONFIG, strategy, "bfloat16") - rounded) < distance, strategy
+    for mesh in ("ulysses8", "ring3", "tensor4", "ring2-fsdp2-tensor2"):
+        assert 0 < rms(run(CONFIG, mesh, "bfloat16") - rounded) < distance, mesh

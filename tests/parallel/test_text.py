@@ -22,8 +22,8 @@ CONFIG = TextEncoderConfig(vocab_size=52, dim=12, num_layers=2, num_heads=4, hea
 @pytest.mark.parametrize(("devices", "parts"), [(8, 4), (3, 1)])
 def test_parts_give_the_encoding_of_one_device(devices: int, parts: int) -> None:
     encoder = random_model(TextEncoder, CONFIG, "float32")
-    spread = Placement.over(MeshSpec(ring=devices))
-    places = spread.for_text(CONFIG).shardings(
+    placement = Placement.over(MeshSpec(ring=devices))
+    places = placement.for_text(CONFIG).parameter_shardings(
         abstract_parameters(lambda: TextEncoder(CONFIG, dtype=jnp.float32, rngs=nnx.Rngs(0)))
     )
     in_parts = place(encoder, places)
@@ -35,6 +35,6 @@ def test_parts_give_the_encoding_of_one_device(devices: int, parts: int) -> None
     tokens = np.random.default_rng(1).integers(0, 52, (2, 9), dtype=np.int32)
     mask = np.arange(9) < np.array([[9], [4]])
     alone = np.asarray(CompiledModels(exact=True).encode_text(encoder, tokens, mask))
-    together = CompiledModels(exact=True, spread=spread).encode_text(in_parts, tokens, mask)
+    together = CompiledModels(exact=True, placement=placement).encode_text(in_parts, tokens, mask)
     assert together.sharding.is_fully_replicated
     assert np.abs(np.asarray(together) - alone).max() < 1e-5 * np.abs(alone).max()  # sums in another order

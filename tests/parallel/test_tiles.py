@@ -59,19 +59,18 @@ def test_tiles_give_the_frames_and_latents_of_one_device(name: str, size: Sizes,
 
 
 def test_programs_step_by_step_on_three_devices_in_bfloat16() -> None:
-    def run(spread: Placement | None) -> list[np.ndarray]:
+    def run(placement: Placement) -> list[np.ndarray]:
         vae = make_vae(CONFIGS["one_halving"], jnp.bfloat16)
         latents, video = inputs(vae, (4, 3))
-        if spread is not None:
-            vae = place(vae, dict.fromkeys(named_parameters(vae), spread.replicated))
-        programs = CompiledModels(exact=True, spread=spread)
+        vae = place(vae, dict.fromkeys(named_parameters(vae), placement.sharding()))
+        programs = CompiledModels(exact=True, placement=placement)
         first, cache = programs.decode_first(vae, latents[:, :, :1])
         second, _ = programs.decode_next(vae, cache, latents[:, :, 1:])
         third, cache = programs.encode_first(vae, jnp.asarray(video[:1]))
         fourth, _ = programs.encode_next(vae, cache, jnp.asarray(video[1:]))
         return [np.asarray(x) for x in (first, second, third, fourth)]
 
-    for tiled, alone in zip(run(Placement.over(MeshSpec(ring=3))), run(None), strict=True):
+    for tiled, alone in zip(run(Placement.over(MeshSpec(ring=3))), run(Placement()), strict=True):
         assert tiled.shape == alone.shape
         assert tiled.dtype == alone.dtype
         difference = np.abs(tiled.astype(np.float32) - alone)

@@ -74,7 +74,7 @@ def test_experts_on_devices_of_their_own(text_to_video):
 def test_auto_says_what_it_chose(text_to_video, capsys):
     made, _ = text_to_video
     pipeline = WanPipeline.from_checkpoint(made, "float32", mesh="auto", progress=True)
-    assert str(pipeline.spread.strategy) == "cfg2-ulysses4"
+    assert str(pipeline.placement.mesh_spec) == "cfg2-ulysses4"
     assert "mesh cfg2-ulysses4 for 8 devices: the prompt and the negative prompt apart" in capsys.readouterr().err
 
 

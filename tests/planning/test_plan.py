@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from wan_jax import plan as planning
 from wan_jax.cli.main import main
 from wan_jax.config import ImageEncoderConfig
 from wan_jax.diffusion.params import SamplingParams
-from wan_jax.diffusion.sampler import plan_steps
+from wan_jax.diffusion.segments import plan_steps
 from wan_jax.models import vae as vae_model
 from wan_jax.models.compiled import CompiledModels
+from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import named_parameters
+from wan_jax.planning import memory as planning
 from wan_jax.planning.memory import Plan, Prediction, choose_profile, report
 from wan_jax.planning.time import decode_flops, decode_scratch, denoiser_flops, encode_flops, encode_scratch
 from wan_jax.presets import get_preset
-from wan_jax.runtime.offload import PROFILES, Memory
+from wan_jax.runtime.offload import PROFILES
 from wan_jax.testing.models import DEMO, random_pipeline
 from wan_jax.text.tokenizer import Tokenizer
 
@@ -29,7 +30,7 @@ A14B = get_preset("t2v-a14b")
 SIZES = {"480p": (832, 480), "720p": (1280, 720)}
 SMALL = {"size": (48, 32), "frames": 5, "steps": 2, "shift": 5.0}
 # What a plan compiles; a run compiles some small ones beside them.
-PROGRAMS = {f"jit({name})" for name in ("encode_text", "_spread_step", "_decode_first", "_decode_next", "_encode_next")}
+PROGRAMS = {f"jit({name})" for name in ("encode_text", "_placed_step", "_decode_first", "_decode_next", "_encode_next")}
 GIB = 2**30
 WITH_CLIP = replace(
     DEMO,
@@ -266,8 +267,8 @@ def test_what_is_planned_is_what_runs(tokenizer_folder, compiled, config, name):
         assert plan.scratch(profile) == plan.estimated_scratch(profile)
         return
 
-    pipeline = random_pipeline(config, Tokenizer.from_pretrained(tokenizer_folder))
-    pipeline.memory = Memory(profile)
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
+    pipeline = random_pipeline(config, tokenizer, placement=Placement(offload=profile))
     pipeline._programs = programs
     image = np.zeros((32, 48, 3), np.uint8)
     runs = {"text": [{}], "image_latents": [{"image": image}], "first_frame": [{"image": image}, {}]}

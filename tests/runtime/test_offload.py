@@ -14,6 +14,7 @@ from wan_jax.diffusion import sampler
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.nn.layers import Linear, on_host, scan_layers, stack_layers
+from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import abstract_parameters, dotted, named_parameters
 from wan_jax.runtime import offload as memory
 from wan_jax.runtime.offload import PROFILES, Memory, abstract_array, place, single_device, streams
@@ -27,24 +28,11 @@ MODELS = ("text_encoder", "vae", "high_noise", "low_noise")
 @pytest.fixture(scope="module")
 def pipelines(tokenizer_folder):
     """The same weights under every profile, put where they wait."""
-    resident = random_pipeline(DEMO, Tokenizer.from_pretrained(tokenizer_folder))
-
-    def under(profile: str) -> WanPipeline:
-        keeper = Memory(PROFILES[profile])
-
-        def wait(model):
-            return place(model, dict.fromkeys(named_parameters(model), keeper.waiting()))
-
-        return WanPipeline(
-            DEMO,
-            tokenizer=Tokenizer.from_pretrained(tokenizer_folder),
-            text_encoder=wait(resident.text_encoder),
-            denoisers={name: wait(denoiser) for name, denoiser in resident.denoisers.items()},
-            vae=wait(resident.vae),
-            memory=keeper,
-        )
-
-    return {profile: under(profile) for profile in PROFILES}
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
+    return {
+        name: random_pipeline(DEMO, tokenizer, placement=Placement(offload=profile))
+        for name, profile in PROFILES.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +242,9 @@ def test_the_step_is_told_what_is_on_the_host(pipelines, videos, monkeypatch, pr
     pipeline = pipelines[profile]
     step, told = sampler._sample_step(()), []
 
-    def lower(graphdef, solver, spread, parameters, *rest):
+    def lower(graphdef, solver, placement, parameters, *rest):
         told.append({dotted(path): on_host(variable.get_value()) for path, variable in parameters.flat_state()})
-        return step.lower(graphdef, solver, spread, parameters, *rest)
+        return step.lower(graphdef, solver, placement, parameters, *rest)
 
     monkeypatch.setattr(sampler, "_sample_step", lambda options: SimpleNamespace(lower=lower))
     pipeline("a red circle", **SMALL)
@@ -289,7 +277,7 @@ def test_loading(diffusers_tree):
     for name, model in models(pipeline).items():
         assert set(kinds(model).values()) == {"pinned_host"}, name
     resident = WanPipeline.from_pretrained(diffusers_tree, "float32")  # auto: a CPU has room for everything
-    assert resident.memory.profile.name == "resident"
+    assert resident.placement.offload.name == "resident"
     assert set(kinds(resident.vae).values()) == {"device"}
     with pytest.raises(InputError, match="unknown profile 'swop'; did you mean 'swap'"):
         WanPipeline.from_pretrained(diffusers_tree, "float32", profile="swop")

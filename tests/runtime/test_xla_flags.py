@@ -96,9 +96,9 @@ def test_jax_has_not_started_when_the_command_line_sets_them():
 def test_options_of_a_step_on_several_gpus(monkeypatch):
     """XLA knows them, and none takes the place of what the user says."""
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    assert xla_flags.step_options(spread=False) == xla_flags.CUBLASLT_OPTIONS
-    options = xla_flags.step_options(spread=True)
+    assert xla_flags.step_options(on_a_mesh=False) == xla_flags.CUBLASLT_OPTIONS
+    options = xla_flags.step_options(on_a_mesh=True)
     assert options == xla_flags.CUBLASLT_OPTIONS | xla_flags.MESH_OPTIONS
     jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()  # raises for an option that is not known
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
-    assert xla_flags.step_options(spread=True) == xla_flags.CUBLASLT_OPTIONS
+    assert xla_flags.step_options(on_a_mesh=True) == xla_flags.CUBLASLT_OPTIONS

@@ -99,7 +99,7 @@ def _generate(
         _extend_prompts(pending, language_model, bars)
 
     seconds = dict.fromkeys(STAGES, 0.0)
-    profile, spread = None, None
+    profile, mesh_spec = None, None
     if pending:
         largest = max(pending, key=lambda job: math.prod(job.request.size) * job.request.frames)
         pipeline = WanPipeline.from_checkpoint(
@@ -112,8 +112,8 @@ def _generate(
             loras=loras,
             progress=bars,
         )
-        profile = pipeline.memory.profile.name
-        spread = pipeline.spread
+        profile = pipeline.placement.offload.name
+        mesh_spec = None if pipeline.placement.is_single else str(pipeline.placement.mesh_spec)
         seconds["load"] = time.perf_counter() - start
         with bars.task("videos", total=len(pending)) if batch else contextlib.nullcontext() as bar:
             for job in pending:
@@ -126,7 +126,7 @@ def _generate(
         **_report_settings(options, loras, jobs),
         "loras": [file.as_json() for file in lora_files],
         "profile": profile,
-        "mesh": None if spread is None else str(spread.strategy),
+        "mesh": mesh_spec,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
         "peak_bytes": peak_bytes(),
         "outputs": [str(path) for job in jobs for path in job.written],

@@ -74,7 +74,7 @@ class FirstFrame:
 
     def restore(self, latents: jax.Array) -> jax.Array:
         """What the solver remembers of its first frame is left alone: it reaches no other frame."""
-        known = jnp.reshape(self.known, (-1, 1, 1, 1, 1))
+        known = self.known[:, None, None, None, None]
         return latents.at[:, :, :1].set(jnp.where(known, self.latents, latents[:, :, :1]))
 
 

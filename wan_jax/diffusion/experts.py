@@ -1,20 +1,21 @@
-"""Choices that may differ between the experts: one value for both, or a pair (low-noise expert, high-noise expert)."""
+"""Choices that may differ between a model's two experts."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
+from wan_jax.config import PerExpert
 from wan_jax.errors import InputError
 
 T = TypeVar("T")
 
 
-def as_pair(choice: T | tuple[T, T]) -> tuple[T, T]:
-    """One value -> the same for both; a pair stays. The low-noise expert's comes first, as in the official configs."""
-    return choice if isinstance(choice, tuple) else (choice, choice)
+def as_pair(choice: T | tuple[T, T]) -> PerExpert[T]:
+    """One value counts for both experts; a pair is (low-noise, high-noise), the order of the official configs."""
+    return PerExpert(*choice) if isinstance(choice, tuple) else PerExpert(low=choice, high=choice)
 
 
 def by_expert(what: str, choice: Any, experts: Iterable[str]) -> dict[str, Any]:
-    """The choice of each of the experts ("high_noise" and "low_noise", or "denoiser") by its name.
+    """The choice of each expert ("high_noise" and "low_noise", or "denoiser") by its name.
 
     Raises:
         InputError: a pair of two different values where there is one expert.

@@ -12,36 +12,32 @@ from typing import Any
 import jax
 
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning
-from wan_jax.diffusion.sampler import Expert, Segment, StepReport, plan_segments, run_segment
-from wan_jax.diffusion.schedule import Schedule
-from wan_jax.diffusion.solvers import Solver
+from wan_jax.diffusion.loop import StepReport, run_segment
+from wan_jax.diffusion.segments import Segment
+from wan_jax.diffusion.step import Expert
 
 
 def denoise_in_relay(
     videos: Sequence[jax.Array],
-    schedule: Schedule,
-    solver: Solver | tuple[Solver, Solver],
-    guidance: float | tuple[float, float],
-    boundary: float | None,
+    segments: Sequence[Segment],
     get_expert: Callable[[str, int], Expert],
     on_step: Callable[[int, StepReport], None] | None = None,
     conditioning: Sequence[Conditioning] | None = None,
 ) -> list[jax.Array]:
-    """Turns noise into latents, for each video as `sampler.denoise` does.
+    """Turns noise into latents, for each video as `loop.denoise` does.
 
     Args:
         videos: latents of each, float32 [B, C, F, h, w], on any devices; B is 1, or the size of a batch that stays
             together.
-        schedule, solver, guidance, boundary: see `denoise`.
-        get_expert: gives the expert of a name for a video, the denoiser being the same for all. Its `spread` says where
-            it runs; see `Placement.by_expert`. Called in threads.
+        segments: the plan, the same for every video; see `plan_segments`.
+        get_expert: gives the expert of a name for a video, the denoiser being the same for all. Its `placement` says
+            where it runs; see `Placement.by_expert`. Called in threads.
         on_step: called after each step of a video, in the thread of its expert.
         conditioning: of each video.
 
     Returns:
         The latents of each video, in order, on the devices of the last expert.
     """
-    segments = plan_segments(schedule, solver, guidance, boundary)
     known = [TEXT_ONLY] * len(videos) if conditioning is None else list(conditioning)
     # A thread for each expert, which takes the videos in order.
     threads = {segment.expert: ThreadPoolExecutor(1, thread_name_prefix=segment.expert) for segment in segments}
@@ -57,11 +53,11 @@ def denoise_in_relay(
 
         state = None if before is None else before.result()
         expert = get_expert(segment.expert, index)
-        assert expert.spread is not None
-        here = jax.device_put(known[index], expert.spread.replicated)
+        placement = expert.placement
+        conditioned = placement.put(known[index])
         if state is None:
-            state = segment.run.solver.init(here.restore(expert.spread.put_batch(videos[index])))
-        return run_segment(segment, expert, expert.spread.put_batch(state), here, after_step)
+            state = segment.solver.init(conditioned.restore(placement.put_batch(videos[index])))
+        return run_segment(segment, expert, placement.put_batch(state), conditioned, after_step)
 
     try:
         states = []

@@ -12,6 +12,7 @@ from numbers import Integral
 
 import numpy as np
 
+from wan_jax.config import PerExpert
 from wan_jax.diffusion.experts import as_pair
 from wan_jax.errors import InputError, unknown_name
 
@@ -66,22 +67,22 @@ def make_schedule(
         InputError: an unknown name, steps or shift out of range, steps too fine for float32, a pair of kinds without a
             pair of steps, or a pair of steps without a boundary.
     """
-    kinds, solvers = as_pair(kind), as_pair(solver)
-    grids = tuple(map(_get_grid, kinds, solvers))
-    for number in as_pair(steps):
+    kinds, solvers, numbers = as_pair(kind), as_pair(solver), as_pair(steps)
+    grids = PerExpert(high=_get_grid(kinds.high, solvers.high), low=_get_grid(kinds.low, solvers.low))
+    for number in (numbers.low, numbers.high):
         if not isinstance(number, Integral) or number < 1:
             raise InputError(f"steps is {number!r}; give a whole number of at least 1")
     if not (math.isfinite(shift) and shift > 0):
         raise InputError(f"shift is {shift}; give a number above 0 (presets have 5 to 12)")
-    high_noise_steps = steps[1] if isinstance(steps, tuple) else None
-    if not isinstance(steps, tuple):
-        if kinds[0] != kinds[1]:
-            raise InputError(f"schedules {kinds[0]},{kinds[1]} need the steps of each expert; write steps LOW,HIGH")
-        sigmas, timesteps = grids[1](int(steps), float(shift))
+    high_noise_steps = numbers.high if isinstance(steps, tuple) else None
+    if high_noise_steps is None:
+        if kinds.low != kinds.high:
+            raise InputError(f"schedules {kinds.low},{kinds.high} need the steps of each expert; write steps LOW,HIGH")
+        sigmas, timesteps = grids.high(int(numbers.high), float(shift))
     elif kinds == ("lightx2v", "lightx2v"):
-        sigmas, timesteps = _lightx2v(sum(steps), float(shift))
+        sigmas, timesteps = _lightx2v(sum(numbers), float(shift))
     else:
-        sigmas, timesteps = _parts(grids, steps, float(shift), boundary)
+        sigmas, timesteps = _parts(grids, numbers, float(shift), boundary)
     sigmas = np.append(sigmas, 0.0).astype(np.float32)
     if np.any(np.diff(sigmas) >= 0):
         raise InputError(f"{steps} steps with shift {shift:g} repeat a sigma in float32; use fewer steps or less shift")
@@ -97,17 +98,19 @@ def _get_grid(kind: str, solver: str) -> "Grid":
 
 
 def _parts(
-    grids: tuple["Grid", ...], steps: tuple[int, int], shift: float, boundary: float | None
+    grids: PerExpert["Grid"], steps: PerExpert[int], shift: float, boundary: float | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The high-noise expert's part down to the boundary, and the low-noise expert's from there."""
     if boundary is None:
-        raise InputError(f"steps {steps[0]},{steps[1]} are for two experts but the model has one; give one number")
-    low_grid, high_grid = grids
-    first = float(high_grid(1, shift)[0][0])
+        raise InputError(f"steps {steps.low},{steps.high} are for two experts but the model has one; give one number")
+    first = float(grids.high(1, shift)[0][0])
     if not 0 < boundary < first:
         raise InputError(f"boundary {boundary} leaves one expert no steps; presets have 0.875 or 0.9")
     sigmas, timesteps = [], []
-    for grid, start, end, number in ((high_grid, first, boundary, steps[1]), (low_grid, boundary, 0.0, steps[0])):
+    for grid, start, end, number in (
+        (grids.high, first, boundary, steps.high),
+        (grids.low, boundary, 0.0, steps.low),
+    ):
         even = np.linspace(shift_sigmas(start, 1 / shift), shift_sigmas(end, 1 / shift), number + 1)[:-1]
         part = shift_sigmas(even, shift)
         part[0] = start  # there and back again rounds

@@ -15,17 +15,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from wan_jax.config import PerExpert
 from wan_jax.diffusion.experts import as_pair
 from wan_jax.diffusion.schedule import Schedule
 from wan_jax.errors import unknown_name
 
 
-class SolverState(Protocol):
-    """A pytree of float32 arrays of the latents' shape."""
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepState:
+    """What one step hands to the next: float32 arrays [B, C, F, h, w], a row per video."""
 
-    @property
-    def latents(self) -> jax.Array:
-        """What the model sees next; after the last step, the result."""
+    latents: jax.Array  # what the model sees next; after the last step, the result
+    denoised: jax.Array  # x_0 as the model predicted it in the last step; zeros before the first
+    history: tuple[jax.Array, ...] = ()  # what the solver remembers beside that
+
+    @classmethod
+    def start(cls, latents: jax.Array, history: int = 0) -> "StepState":
+        """A copy of `latents`, so that the state can be donated, and zeros."""
+        x = jnp.array(latents, jnp.float32, copy=True)
+        return cls(x, jnp.zeros_like(x), tuple(jnp.zeros_like(x) for _ in range(history)))
 
 
 class Solver(Protocol):
@@ -34,11 +43,16 @@ class Solver(Protocol):
     def coefficients(self, schedule: Schedule) -> Any:
         """A pytree of float32 [n] arrays, all finite."""
 
-    def init(self, latents: jax.Array) -> Any:
+    def init(self, latents: jax.Array) -> StepState:
         """The state before the first step. It shares no memory with `latents`, so that it can be donated."""
 
-    def step(self, state: Any, velocity: jax.Array, coefficients: Any) -> Any:
-        """The state after a step, from float32 velocity of the latents' shape and this step's coefficients."""
+    def step(self, state: StepState, velocity: jax.Array, coefficients: Any) -> StepState:
+        """The state after a step.
+
+        Args:
+            velocity: float32, of the latents' shape.
+            coefficients: of this step, broadcastable to that shape.
+        """
 
 
 class _Intervals(NamedTuple):
@@ -76,13 +90,6 @@ class UniPCCoefficients(NamedTuple):
     ratio: np.ndarray
     weight: np.ndarray
     slope: np.ndarray  # 1 / (2 r)
-
-
-class UniPCState(NamedTuple):
-    latents: jax.Array  # the predictor's output
-    corrected: jax.Array  # the corrected latents of the previous step
-    x0: jax.Array  # the model's x_0 at the previous step
-    x0_before: jax.Array  # and at the one before
 
 
 @dataclass(frozen=True)
@@ -123,21 +130,21 @@ class UniPC:
             slope=slope,
         )
 
-    def init(self, latents: jax.Array) -> UniPCState:
-        x = jnp.array(latents, jnp.float32, copy=True)
-        return UniPCState(x, *(jnp.zeros_like(x) for _ in range(3)))
+    def init(self, latents: jax.Array) -> StepState:
+        return StepState.start(latents, history=2)
 
-    def step(self, state: UniPCState, velocity: jax.Array, coefficients: UniPCCoefficients) -> UniPCState:
+    def step(self, state: StepState, velocity: jax.Array, coefficients: UniPCCoefficients) -> StepState:
         c = coefficients
+        before, (corrected, before_that) = state.denoised, state.history  # x_0 of the last two steps
         x0 = state.latents - c.sigma * velocity
         corrected = (
             c.uncorrected * state.latents
-            + c.corrector_ratio * state.corrected
+            + c.corrector_ratio * corrected
             + c.corrector_weight
-            * (state.x0 + c.corrector_slope * (state.x0_before - state.x0) + c.corrector_newest * (x0 - state.x0))
+            * (before + c.corrector_slope * (before_that - before) + c.corrector_newest * (x0 - before))
         )
-        latents = c.ratio * corrected + c.weight * (x0 + c.slope * (state.x0 - x0))
-        return UniPCState(latents, corrected, x0, state.x0)
+        latents = c.ratio * corrected + c.weight * (x0 + c.slope * (before - x0))
+        return StepState(latents, x0, (corrected, before))
 
 
 class DPMSolverCoefficients(NamedTuple):
@@ -147,11 +154,6 @@ class DPMSolverCoefficients(NamedTuple):
     ratio: np.ndarray
     weight: np.ndarray
     slope: np.ndarray  # 1 / (2 r)
-
-
-class DPMSolverState(NamedTuple):
-    latents: jax.Array
-    x0: jax.Array  # the model's x_0 at the previous step
 
 
 @dataclass(frozen=True)
@@ -167,32 +169,35 @@ class DPMSolver:
         weight = -alpha * (_round(np.exp, -h) - 1)
         return DPMSolverCoefficients(schedule.sigmas[:-1], ratio, weight, slope)
 
-    def init(self, latents: jax.Array) -> DPMSolverState:
-        x = jnp.array(latents, jnp.float32, copy=True)
-        return DPMSolverState(x, jnp.zeros_like(x))
+    def init(self, latents: jax.Array) -> StepState:
+        return StepState.start(latents)
 
-    def step(self, state: DPMSolverState, velocity: jax.Array, coefficients: DPMSolverCoefficients) -> DPMSolverState:
+    def step(self, state: StepState, velocity: jax.Array, coefficients: DPMSolverCoefficients) -> StepState:
         c = coefficients
         x0 = state.latents - c.sigma * velocity
-        return DPMSolverState(c.ratio * state.latents + c.weight * (x0 + c.slope * (state.x0 - x0)), x0)
+        return StepState(c.ratio * state.latents + c.weight * (x0 + c.slope * (state.denoised - x0)), x0)
 
 
-class EulerState(NamedTuple):
-    latents: jax.Array
+class EulerCoefficients(NamedTuple):
+    """See `Euler`; each float32 [n]."""
+
+    sigma: np.ndarray
+    difference: np.ndarray  # sigma_{i+1} - sigma_i
 
 
 @dataclass(frozen=True)
 class Euler:
     """x' = x + (sigma_{i+1} - sigma_i) * v: first order, for distilled models."""
 
-    def coefficients(self, schedule: Schedule) -> np.ndarray:
-        return np.diff(schedule.sigmas)
+    def coefficients(self, schedule: Schedule) -> EulerCoefficients:
+        return EulerCoefficients(schedule.sigmas[:-1], np.diff(schedule.sigmas))
 
-    def init(self, latents: jax.Array) -> EulerState:
-        return EulerState(jnp.array(latents, jnp.float32, copy=True))
+    def init(self, latents: jax.Array) -> StepState:
+        return StepState.start(latents)
 
-    def step(self, state: EulerState, velocity: jax.Array, coefficients: np.ndarray) -> EulerState:
-        return EulerState(state.latents + coefficients * velocity)
+    def step(self, state: StepState, velocity: jax.Array, coefficients: EulerCoefficients) -> StepState:
+        c = coefficients
+        return StepState(state.latents + c.difference * velocity, state.latents - c.sigma * velocity)
 
 
 SOLVERS: dict[str, Solver] = {"unipc": UniPC(), "dpm++": DPMSolver(), "euler": Euler()}
@@ -205,7 +210,6 @@ def get_solver(name: str) -> Solver:
     return SOLVERS[name]
 
 
-def get_solvers(names: str | tuple[str, str]) -> tuple[Solver, Solver]:
-    """The solvers of the low-noise and of the high-noise expert, from one name or two."""
-    low, high = as_pair(names)
-    return get_solver(low), get_solver(high)
+def get_solvers(names: str | tuple[str, str]) -> PerExpert[Solver]:
+    """The solvers of both experts, from one name or two."""
+    return PerExpert(*map(get_solver, as_pair(names)))

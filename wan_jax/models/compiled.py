@@ -1,4 +1,4 @@
-"""The compiled functions of a pipeline's models, but for the denoising step (diffusion/sampler.py)."""
+"""The compiled functions of a pipeline's models, but for the denoising step (diffusion/step.py)."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -13,49 +13,46 @@ from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.models.nn.causal_conv import Cache
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
-from wan_jax.parallel.placement import Placement
+from wan_jax.parallel.placement import SINGLE, Placement
 from wan_jax.parallel.tiles import TILES, frame_mesh
 from wan_jax.runtime.compiled import CompiledFunction
 from wan_jax.runtime.xla_flags import TEXT_ENCODER_OPTIONS
 
 
 class CompiledModels:
-    """What a pipeline compiles, but for the denoising step (diffusion/sampler.py).
+    """What a pipeline compiles, but for the denoising step (diffusion/step.py).
 
     `exact` keeps the float32 of the VAE float32. Beside a bfloat16 denoiser it may use TF32 (on TPUs three passes of
-    bfloat16), as PyTorch's convolutions do by default. With a `spread` all its devices work together: on a
-    prompt, each with a part of the encoder (`spread.for_text(config).shardings`), and on a frame, each on a tile; the
-    VAE's parameters lie whole on each of them (`spread.replicated`), and so do frames and latents.
+    bfloat16), as PyTorch's convolutions do by default. On a mesh all devices work together: on a prompt, each with a
+    part of the encoder, and on a frame, each on a tile; frames, latents and the VAE's parameters are whole on each.
     """
 
-    def __init__(self, exact: bool, spread: Placement | None = None):
-        self.encode_text = CompiledFunction(_text_encoding(spread), compiler_options=TEXT_ENCODER_OPTIONS)
+    def __init__(self, exact: bool, placement: Placement = SINGLE):
+        self.encode_text = CompiledFunction(_text_encoding(placement), compiler_options=TEXT_ENCODER_OPTIONS)
         self.encode_image = CompiledFunction(_encode_image)
 
         def vae_program(function: Callable, **jit_options: Any) -> CompiledFunction:
             precision = None if exact else "tensorfloat32"
-            return CompiledFunction(_in_tiles(function, spread), matmul_precision=precision, **jit_options)
+            return CompiledFunction(_in_tiles(function, placement), matmul_precision=precision, **jit_options)
 
-        # Latent frames that a step decodes: in tiles there is memory for more, which exchange borders together.
-        self.decode_chunk = 1 if spread is None else len(spread.devices)
+        # Latent frames decoded at once: tiles leave memory for as many as there are devices, and one halo exchange
+        # serves them all.
+        self.decode_chunk = placement.mesh_spec.devices
         self.decode_first = vae_program(_decode_first)
         self.decode_next = vae_program(_decode_next, donate_argnums=(1,))
         self.encode_first = vae_program(_encode_first)
         self.encode_next = vae_program(_encode_next, donate_argnums=(1,))
 
 
-def _text_encoding(spread: Placement | None) -> Callable:
+def _text_encoding(placement: Placement) -> Callable:
     def encode_text(encoder: TextEncoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        if spread is None:
-            return encoder(tokens, mask)
         graphdef, state = nnx.split(encoder)
-        parts = spread.for_text(encoder.config)
-        encode = parts.shard_map(
-            lambda state, tokens, mask: nnx.merge(graphdef, state)(tokens, mask),
-            (parts.state_specs(state), P(), P()),
-            P(),
-        )
-        return encode(state, tokens, mask)
+        parts = placement.for_text(encoder.config)
+
+        def encode(state: nnx.State, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+            return nnx.merge(graphdef, state)(tokens, mask)
+
+        return parts.run(encode, (parts.state_specs(state), P(), P()), P())(state, tokens, mask)
 
     return encode_text
 
@@ -96,16 +93,16 @@ def _from_pixels(frames: jax.Array) -> jax.Array:
     return frames.astype(jnp.float32)[None]
 
 
-def _in_tiles(function: Callable, spread: Placement | None) -> Callable:
+def _in_tiles(function: Callable, placement: Placement) -> Callable:
     """One of the VAE's functions, (vae, [cache,] latents or frames) -> (frames or latents, cache), on all devices."""
-    if spread is None:
+    if placement.is_single:
         return function
 
     @wraps(function)
     def run(vae: VAE, *arguments: Any) -> Any:
         *cache, x = arguments
         height, width = x.shape[-2:] if x.ndim == 5 else (side // vae.config.spatial_stride for side in x.shape[1:3])
-        mesh = frame_mesh(spread.devices, height, width)
+        mesh = frame_mesh(placement.devices, height, width)
         places = P(), *[TILES] * len(cache), P()
         return jax.shard_map(function, mesh=mesh, in_specs=places, out_specs=(P(), TILES), check_vma=False)(
             vae, *arguments

@@ -1,8 +1,4 @@
-"""Strategies: how one model's work is spread over a mesh of devices.
-
-A strategy is the size of each mesh axis (`collectives.MESH_AXES`), written "cfg2-ulysses2" or {"cfg": 2, "ulysses": 2}.
-What lies where follows from it: `ShardingRules` for parameters, `PartitionSpec`s for everything else.
-"""
+"""How many devices there are along each mesh axis, written "cfg2-ulysses2" or {"cfg": 2, "ulysses": 2}."""
 
 import math
 import re
@@ -80,7 +76,7 @@ class MeshSpec:
         return AbstractMesh(tuple(getattr(self, name) for name in MESH_AXES), MESH_AXES)
 
     def check(self, config: WanConfig, *, prompts: int | None = None) -> None:
-        """Raises InputError, naming what would be legal, for a strategy that the model cannot be spread by.
+        """Raises InputError, naming what would be legal, for a mesh that the model cannot run on.
 
         `prompts` is how many videos are made at once; None where that is not known yet.
         """
@@ -112,6 +108,9 @@ class MeshSpec:
     def _check_divides(self, axis: str, size: int, what: str, number: int, instead: str = "") -> None:
         if number % size:
             raise InputError(f"mesh {self}: {what} cannot be divided over {axis} {size}; use {_legal(number)}{instead}")
+
+
+ONE_DEVICE = MeshSpec()
 
 
 def _legal(number: int, most: int = 16) -> str:

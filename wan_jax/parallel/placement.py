@@ -1,72 +1,116 @@
-"""A strategy on real devices: where every array of a run lies, and functions that run on all of them."""
+"""Where the arrays of a run are, and functions that run on all of its devices at once.
+
+A `Placement` is a mesh, the rules that say which logical axis of a parameter goes over which mesh axis, and the offload
+profile. One device is the trivial case: nothing is split, and functions run as they are.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from wan_jax.config import DenoiserConfig, TextEncoderConfig
 from wan_jax.parallel import collectives
 from wan_jax.parallel.collectives import CFG, DATA, FSDP, PIPELINE, TENSOR
-from wan_jax.parallel.mesh_spec import MeshSpec
+from wan_jax.parallel.mesh_spec import ONE_DEVICE, MeshSpec
 from wan_jax.parallel.sequence import TOKEN_AXES
 from wan_jax.parallel.sharding import ShardingRules
 from wan_jax.parameters import ParameterInfo
+from wan_jax.runtime.offload import RESIDENT, Profile, single_device
 
-# Of every strategy; axes that it does not have count for nothing. What tensor parallelism splits, the models sum up
-# again (`collectives.TENSOR_AXES`).
+# For every mesh; axes of one device are ignored. What tensor parallelism splits, the models sum up again
+# (`collectives.TENSOR_AXES`).
 RULES = ShardingRules(
     batch=(DATA,), embed=(FSDP,), heads=(TENSOR,), mlp=(TENSOR,), vocab=(TENSOR,), conv_out=(), layers=(PIPELINE,)
 )
+REPLICATED = P()  # every device has all of an array
+_NO_DEVICES = ONE_DEVICE.abstract_mesh()
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The arrays of a run and their places on a mesh; hashable, so that compiled functions can depend on it."""
+    """Where arrays are. `SINGLE` is JAX's default device alone; see `over` for a mesh.
 
-    strategy: MeshSpec
-    mesh: Mesh | AbstractMesh
+    Hashable, so that compiled functions can depend on it. The offload profile takes no part in comparisons: it moves
+    arrays and changes no function.
+
+    Attributes:
+      mesh_spec: the size of each mesh axis.
+      mesh: the devices; an abstract mesh has shapes alone, except for a single device, where it stands for the default.
+      offload: where weights wait (runtime/offload.py); on a mesh they are always resident.
+    """
+
+    mesh_spec: MeshSpec = ONE_DEVICE
+    mesh: Mesh | AbstractMesh = _NO_DEVICES
+    offload: Profile = field(default=RESIDENT, compare=False)
 
     @classmethod
-    def over(cls, strategy: MeshSpec, devices: Any = None) -> "Placement":
-        """Raises InputError if there are fewer devices than the strategy needs."""
-        return cls(strategy, strategy.make_mesh(devices))
+    def over(cls, mesh_spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> "Placement":
+        """A placement on the first devices that the mesh needs. Raises InputError if there are fewer."""
+        if mesh_spec.devices == 1 and devices is None:
+            return SINGLE
+        return cls(mesh_spec, mesh_spec.make_mesh(devices))
 
-    def by_expert(self, names: Sequence[str]) -> dict[str, "Placement"]:
-        """Where each expert runs: on all devices, or with `experts2` each on its own part of them."""
-        if self.strategy.experts == 1:
+    @classmethod
+    def planned(cls, mesh_spec: MeshSpec) -> "Placement":
+        """A placement without devices: it knows the shapes of parts."""
+        return cls(mesh_spec, mesh_spec.abstract_mesh())
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is one device."""
+        return self.mesh_spec.devices == 1
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """All devices, in the mesh's order."""
+        if isinstance(self.mesh, Mesh):
+            return self.mesh.devices.flatten().tolist()
+        assert self.is_single
+        return jax.devices()[:1]
+
+    def by_expert(self, names: Sequence[str]) -> "dict[str, Placement]":
+        """Where each expert runs: on all devices, or with "experts2" each on its own half of them."""
+        if self.mesh_spec.experts == 1:
             return dict.fromkeys(names, self)
-        each = replace(self.strategy, experts=1)
+        each = replace(self.mesh_spec, experts=1)
         return {
             name: Placement.over(each, self.devices[index * each.devices :][: each.devices])
             for index, name in enumerate(names)
         }
 
-    @classmethod
-    def planned(cls, strategy: MeshSpec) -> "Placement":
-        """Without devices: it says how large parts are, and nothing can be put anywhere."""
-        return cls(strategy, strategy.abstract_mesh())
-
     def for_text(self, config: TextEncoderConfig) -> "Placement":
         """The same devices for the text encoder: tensor parallelism over as many as divide it, and copies of that."""
-        parts = math.gcd(self.strategy.devices, config.num_heads, config.ffn_dim, config.vocab_size)
-        strategy = MeshSpec(data=self.strategy.devices // parts, tensor=parts)
-        return (
-            Placement.planned(strategy)
-            if isinstance(self.mesh, AbstractMesh)
-            else Placement.over(strategy, self.devices)
-        )
+        if self.is_single:
+            return self
+        parts = math.gcd(self.mesh_spec.devices, config.num_heads, config.ffn_dim, config.vocab_size)
+        mesh_spec = MeshSpec(data=self.mesh_spec.devices // parts, tensor=parts)
+        if isinstance(self.mesh, AbstractMesh):
+            return Placement.planned(mesh_spec)
+        return Placement.over(mesh_spec, self.devices)
 
-    def parameter_spec(self, axes: tuple[str | None, ...]) -> P:
-        """Of a parameter with these logical axes, "layers" first where layers are stacked.
+    # Specs of activations. [B, C, F, h, w] and everything else whose first axis is the batch:
+    batch = P(*RULES.batch)
+    # Keys and values of all layers, [layers, B, T, heads, head_dim].
+    context = P(PIPELINE, DATA, None, TENSOR)
+    # One video for each device along these axes: tokens [1, S, dim] on their way through the stages, and a velocity.
+    stages = P((DATA, CFG, PIPELINE), TOKEN_AXES)
+    evaluation = P((DATA, CFG))
+
+    def batch_specs(self, tree: Any) -> Any:
+        """Specs of arrays that have one row for each video, or one for all of them."""
+        return jax.tree.map(lambda x: self.batch if np.ndim(x) and len(x) > 1 else REPLICATED, tree)
+
+    def parameter_spec(self, axes: Sequence[str | None]) -> P:
+        """The spec of a parameter with these logical axes, "layers" first where layers are stacked.
 
         Vectors stay whole over "fsdp": gathering them would cost more than they take.
         """
@@ -78,77 +122,65 @@ class Placement:
 
         return P(*map(place, axes))
 
-    def shardings(self, tree: Mapping[str, ParameterInfo]) -> dict[str, NamedSharding]:
-        """Where a transformer's parameters lie, by name: what `Checkpoint.load` takes."""
-        return {name: NamedSharding(self.mesh, self.parameter_spec(info.axes)) for name, info in tree.items()}
-
-    def places(self, config: Any, tree: Mapping[str, ParameterInfo]) -> dict[str, NamedSharding]:
-        """Where the parameters of any model lie; `tree` is its abstract tree."""
-        if isinstance(config, DenoiserConfig):
-            return self.shardings(tree)
-        if isinstance(config, TextEncoderConfig):
-            return self.for_text(config).shardings(tree)
-        return dict.fromkeys(tree, self.replicated)
-
     def state_specs(self, state: nnx.State) -> Any:
-        """The specs of a transformer's state, as `nnx.split` gives it, for `shard_map`."""
-
+        """The specs of a transformer's state, as `nnx.split` returns it, for `run`."""
         return jax.tree.map(lambda variable: self.parameter_spec(_axes(variable)), state, is_leaf=_is_variable)
 
-    # [B, C, F, h, w] and all else with a prompt's axis first.
-    batch = P(*RULES.batch)
-    # Keys and values of all layers, [layers, B, T, heads, head_dim].
-    context = P(PIPELINE, DATA, None, TENSOR)
-    # One video for each device along these axes: tokens [1, S, dim] on their way through the stages, and a velocity.
-    stages = P((DATA, CFG, PIPELINE), TOKEN_AXES)
-    evaluation = P((DATA, CFG))
+    def sharding(self, spec: P = REPLICATED) -> Sharding:
+        """The sharding of arrays with this spec, in device memory."""
+        return single_device(self.devices[0]) if self.is_single else NamedSharding(self.mesh, spec)
 
-    @property
-    def devices(self) -> list[jax.Device]:
-        """All of them, in the mesh's order."""
-        assert isinstance(self.mesh, Mesh)
-        return self.mesh.devices.flatten().tolist()
-
-    @property
-    def replicated(self) -> NamedSharding:
-        """Where arrays lie that every device has whole."""
-        return NamedSharding(self.mesh, P())
-
-    def abstract(self, shape: tuple[int, ...], spec: P) -> jax.ShapeDtypeStruct:
-        """A float32 array on the mesh, without its numbers."""
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(self.mesh, spec))
-
-    def adapter_place(self, axes: tuple[str | None, ...]) -> NamedSharding:
-        """Where an array of a LoRA with these logical axes lies: beside its kernel's part."""
+    def parameter_sharding(self, axes: Sequence[str | None]) -> Sharding:
+        """The sharding of a parameter, while its model waits."""
+        if self.is_single:
+            return single_device(self.devices[0], on_host=self.offload.idle_on_host)
         return NamedSharding(self.mesh, self.parameter_spec(axes))
 
-    def put_batch(self, arrays: Any) -> Any:
-        """Puts arrays with a prompt's axis first where the denoise loop wants them."""
-        sharding = NamedSharding(self.mesh, self.batch)
-        return jax.tree.map(lambda array: put(array, sharding), arrays)
+    def parameter_shardings(self, tree: Mapping[str, ParameterInfo]) -> dict[str, Sharding]:
+        """The same of a transformer's parameters, by name: what `Checkpoint.load` takes."""
+        return {name: self.parameter_sharding(info.axes) for name, info in tree.items()}
 
-    def put_whole(self, tree: Any) -> Any:
-        """Puts arrays on every device."""
-        return jax.tree.map(lambda array: put(array, self.replicated), tree)
+    def model_shardings(self, config: Any, tree: Mapping[str, ParameterInfo]) -> dict[str, Sharding]:
+        """The same of any model, whose abstract tree is `tree`; only transformers are split."""
+        if isinstance(config, TextEncoderConfig):
+            return self.for_text(config).parameter_shardings(tree)
+        if isinstance(config, DenoiserConfig):
+            return self.parameter_shardings(tree)
+        return dict.fromkeys(tree, self.parameter_sharding(()))
 
-    def put_known(self, conditioning: Any) -> Any:
-        """Puts what is known of the frames: with its prompts, where there is one for each, or on every device."""
-        return jax.tree.map(
-            lambda x: self.put_batch(x) if np.ndim(x) and len(x) > 1 else self.put_whole(x), conditioning
-        )
+    def abstract(self, shape: tuple[int, ...], spec: P) -> jax.ShapeDtypeStruct:
+        """The shape and sharding of a float32 array."""
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self.sharding(spec))
 
-    def fetch(self, array: jax.Array) -> np.ndarray:
+    def put(self, tree: Any, specs: Any = REPLICATED) -> Any:
+        """Puts arrays on the devices; `specs` is one for all, or a tree of them. By default each device has all."""
+        if self.is_single:
+            # Arrays for the default device stay uncommitted, as jnp.asarray leaves them.
+            return jax.device_put(tree, self.devices[0] if isinstance(self.mesh, Mesh) else None)
+        specs = jax.tree.map(lambda _: specs, tree) if isinstance(specs, P) else specs
+        return jax.tree.map(lambda array, spec: put(array, NamedSharding(self.mesh, spec)), tree, specs)
+
+    def put_batch(self, tree: Any) -> Any:
+        """Puts arrays whose first axis is the batch."""
+        return self.put(tree, self.batch)
+
+    def gather(self, array: jax.Array) -> np.ndarray:
         """The whole array, on the host of every process."""
-        return np.asarray(jax.device_put(array, self.replicated))
+        return np.asarray(array if self.is_single else jax.device_put(array, self.sharding()))
 
-    def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-        """`function` as every device runs it, on its own part of the arguments."""
+    def run(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        """`function` as every device runs it on its part of the arguments; on one device, `function` itself."""
+        if self.is_single:
+            return function
         # Kernels do not say along which axes their results differ, so nothing can be checked.
         return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def put(array: ArrayLike, sharding: NamedSharding) -> jax.Array:
-    """Puts an array, which every process has, where the sharding says; each process makes its own devices' parts."""
+SINGLE = Placement()
+
+
+def put(array: ArrayLike, sharding: Sharding) -> jax.Array:
+    """Puts an array that every process has; each process makes the parts of its own devices."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     host = np.asarray(array)

@@ -1,9 +1,9 @@
 """Pipeline parallelism: each device has some of the layers, and the videos of a batch go from device to device.
 
 While one stage works on a video, the stage before it works on the next one (Huang et al. 2018, arXiv:1811.06965). With
-m videos, the prompt's and the negative prompt's counting apart, and p stages, a device works m turns of m + p - 1 in
+m videos, the prompt's and the negative prompt's counting apart, and p stages, a device works m ticks of m + p - 1 in
 one forward pass (`run_stages`). Sampling need not wait for the last stage between its steps: a video that is through
-goes in at the front again while others are on their way, and a device waits p - 1 turns in a whole run (`turns`).
+goes in at the front again while others are on their way, and a device waits p - 1 ticks in a whole run (`ticks`).
 """
 
 from collections.abc import Callable, Iterator
@@ -35,7 +35,7 @@ def run_stages(run_layers: Callable[[jax.Array, Any, Any], jax.Array], x: jax.Ar
     if stages == 1:
         return run_layers(x, rows, layers)
 
-    def turn(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+    def tick(carry: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         arrived, outputs = carry
         video = jnp.clip(index - stage, 0, videos - 1)  # out of range: the stage has nothing to do, and does it anyway
 
@@ -44,11 +44,11 @@ def run_stages(run_layers: Callable[[jax.Array, Any, Any], jax.Array], x: jax.Ar
 
         y = jnp.where(is_first_stage(), one(0)(x), arrived)
         y = run_layers(y, jax.tree.map(one(0), rows), jax.tree.map(one(1), layers))
-        # Early turns write rubbish to place 0, which the last stage's first own turn overwrites.
+        # Early ticks write to place 0 what the last stage's first own tick overwrites.
         outputs = lax.dynamic_update_slice_in_dim(outputs, y, video, 0)
         return (to_next_stage(y), outputs), None
 
-    (_, outputs), _ = lax.scan(turn, (jnp.zeros_like(x[:1]), jnp.zeros_like(x)), jnp.arange(videos + stages - 1))
+    (_, outputs), _ = lax.scan(tick, (jnp.zeros_like(x[:1]), jnp.zeros_like(x)), jnp.arange(videos + stages - 1))
     return outputs
 
 
@@ -69,30 +69,41 @@ def from_last_stage(array: jax.Array) -> jax.Array:
     return lax.psum(jnp.where(is_last, array, jnp.zeros_like(array)), PIPELINE)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Turn:
-    """What each stage works on at one time; arrays have an entry a stage. A stage with nothing to do does anything."""
+class Tick:
+    """What each stage works on at one time, an entry per stage; nobody reads what an idle stage computes."""
 
-    steps: np.ndarray  # of the videos, counted from 0
     videos: np.ndarray  # int32
-    is_positive: np.ndarray  # bool: the prompt's evaluation, or the negative prompt's
-    finishes: bool  # whether all evaluations of a step are through for the last stage's video
-    done: int | None  # the step that all videos have done with this turn
+    is_conditional: np.ndarray  # bool: the prompt's evaluation, or the negative prompt's
+    finishes: np.ndarray  # bool []: whether all evaluations of a step are done for the last stage's video
 
 
-def turns(steps: int, videos: int, stages: int, evaluations: int) -> Iterator[Turn]:
+@dataclass(frozen=True)
+class PlannedTick:
+    """A tick, and what the host must know to feed it."""
+
+    tick: Tick
+    steps: np.ndarray  # of each stage's video, counted from 0
+    steps_of_videos: np.ndarray  # the same, of each video; 0 for a video that is nowhere
+    done: int | None  # the step that all videos have done with this tick
+
+
+def ticks(steps: int, videos: int, stages: int, evaluations: int) -> Iterator[PlannedTick]:
     """A run of `steps` steps, with `evaluations` of the model (1, or 2 with guidance) for a video's step.
 
     Videos go round: each enters again when its step before is done. Where there are fewer than the stages need for
-    that, some turns of each round are left empty.
+    that, some ticks of each round are left empty.
     """
     work = videos * evaluations
     round_length = max(work, stages + evaluations - 1)
-    for turn in range((steps - 1) * round_length + work + stages - 1):
-        step, place = np.divmod(turn - np.arange(stages), round_length)
+    for tick in range((steps - 1) * round_length + work + stages - 1):
+        step, place = np.divmod(tick - np.arange(stages), round_length)
         is_busy = (place < work) & (step >= 0) & (step < steps)
         step, place = np.where(is_busy, step, 0), np.where(is_busy, place, 0)
-        finishes = bool(is_busy[-1]) and place[-1] % evaluations == evaluations - 1
-        done = int(step[-1]) if finishes and place[-1] == work - 1 else None
         video = (place // evaluations).astype(np.int32)
-        yield Turn(step, video, place % evaluations == 0, finishes, done)
+        finishes = is_busy[-1] & (place[-1] % evaluations == evaluations - 1)
+        done = int(step[-1]) if finishes and place[-1] == work - 1 else None
+        steps_of_videos = np.zeros(videos, np.int64)
+        steps_of_videos[video[is_busy]] = step[is_busy]
+        yield PlannedTick(Tick(video, place % evaluations == 0, finishes), step, steps_of_videos, done)

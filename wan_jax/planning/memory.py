@@ -5,7 +5,7 @@ are on the device in a stage, by the abstract trees and the profile; its inputs,
 comes from the compiled program's own analysis where the program that will run can be compiled here, on an accelerator.
 XLA:CPU compiles other programs, which need far more; there a formula takes its place (`estimated_scratch`).
 
-Seconds are arithmetic operations over rates measured on the kind of device at hand (`estimates.RATES`).
+Seconds are arithmetic operations over rates measured on the kind of device at hand (`planning.time.RATES`).
 """
 
 import functools
@@ -21,11 +21,10 @@ from jax.sharding import Sharding
 
 from wan_jax.config import WanConfig
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, KnownFrames
-from wan_jax.diffusion.experts import by_expert
-from wan_jax.diffusion.guidance import guidance_by_expert
 from wan_jax.diffusion.params import DTYPES, PROFILE_NAMES, SamplingParams, check_name
-from wan_jax.diffusion.sampler import Expert, compile_step, plan_steps
-from wan_jax.diffusion.solvers import Solver, get_solvers
+from wan_jax.diffusion.segments import Segment, plan_segments
+from wan_jax.diffusion.solvers import get_solvers
+from wan_jax.diffusion.step import Expert, compile_step
 from wan_jax.errors import InputError
 from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import Context, Denoiser
@@ -104,7 +103,7 @@ class Plan:
         self.dtype = jnp.dtype(dtype)
         self.vae_dtype = jnp.dtype(vae_dtype)
         self.device = jax.devices()[0] if device is None else device
-        self.strategy = MeshSpec()  # one device
+        self.mesh_spec = MeshSpec()  # one device
         self.compiled = self.device.platform != "cpu"  # whether scratch comes from compiled programs
         self._programs = CompiledModels(exact=dtype == "float32") if programs is None else programs
         self._scratch: dict[bool, Mapping[str, int]] = {}
@@ -183,7 +182,7 @@ class Plan:
         streamed layer comes on top.
         Text: the same of 512 tokens, and the scores of all heads in float32, three times.
         Image: the residual stream, both sides of GELU, the scores of all heads.
-        Encode, decode: see estimates.py.
+        Encode, decode: see time.py.
         """
         denoiser, encoder, vae = self.config.denoiser, self.config.text_encoder, self.config.vae
         item = self.dtype.itemsize
@@ -217,10 +216,10 @@ class Plan:
 
         context = self._context(here)
         denoise = 0
-        for solver, guided in self._step_kinds:
-            expert = Expert(denoiser, context, context if guided else None)
-            state = jax.eval_shape(solver.init, self._latents())
-            step = compile_step(expert, self.settings.make_schedule(), solver, state, self._conditioning())
+        for segment in self._segments:
+            expert = Expert(denoiser, context, context if segment.is_guided else None)
+            state = jax.eval_shape(segment.solver.init, self._latents())
+            step = compile_step(expert, segment, state, self._conditioning())
             denoise = max(denoise, workspace_bytes(step))
 
         frame = self._latent_frame(here)
@@ -248,9 +247,9 @@ class Plan:
     def _input_bytes(self) -> dict[str, int]:
         """Bytes of what each stage works on: encoded text; contexts and solver state; latents and the VAE's cache."""
         latents = self._latents()
-        state = max(_nbytes(jax.eval_shape(solver.init, latents)) for solver, _ in self._step_kinds)
+        state = max(_nbytes(jax.eval_shape(segment.solver.init, latents)) for segment in self._segments)
         text = 2 * self.config.denoiser.text_length * self.config.denoiser.text_dim * self.dtype.itemsize
-        contexts = self._context_bytes() * (2 if any(guided for _, guided in self._step_kinds) else 1)
+        contexts = self._context_bytes() * (2 if any(segment.is_guided for segment in self._segments) else 1)
         vae, frame = self._models["vae"], self._frames(self.config.vae.temporal_stride, None)
         cache = jax.eval_shape(_decode_cache, vae, self._latent_frame(None))
         sizes = {
@@ -273,15 +272,13 @@ class Plan:
         settings = self.settings
         encoder, pixels = self.config.text_encoder, math.prod(settings.size) * settings.frames
         bytes_of = {name: sum(sizes.values()) for name, sizes in self._weights.items()}
-        experts = plan_steps(settings.make_schedule(), settings.boundary)
-        scales = guidance_by_expert(settings.guidance, tuple(dict.fromkeys(experts)))
         forward = denoiser_flops(self.config.denoiser, self._tokens()) / rates.denoiser
         if profile.layers_on_host:
             streamed = sum(size for path, size in self._weights["denoiser"].items() if streams(path))
             copies = streamed / rates.copy
             # Half of them hides behind the layer before; measured (benchmarks/NOTES.md).
             forward = max(forward + copies / 2, copies)
-        forwards = sum(1 if scales[name] == 1 else 2 for name in experts)
+        forwards = sum(len(segment.steps) * (2 if segment.is_guided else 1) for segment in self._segments)
         weights_per_layer = 2 * encoder.dim * (4 * encoder.num_heads * encoder.head_dim + 3 * encoder.ffn_dim)
         text = 2 * self.config.denoiser.text_length * encoder.num_layers * weights_per_layer / rates.text
         vae = self.config.vae
@@ -294,16 +291,14 @@ class Plan:
             for stage in {"encode", "decode"} & seconds.keys():
                 seconds[stage] += bytes_of["vae"] / rates.copy
         if profile.idle_on_host and not profile.layers_on_host:
-            seconds["denoise"] += len(set(experts)) * bytes_of["denoiser"] / rates.copy
-        return seconds | {"step": forward * forwards / len(experts), "total": sum(seconds.values())}
+            seconds["denoise"] += len(self._segments) * bytes_of["denoiser"] / rates.copy
+        return seconds | {"step": forward * forwards / self._segments[0].total, "total": sum(seconds.values())}
 
     @functools.cached_property
-    def _step_kinds(self) -> set[tuple[Solver, bool]]:
-        """The steps that are compiled: for each expert its solver, and whether it has guidance."""
-        experts = tuple(set(plan_steps(self.settings.make_schedule(), self.settings.boundary)))
-        scales = guidance_by_expert(self.settings.guidance, experts)
-        solvers = by_expert("solver", get_solvers(self.settings.solver), experts)
-        return {(solvers[name], scales[name] != 1) for name in experts}
+    def _segments(self) -> list[Segment]:
+        settings = self.settings
+        solvers = get_solvers(settings.solver)
+        return plan_segments(settings.make_schedule(), solvers, settings.guidance, settings.boundary)
 
     def _tokens(self) -> int:
         _, *sizes = self.settings.latents_shape(self.config)
@@ -384,8 +379,8 @@ class Report:
             "dtype": plan.dtype.name,
             "vae_dtype": plan.vae_dtype.name,
             "device": plan.device.device_kind,
-            "mesh": str(plan.strategy),
-            "devices": plan.strategy.devices,
+            "mesh": str(plan.mesh_spec),
+            "devices": plan.mesh_spec.devices,
             "reason": self.reason,
             "device_memory": self.device_memory,
             "scratch": "compiled" if plan.compiled else "formula",
@@ -396,8 +391,8 @@ class Report:
     def __str__(self) -> str:
         plan, settings = self.plan, self.plan.settings
         memory = "" if self.device_memory is None else f", {_gib(self.device_memory)} for JAX"
-        count = plan.strategy.devices
-        mesh = f", each of {count} in mesh {plan.strategy}" if count > 1 else ""
+        count = plan.mesh_spec.devices
+        mesh = f", each of {count} in mesh {plan.mesh_spec}" if count > 1 else ""
         titles = " ".join(f"{stage:>10}" for stage in plan.stages)
         lines = [
             f"{plan.config.name} {settings.size[0]}x{settings.size[1]}, {settings.frames} frames, "

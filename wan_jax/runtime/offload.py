@@ -47,6 +47,9 @@ PROFILES = {
 }
 
 
+RESIDENT = PROFILES["resident"]
+
+
 def streams(parameter: str) -> bool:
     """Whether `stream` keeps a parameter on the host: the stacked kernels, 99.9 % of a transformer.
 
@@ -67,10 +70,6 @@ class Memory:
         self.profile = profile
         self._device = jax.devices()[0] if device is None else device
         self._prefetched: dict[int, tuple[Any, Any]] = {}  # the model's id -> the copy, the model
-
-    def waiting(self) -> Sharding:
-        """Where a model is loaded to."""
-        return single_device(self._device, on_host=self.profile.idle_on_host)
 
     @contextlib.contextmanager
     def on_device(self, model: Model) -> Iterator[Model]:
@@ -132,7 +131,7 @@ def place(model: Model, shardings: Mapping[str, Sharding]) -> Model:
     return nnx.merge(graphdef, nnx.State.from_flat_path(leaves))
 
 
-def single_device(device: jax.Device, on_host: bool) -> Sharding:
+def single_device(device: jax.Device, on_host: bool = False) -> Sharding:
     """The sharding of an array on the device, or in the host memory that the device can copy from by itself."""
     return SingleDeviceSharding(device, memory_kind="pinned_host" if on_host else device.default_memory().kind)
 

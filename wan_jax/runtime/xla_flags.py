@@ -31,12 +31,12 @@ ONCE_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_autotune_level": 0}
 MESH_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
 
-def step_options(spread: bool) -> dict[str, bool | int | str]:
-    """Compiler options of the denoising step on NVIDIA GPUs, on one of them or spread over several.
+def step_options(on_a_mesh: bool) -> dict[str, bool | int | str]:
+    """Compiler options of the denoising step on NVIDIA GPUs, on one of them or on a mesh.
 
     Of those for several, what the user sets in XLA_FLAGS stays the user's.
     """
-    options = MESH_OPTIONS if spread else {}
+    options = MESH_OPTIONS if on_a_mesh else {}
     flags = os.environ.get("XLA_FLAGS", "")
     return CUBLASLT_OPTIONS | {name: value for name, value in options.items() if f"--{name}" not in flags}
 

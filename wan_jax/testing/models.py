@@ -27,7 +27,7 @@ from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
-from wan_jax.parallel.placement import Placement
+from wan_jax.parallel.placement import SINGLE, Placement
 from wan_jax.parameters import ParameterInfo, abstract_parameters, named_parameters, with_parameters
 from wan_jax.pipeline import WanPipeline
 from wan_jax.testing.tokenizer import train_small_tokenizer
@@ -44,16 +44,16 @@ DEMO = WanConfig(
 
 
 def random_model(
-    make: Callable[..., Any], config: Any, dtype: str, seed: int = 0, spread: Placement | None = None
+    make: Callable[..., Any], config: Any, dtype: str, seed: int = 0, placement: Placement = SINGLE
 ) -> Any:
-    """A Denoiser, TextEncoder, VAE or ImageEncoder (`make`) with fixed random weights, on a mesh if there is one."""
+    """A Denoiser, TextEncoder, VAE or ImageEncoder (`make`) with fixed random weights, in place."""
 
     def build():
         return make(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
 
     tree = abstract_parameters(build)
-    places = None if spread is None else spread.places(config, tree)
-    return with_parameters(build, random_parameters(tree, seed, dtype, places))
+    shardings = placement.model_shardings(config, tree)
+    return with_parameters(build, random_parameters(tree, seed, dtype, shardings))
 
 
 def random_pipeline(
@@ -62,23 +62,23 @@ def random_pipeline(
     dtype: str = "bfloat16",
     *,
     vae_dtype: str = "float32",
-    spread: Placement | None = None,
+    placement: Placement = SINGLE,
     progress: bool = False,
 ) -> WanPipeline:
     """A pipeline of any size with fixed random weights."""
     clip = config.image_encoder
-    by_expert = dict.fromkeys(config.experts) if spread is None else spread.by_expert(config.experts)
+    by_expert = placement.by_expert(config.experts)
     return WanPipeline(
         config,
         tokenizer=tokenizer,
-        text_encoder=random_model(TextEncoder, config.text_encoder, dtype, 1, spread),
+        text_encoder=random_model(TextEncoder, config.text_encoder, dtype, 1, placement),
         denoisers={
             name: random_model(Denoiser, config.denoiser, dtype, 2 + n, by_expert[name])
             for n, name in enumerate(config.experts)
         },
-        vae=random_model(VAE, config.vae, vae_dtype, 0, spread),
-        image_encoder=None if clip is None else random_model(ImageEncoder, clip, "float32", 4, spread),
-        spread=spread,
+        vae=random_model(VAE, config.vae, vae_dtype, 0, placement),
+        image_encoder=None if clip is None else random_model(ImageEncoder, clip, "float32", 4, placement),
+        placement=placement,
         progress=progress,
     )
 

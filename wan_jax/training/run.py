@@ -25,12 +25,13 @@ from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.mesh_spec import MeshSpec
+from wan_jax.parallel.placement import Placement
 from wan_jax.parallel.sharding import ShardingRules, make_mesh
 from wan_jax.parameters import named_parameters, with_parameters
 from wan_jax.pipeline import WanPipeline
 from wan_jax.runtime import xla_flags
 from wan_jax.runtime.devices import matmul_rate
-from wan_jax.runtime.offload import PROFILES, Memory, place, single_device
+from wan_jax.runtime.offload import PROFILES, place, single_device
 from wan_jax.runtime.progress import Bars
 from wan_jax.text.tokenizer import Tokenizer
 from wan_jax.training.adapters import adapter_tree, initial_adapters, make_adapters
@@ -92,7 +93,7 @@ class TrainingRun:
             lora_scale=options.lora.scale,
         )
         self._remember()
-        self._memory = Memory(PROFILES["swap"])
+        self._encoding = Placement(offload=PROFILES["swap"])
         self._frozen: dict[str, Any] = {}
         self._others: dict[str, Denoiser] = {}  # experts that samples need and that do not train
 
@@ -209,7 +210,7 @@ class TrainingRun:
 
         def load(component: str, make: Any, model_config: Any, dtype: str) -> Any:
             with self.bars.transfers("load") as report:
-                arrays = checkpoint.load(component, dtype, self._memory.waiting(), progress=report)
+                arrays = checkpoint.load(component, dtype, self._encoding.parameter_sharding(()), progress=report)
             return with_parameters(lambda: make(model_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), arrays)
 
         return WanPipeline(
@@ -218,7 +219,7 @@ class TrainingRun:
             text_encoder=load("text_encoder", TextEncoder, config.text_encoder, dtype),
             denoisers={},
             vae=load("vae", VAE, config.vae, "float32"),
-            memory=self._memory,
+            placement=self._encoding,
             programs=CompiledModels(exact=dtype == "float32"),
         )
 
@@ -271,7 +272,7 @@ class TrainingRun:
         for expert in self.config.experts:
             if expert not in denoisers:
                 if expert not in self._others:
-                    arrays = self.checkpoint.load(expert, self.options.dtype, self._memory.waiting())
+                    arrays = self.checkpoint.load(expert, self.options.dtype, self._encoding.parameter_sharding(()))
                     self._others[expert] = with_parameters(self._build, arrays)
                 denoisers[expert] = self._others[expert]
         pipeline, settings = self.pipeline.with_denoisers(denoisers), self.sample_settings

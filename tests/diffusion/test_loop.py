@@ -12,10 +12,12 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from wan_jax.config import DenoiserConfig
-from wan_jax.diffusion.sampler import Expert, StepReport, compile_step, denoise, plan_steps
+from wan_jax.config import DenoiserConfig, PerExpert
+from wan_jax.diffusion.loop import StepReport, denoise
 from wan_jax.diffusion.schedule import make_schedule
+from wan_jax.diffusion.segments import plan_segments, plan_steps
 from wan_jax.diffusion.solvers import SOLVERS, get_solver
+from wan_jax.diffusion.step import Expert, compile_step
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parameters import named_parameters, with_parameters
@@ -89,6 +91,10 @@ def noise(seed: int = 0) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), SHAPE)
 
 
+def sample(latents, schedule, solver, guidance, boundary, get_expert, on_step=None) -> jax.Array:
+    return denoise(latents, plan_segments(schedule, solver, guidance, boundary), get_expert, on_step)
+
+
 def plain_loop(latents, schedule, solver, guidance, boundary, experts, steps: int | None = None) -> jax.Array:
     """What `denoise` should compute, written out; with one solver, and of the first `steps` steps alone."""
     call = jax.jit(lambda denoiser, *inputs: denoiser(*inputs))
@@ -106,40 +112,13 @@ def plain_loop(latents, schedule, solver, guidance, boundary, experts, steps: in
     return state.latents
 
 
-@pytest.mark.parametrize(
-    ("kind", "solver", "shift", "boundary", "high", "low"),
-    [
-        ("official", "unipc", 12.0, 0.875, 26, 14),
-        ("official", "dpm++", 12.0, 0.875, 26, 14),
-        ("diffusers", "unipc", 12.0, 0.875, 26, 14),
-        ("official", "unipc", 5.0, 0.9, 15, 25),
-        ("official", "dpm++", 5.0, 0.9, 15, 25),
-        ("diffusers", "unipc", 5.0, 0.9, 15, 25),
-        ("diffusers", "unipc", 3.0, 0.875, 13, 27),  # the shift in the published diffusers checkpoint: half of 26
-    ],
-)
-def test_plan_of_40_steps(kind, solver, shift, boundary, high, low):
-    plan = plan_steps(make_schedule(kind, solver, 40, shift), boundary)
-    assert plan == ["high_noise"] * high + ["low_noise"] * low
-
-
-def test_plan_edges():
-    schedule = make_schedule("lightx2v", "euler", 4, 5.0)
-    assert plan_steps(schedule, 0.875) == ["high_noise"] * 2 + ["low_noise"] * 2
-    assert plan_steps(schedule, 0.9375) == ["high_noise"] * 2 + ["low_noise"] * 2  # timestep 937.5 is at the boundary
-    assert plan_steps(schedule, 0.0) == ["high_noise"] * 4
-    assert plan_steps(schedule, None) == ["denoiser"] * 4
-    with pytest.raises(InputError, match="boundary 875"):
-        plan_steps(schedule, 875)
-
-
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("boundary", [0.875, None])
 def test_denoise_equals_the_plain_loop(solver, boundary, experts):
     schedule = make_schedule("official", solver, 6, 12.0)
     guidance = (2.0, 3.5) if boundary is not None else (2.0, 2.0)
     arguments = noise(), schedule, get_solver(solver), guidance, boundary
-    result = denoise(*arguments, experts.__getitem__)
+    result = sample(*arguments, experts.__getitem__)
     assert result.dtype == jnp.float32
     # The same operations fused differently: a few float32 roundings a step of values around 1.
     np.testing.assert_allclose(result, plain_loop(*arguments, experts), atol=5e-6)
@@ -150,18 +129,18 @@ def test_denoise_equals_the_plain_loop(solver, boundary, experts):
 def test_solver_of_each_expert(low, high, experts):
     """Two solvers are two runs, the second from the latents of the first; one solver is one run."""
     schedule = make_schedule("official", (low, high), (3, 2), 5.0, 0.875)
-    solvers = get_solver(low), get_solver(high)
+    solvers = PerExpert(high=get_solver(high), low=get_solver(low))
     reports: list[StepReport] = []
-    result = denoise(noise(), schedule, solvers, (1.0, 2.0), 0.875, experts.__getitem__, reports.append)
+    result = sample(noise(), schedule, solvers, (1.0, 2.0), 0.875, experts.__getitem__, reports.append)
     assert [(report.index, report.total, report.expert) for report in reports] == [
         *((index, 5, "high_noise") for index in range(2)),
         *((index, 5, "low_noise") for index in range(2, 5)),
     ]
     if low == high:
-        expected = plain_loop(noise(), schedule, solvers[0], (1.0, 2.0), 0.875, experts)
+        expected = plain_loop(noise(), schedule, solvers.low, (1.0, 2.0), 0.875, experts)
     else:
-        first = plain_loop(noise(), schedule, solvers[1], (1.0, 2.0), 0.875, experts, steps=2)
-        expected = plain_loop(first, schedule.after(2), solvers[0], (1.0, 2.0), 0.875, experts)
+        first = plain_loop(noise(), schedule, solvers.high, (1.0, 2.0), 0.875, experts, steps=2)
+        expected = plain_loop(first, schedule.after(2), solvers.low, (1.0, 2.0), 0.875, experts)
     # The same operations fused differently: a few float32 roundings a step of values around 1.
     np.testing.assert_allclose(result, expected, atol=5e-6)
 
@@ -173,7 +152,7 @@ def test_evaluations(guidance):
     evaluations.clear()
     schedule = make_schedule("official", ("euler", "unipc"), (4, 2), 5.0, 0.875)
     solvers = get_solver("euler"), get_solver("unipc")
-    denoise(noise(), schedule, solvers, guidance, 0.875, experts.__getitem__)
+    sample(noise(), schedule, solvers, guidance, 0.875, experts.__getitem__)
     jax.effects_barrier()
     low, high = guidance if isinstance(guidance, tuple) else (guidance, guidance)
     assert len(evaluations) == 2 * (1 if high == 1 else 2) + 4 * (1 if low == 1 else 2)
@@ -185,11 +164,11 @@ def test_one_executable_for_each_solver_with_and_without_guidance(experts):
     solvers = get_solver("euler"), get_solver("unipc")
     for steps in ((4, 2), (1, 3)):
         schedule = make_schedule("official", ("euler", "unipc"), steps, 5.0, 0.875)
-        denoise(noise(), schedule, solvers, (1.0, 3.0), 0.875, experts.__getitem__)
+        sample(noise(), schedule, solvers, (1.0, 3.0), 0.875, experts.__getitem__)
     assert StandIn.traces == 2
-    denoise(noise(), schedule, solvers, (4.0, 1.0), 0.875, experts.__getitem__)
+    sample(noise(), schedule, solvers, (4.0, 1.0), 0.875, experts.__getitem__)
     assert StandIn.traces == 4
-    denoise(noise(), schedule, solvers[::-1], (1.0, 3.0), 0.875, experts.__getitem__)
+    sample(noise(), schedule, solvers[::-1], (1.0, 3.0), 0.875, experts.__getitem__)
     assert StandIn.traces == 4
 
 
@@ -197,7 +176,7 @@ def test_each_expert_has_its_guidance(experts):
     """Swapping (low, high) must show; so must leaving one expert's guidance out."""
     schedule = make_schedule("official", "unipc", 6, 12.0)
     results = [
-        denoise(noise(), schedule, get_solver("unipc"), guidance, 0.875, experts.__getitem__)
+        sample(noise(), schedule, get_solver("unipc"), guidance, 0.875, experts.__getitem__)
         for guidance in ((2.0, 3.5), (3.5, 2.0), (2.0, 1.0), 2.0)
     ]
     for i, first in enumerate(results):
@@ -209,14 +188,14 @@ def test_guidance_1_needs_no_negative_context(experts):
     schedule = make_schedule("official", "euler", 4, 12.0)
     arguments = noise(), schedule, get_solver("euler")
     without = {name: replace(expert, negative=None) for name, expert in experts.items()}
-    result = denoise(*arguments, 1.0, 0.875, without.__getitem__)
+    result = sample(*arguments, 1.0, 0.875, without.__getitem__)
     # Official: two passes whose difference times 1 is added back, which rounds a little.
     np.testing.assert_allclose(result, plain_loop(*arguments, (1.0, 1.0), 0.875, experts), atol=5e-6)
     only_high = {**experts, "low_noise": without["low_noise"]}
-    mixed = denoise(*arguments, (1.0, 3.0), 0.875, only_high.__getitem__)
+    mixed = sample(*arguments, (1.0, 3.0), 0.875, only_high.__getitem__)
     np.testing.assert_allclose(mixed, plain_loop(*arguments, (1.0, 3.0), 0.875, experts), atol=5e-6)
     with pytest.raises(InputError, match="guidance 3 of expert 'low_noise' needs a negative prompt"):
-        denoise(*arguments, 3.0, 0.875, only_high.__getitem__)
+        sample(*arguments, 3.0, 0.875, only_high.__getitem__)
 
 
 def test_guidance_1_skips_the_second_pass(experts):
@@ -226,8 +205,8 @@ def test_guidance_1_skips_the_second_pass(experts):
     }
     schedule = make_schedule("official", "unipc", 3, 12.0)
     arguments = noise(), schedule, get_solver("unipc")
-    assert np.isfinite(denoise(*arguments, 1.0, 0.875, poisoned.__getitem__)).all()
-    assert not np.isfinite(denoise(*arguments, 1.01, 0.875, poisoned.__getitem__)).any()
+    assert np.isfinite(sample(*arguments, 1.0, 0.875, poisoned.__getitem__)).all()
+    assert not np.isfinite(sample(*arguments, 1.01, 0.875, poisoned.__getitem__)).any()
 
 
 @pytest.mark.parametrize("guidance", [1.0, (2.0, 3.0)])
@@ -237,7 +216,7 @@ def test_numbers_do_not_recompile(solver, guidance, experts):
     StandIn.traces = 0
     schedule = make_schedule("official", solver, 6, 12.0)
     # The two experts have one trace together; guidance does not add one, its two passes are a loop.
-    denoise(noise(), schedule, get_solver(solver), guidance, 0.875, experts.__getitem__)
+    sample(noise(), schedule, get_solver(solver), guidance, 0.875, experts.__getitem__)
     assert StandIn.traces == 1
     other_guidance = 1.0 if guidance == 1.0 else (5.5, 0.0)
     others = {"high_noise": make_expert(3), "low_noise": make_expert(4)}
@@ -245,8 +224,8 @@ def test_numbers_do_not_recompile(solver, guidance, experts):
     compilations.clear()
     for kind, steps, shift in (("diffusers", 9, 5.0), ("official", 1, 3.0), ("official", 6, 12.0)):
         schedule = make_schedule(kind, solver, steps, shift)
-        denoise(latents, schedule, get_solver(solver), other_guidance, 0.9, others.__getitem__)
-        denoise(latents, schedule, get_solver(solver), other_guidance, 0.5, experts.__getitem__)
+        sample(latents, schedule, get_solver(solver), other_guidance, 0.9, others.__getitem__)
+        sample(latents, schedule, get_solver(solver), other_guidance, 0.5, experts.__getitem__)
     assert StandIn.traces == 1
     assert compilations == []
 
@@ -257,9 +236,9 @@ def test_placement_does_not_recompile(experts):
     committed = {**experts, "high_noise": jax.device_put(experts["high_noise"].denoiser, jax.devices()[0])}
     committed["high_noise"] = replace(experts["high_noise"], denoiser=committed["high_noise"])
     latents = noise()
-    denoise(latents, schedule, get_solver("unipc"), 2.0, 0.875, experts.__getitem__)
+    sample(latents, schedule, get_solver("unipc"), 2.0, 0.875, experts.__getitem__)
     compilations.clear()
-    denoise(latents, schedule, get_solver("unipc"), 2.0, 0.875, committed.__getitem__)
+    sample(latents, schedule, get_solver("unipc"), 2.0, 0.875, committed.__getitem__)
     assert compilations == []
 
 
@@ -279,11 +258,12 @@ def test_compiling_ahead_with_abstract_arrays(experts):
     state = jax.eval_shape(solver.init, jax.ShapeDtypeStruct(SHAPE, jnp.float32))
     solver.init(noise())  # compiles the copies that init makes
     StandIn.traces = 0
-    compile_step(Expert(abstract, *contexts), make_schedule("diffusers", "unipc", 1, 3.0), solver, state)
+    (segment,) = plan_segments(make_schedule("diffusers", "unipc", 1, 3.0), solver, 3.0, None)
+    compile_step(Expert(abstract, *contexts), segment, state)
     assert StandIn.traces == 1
     latents = noise()
     compilations.clear()
-    denoise(latents, schedule, solver, 2.0, 0.875, experts.__getitem__)
+    sample(latents, schedule, solver, 2.0, 0.875, experts.__getitem__)
     assert StandIn.traces == 1
     assert compilations == []
 
@@ -292,7 +272,7 @@ def test_reports(experts):
     jax.clear_caches()
     reports: list[StepReport] = []
     schedule = make_schedule("official", "unipc", 6, 12.0)
-    denoise(noise(), schedule, get_solver("unipc"), 2.0, 0.875, experts.__getitem__, reports.append)
+    sample(noise(), schedule, get_solver("unipc"), 2.0, 0.875, experts.__getitem__, reports.append)
     assert [report.index for report in reports] == list(range(6))
     assert {report.total for report in reports} == {6}
     assert [report.expert for report in reports] == plan_steps(schedule, 0.875)
@@ -318,7 +298,7 @@ def test_experts_are_asked_for_once_and_dropped():
         )
         return expert
 
-    denoise(noise(), make_schedule("official", "unipc", 6, 12.0), get_solver("unipc"), 2.0, 0.875, get_expert)
+    sample(noise(), make_schedule("official", "unipc", 6, 12.0), get_solver("unipc"), 2.0, 0.875, get_expert)
     assert asked == ["high_noise", "low_noise"]
     assert len(alive) == 2 * 4
 
@@ -332,7 +312,7 @@ def test_interrupt_between_steps(experts):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        denoise(
+        sample(
             latents, make_schedule("official", "unipc", 6, 12.0), get_solver("unipc"), 2.0, None, experts.get, interrupt
         )
     np.testing.assert_array_equal(latents, before)  # the caller's latents are not what the step donates
@@ -342,13 +322,13 @@ def test_memory_of_a_guided_step():
     """Guidance costs one context (the chosen of two), no second set of activations; the state is updated in place."""
     channels, layers, tokens = 16, 4, 4096
     shape = (1, channels, 2, 32, 32)
-    solver, schedule = get_solver("unipc"), make_schedule("official", "unipc", 6, 12.0)
+    (segment,) = plan_segments(make_schedule("official", "unipc", 6, 12.0), get_solver("unipc"), 3.0, None)
     text = jnp.ones((1, tokens, TEXT_DIM))
     guided = Expert.prepare(StandIn(nnx.Rngs(0), layers, channels), text, text)
-    state = solver.init(jnp.ones(shape))
+    state = segment.solver.init(jnp.ones(shape))
     sizes = {}
     for name, expert in (("plain", replace(guided, negative=None)), ("guided", guided)):
-        sizes[name] = compile_step(expert, schedule, solver, state).memory_analysis()
+        sizes[name] = compile_step(expert, segment, state).memory_analysis()
     latents_bytes = state.latents.nbytes
     assert sizes["guided"].alias_size_in_bytes == 4 * latents_bytes
     extra = sizes["guided"].temp_size_in_bytes - sizes["plain"].temp_size_in_bytes
@@ -370,10 +350,10 @@ def test_with_the_denoiser():
     reports: list[StepReport] = []
     latents = jax.random.normal(jax.random.key(1), shape)
     arguments = latents, make_schedule("official", "unipc", 6, 12.0), get_solver("unipc"), (2.0, 3.0), 0.875
-    solver_state = arguments[2].init(latents)
-    compile_step(experts["high_noise"], arguments[1], arguments[2], solver_state)
+    first = plan_segments(*arguments[1:])[0]
+    compile_step(experts["high_noise"], first, first.solver.init(latents))
     compilations.clear()
-    result = denoise(*arguments, experts.__getitem__, reports.append)
+    result = sample(*arguments, experts.__getitem__, reports.append)
     assert compilations == []
     assert {report.expert for report in reports} == {"high_noise", "low_noise"}
     # The same operations fused differently; matrix products of some 20 terms add to the roundings.
