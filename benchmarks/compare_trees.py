@@ -65,12 +65,11 @@ class Checkout:
         self.meshes = importlib.import_module("wan_jax.bench_mesh" if self.is_old else "wan_bench.meshes")
         self.rows: list[Any] = []
         config = self.parts.get_config(options["preset"])
+        size, frames = options["size"], options["frames"]
         if self.is_old:
-            settings = self.parts.Settings.resolve(
-                config, size=self.parts.parse_size(options["size"]), frames=options["frames"]
-            )
+            settings = self.parts.Settings.resolve(config, size=self.parts.parse_size(size), frames=frames)
         else:
-            settings = self.parts.SamplingParams(size=options["size"], frames=options["frames"]).resolve(config)
+            settings = self.parts.SamplingParams(size=size, frames=frames).resolve(config)
         self.bench = self.parts.Bench(config, settings, "bfloat16", "bfloat16", 3, self.rows.append)
         self.mesh_bench = self.meshes.MeshBench(config, settings, "bfloat16", 1, 1)
         self.expert: Any = None
@@ -93,8 +92,7 @@ class Checkout:
         if self.is_old:
             strategy = self.meshes.Strategy.parse(mesh)
             return self.meshes.Spread.over(strategy) if strategy.devices > 1 else None
-        spec = self.meshes.MeshSpec.parse(mesh)
-        return self.meshes.Placement.over(spec) if spec.devices > 1 else None
+        return self.meshes.Placement.over(self.meshes.MeshSpec.parse(mesh))
 
     def compile(self, guided: bool) -> dict[str, Any]:
         seconds, program = self.mesh_bench.compile(self.expert, guided)

@@ -62,7 +62,7 @@ class Run:
         return "cfg2" if self.gpus == 2 else f"cfg2-ulysses{self.gpus // 2}"
 
     def bench(self, part: str, size: str, limit: float, *arguments: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "wan_jax.cli.main", "bench", part, *self.options(size), *arguments]
+        command = [sys.executable, "-m", "wan_bench", part, *self.options(size), *arguments]
         return self.process(f"bench {part}", command, limit)
 
     def process(self, name: str, command: list[str], limit: float) -> dict[str, Any]:
