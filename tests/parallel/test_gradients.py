@@ -16,7 +16,8 @@ from wan_jax.diffusion.step import Expert
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.collectives import MESH_AXES
 from wan_jax.parallel.mesh_spec import MeshSpec
-from wan_jax.parallel.placement import Placement, gather_outside_layers
+from wan_jax.parallel.placement import Placement
+from wan_jax.parallel.sharding import gather_outside_layers, state_specs
 from wan_jax.testing.models import random_model
 
 # 3 x 1 x 3 = 9 tokens: over four devices the last has none, only padding.
@@ -44,7 +45,7 @@ def gradients(mesh: str) -> dict[str, np.ndarray]:
         denoiser = nnx.merge(graphdef, gather_outside_layers(state))
         return denoiser(latents, jnp.full(latents.shape[:1], 500.0), denoiser.encode_context(text))
 
-    in_specs = placement.state_specs(state), placement.batch, placement.batch
+    in_specs = state_specs(state), placement.batch, placement.batch
     forward = placement.run(forward, in_specs, placement.batch)
 
     def loss(state: nnx.State, latents: jax.Array, text: jax.Array) -> jax.Array:

@@ -154,7 +154,7 @@ def test_no_usable_video(train, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mesh": "tensor2"}, "training spreads over data and fsdp, not tensor"),
+        ({"mesh": "cfg2"}, "mesh cfg2: training has no use for cfg"),
         ({"mesh": "data64"}, "mesh data64: needs 64 devices"),
         ({"data__buckets": "30x16x5"}, "bucket 30x16x5: must be multiples of 16"),
         ({"data__folder": "/nowhere"}, "has neither metadata.jsonl and metadata.csv"),

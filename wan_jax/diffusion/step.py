@@ -23,9 +23,9 @@ from wan_jax.diffusion.segments import Segment
 from wan_jax.diffusion.solvers import StepState
 from wan_jax.kernels.precision import gelu_in_epilogue
 from wan_jax.models.nn.layers import on_host
-from wan_jax.parallel import collectives, stages
+from wan_jax.parallel import collectives, sharding, stages
 from wan_jax.parallel.collectives import CFG, DATA, PIPELINE
-from wan_jax.parallel.placement import SINGLE, Placement, gather_outside_layers
+from wan_jax.parallel.placement import SINGLE, Placement
 from wan_jax.runtime.xla_flags import step_options
 
 
@@ -149,7 +149,7 @@ def _placed_step(graphdef, solver, placement, parameters, positive, negative, st
         step, state_specs = _pipeline_tick, PipelineState(placement.batch, placement.stages, placement.evaluation)
     contexts, known = (placement.context, placement.context), placement.batch_specs(conditioning)
     # The inputs are whole on every device, which takes its rows: processes pass them as NumPy arrays.
-    in_specs = placement.state_specs(parameters), *contexts, state_specs, known, PartitionSpec(), PartitionSpec()
+    in_specs = sharding.state_specs(parameters), *contexts, state_specs, known, PartitionSpec(), PartitionSpec()
     run = placement.run(partial(step, graphdef, solver), in_specs, state_specs)
     return run(parameters, positive, negative, state, conditioning, inputs, tick)
 
@@ -157,7 +157,7 @@ def _placed_step(graphdef, solver, placement, parameters, positive, negative, st
 def _step(graphdef, solver, parameters, positive, negative, state, conditioning, inputs, tick):
     del tick
     inputs = collectives.split_axis(inputs, (DATA,), axis=0)
-    denoiser = nnx.merge(graphdef, gather_outside_layers(parameters))
+    denoiser = nnx.merge(graphdef, sharding.gather_outside_layers(parameters))
 
     def evaluate(is_conditional: jax.Array) -> jax.Array:
         context = jax.tree.map(partial(jnp.where, is_conditional), positive, negative)
@@ -181,7 +181,7 @@ def _step(graphdef, solver, parameters, positive, negative, state, conditioning,
 def _pipeline_tick(graphdef, solver, parameters, positive, negative, carry, conditioning, inputs, tick):
     """Each stage takes a video through its layers, and the last stage's video makes its step if it is due."""
     inputs = collectives.split_axis(inputs, (DATA,), axis=0)
-    denoiser = nnx.merge(graphdef, gather_outside_layers(parameters))
+    denoiser = nnx.merge(graphdef, sharding.gather_outside_layers(parameters))
 
     def row(tree: Any, video: jax.Array, axis: int = 0) -> Any:
         """A video's part; arrays of one row are for all videos."""
@@ -218,8 +218,8 @@ def _solve(solver, state, velocity, inputs, conditioning):
 @partial(jax.jit, static_argnames=("graphdef", "placement"))
 def _encode_context(graphdef, placement, parameters, text, image):
     def encode(parameters, text, image):
-        denoiser = nnx.merge(graphdef, gather_outside_layers(parameters))
+        denoiser = nnx.merge(graphdef, sharding.gather_outside_layers(parameters))
         return denoiser.encode_context(text) if image is None else denoiser.encode_context(text, image)
 
-    in_specs = placement.state_specs(parameters), placement.batch, placement.batch
+    in_specs = sharding.state_specs(parameters), placement.batch, placement.batch
     return placement.run(encode, in_specs, placement.context)(parameters, text, image)

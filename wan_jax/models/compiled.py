@@ -14,6 +14,7 @@ from wan_jax.models.nn.causal_conv import Cache
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.placement import SINGLE, Placement
+from wan_jax.parallel.sharding import state_specs
 from wan_jax.parallel.tiles import TILES, frame_mesh
 from wan_jax.runtime.compiled import CompiledFunction
 from wan_jax.runtime.xla_flags import TEXT_ENCODER_OPTIONS
@@ -52,7 +53,7 @@ def _text_encoding(placement: Placement) -> Callable:
         def encode(state: nnx.State, tokens: jax.Array, mask: jax.Array) -> jax.Array:
             return nnx.merge(graphdef, state)(tokens, mask)
 
-        return parts.run(encode, (parts.state_specs(state), P(), P()), P())(state, tokens, mask)
+        return parts.run(encode, (state_specs(state), P(), P()), P())(state, tokens, mask)
 
     return encode_text
 

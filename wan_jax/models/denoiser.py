@@ -120,7 +120,10 @@ class Denoiser(nnx.Module):
         if image is not None and self.image_embedding is not None:
             image = self.image_embedding(image)
         _, context = scan_layers(
-            lambda _, layer, __: (None, layer.project_context(text, image)), None, self.blocks.cross_attention
+            lambda _, layer, __: (None, layer.project_context(text, image)),
+            None,
+            self.blocks.cross_attention,
+            remat=self.remat,
         )
         return context
 

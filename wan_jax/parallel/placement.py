@@ -1,7 +1,7 @@
 """Where the arrays of a run are, and functions that run on all of its devices at once.
 
-A `Placement` is a mesh, the rules that say which logical axis of a parameter goes over which mesh axis, and the offload
-profile. One device is the trivial case: nothing is split, and functions run as they are.
+A `Placement` is a mesh, on which parameters are split as `sharding.RULES` says, and the offload profile. One device is
+the trivial case: nothing is split, and functions run as they are.
 """
 
 import math
@@ -12,25 +12,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from wan_jax.config import DenoiserConfig, TextEncoderConfig
-from wan_jax.parallel import collectives
-from wan_jax.parallel.collectives import CFG, DATA, FSDP, PIPELINE, TENSOR
+from wan_jax.parallel.collectives import CFG, DATA, PIPELINE, TENSOR
 from wan_jax.parallel.mesh_spec import ONE_DEVICE, MeshSpec
 from wan_jax.parallel.sequence import TOKEN_AXES
-from wan_jax.parallel.sharding import ShardingRules
+from wan_jax.parallel.sharding import parameter_spec
 from wan_jax.parameters import ParameterInfo
 from wan_jax.runtime.offload import RESIDENT, Profile, single_device
 
-# For every mesh; axes of one device are ignored. What tensor parallelism splits, the models sum up again
-# (`collectives.TENSOR_AXES`).
-RULES = ShardingRules(
-    batch=(DATA,), embed=(FSDP,), heads=(TENSOR,), mlp=(TENSOR,), vocab=(TENSOR,), conv_out=(), layers=(PIPELINE,)
-)
 REPLICATED = P()  # every device has all of an array
 _NO_DEVICES = ONE_DEVICE.abstract_mesh()
 
@@ -98,7 +91,7 @@ class Placement:
         return Placement.over(mesh_spec, self.devices)
 
     # Specs of activations. [B, C, F, h, w] and everything else whose first axis is the batch:
-    batch = P(*RULES.batch)
+    batch = P(DATA)
     # Keys and values of all layers, [layers, B, T, heads, head_dim].
     context = P(PIPELINE, DATA, None, TENSOR)
     # One video for each device along these axes: tokens [1, S, dim] on their way through the stages, and a velocity.
@@ -109,23 +102,6 @@ class Placement:
         """Specs of arrays that have one row for each video, or one for all of them."""
         return jax.tree.map(lambda x: self.batch if np.ndim(x) and len(x) > 1 else REPLICATED, tree)
 
-    def parameter_spec(self, axes: Sequence[str | None]) -> P:
-        """The spec of a parameter with these logical axes, "layers" first where layers are stacked.
-
-        Vectors stay whole over "fsdp": gathering them would cost more than they take.
-        """
-        is_vector = len([axis for axis in axes if axis != "layers"]) == 1
-
-        def place(axis: str | None) -> str | None:
-            names = () if axis is None or (axis == "embed" and is_vector) else RULES.mesh_axes(axis)
-            return names[0] if names else None
-
-        return P(*map(place, axes))
-
-    def state_specs(self, state: nnx.State) -> Any:
-        """The specs of a transformer's state, as `nnx.split` returns it, for `run`."""
-        return jax.tree.map(lambda variable: self.parameter_spec(_axes(variable)), state, is_leaf=_is_variable)
-
     def sharding(self, spec: P = REPLICATED) -> Sharding:
         """The sharding of arrays with this spec, in device memory."""
         return single_device(self.devices[0]) if self.is_single else NamedSharding(self.mesh, spec)
@@ -134,7 +110,7 @@ class Placement:
         """The sharding of a parameter, while its model waits."""
         if self.is_single:
             return single_device(self.devices[0], on_host=self.offload.idle_on_host)
-        return NamedSharding(self.mesh, self.parameter_spec(axes))
+        return NamedSharding(self.mesh, parameter_spec(axes))
 
     def parameter_shardings(self, tree: Mapping[str, ParameterInfo]) -> dict[str, Sharding]:
         """The same of a transformer's parameters, by name: what `Checkpoint.load` takes."""
@@ -185,24 +161,3 @@ def put(array: ArrayLike, sharding: Sharding) -> jax.Array:
         return jax.device_put(array, sharding)
     host = np.asarray(array)
     return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
-
-
-def gather_outside_layers(state: nnx.State) -> nnx.State:
-    """What lies outside the layers, brought together from its parts; `scan_layers` does so with each layer."""
-
-    def gather(variable: nnx.Variable) -> nnx.Variable:
-        axes = _axes(variable)
-        if "layers" in axes:
-            return variable
-        return variable.replace(collectives.gather_weight(variable.get_value(), axes))
-
-    return jax.tree.map(gather, state, is_leaf=_is_variable)
-
-
-def _axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-    axes = tuple(variable.get_metadata()["axes"])
-    return ("layers", *axes) if len(axes) < len(variable.get_value().shape) else axes
-
-
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)

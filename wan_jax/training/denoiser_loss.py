@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -22,7 +23,8 @@ from wan_jax.config import DenoiserConfig, WanConfig
 from wan_jax.diffusion.schedule import TRAIN_TIMESTEPS, shift_sigmas
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.parallel.sharding import whole
+from wan_jax.parallel.placement import REPLICATED, SINGLE, Placement
+from wan_jax.parallel.sharding import gather_outside_layers, state_specs
 from wan_jax.parameters import with_parameters
 from wan_jax.planning.time import denoiser_flops
 from wan_jax.training.adapters import with_adapters
@@ -77,6 +79,7 @@ class DenoiserLoss:
       dtype: of products; parameters are rounded to it first, as sampling has them.
       remat: see `layers.scan_layers`.
       lora_scale: alpha / rank; None: the experts themselves are trained.
+      placement: where parameters and batches are.
     """
 
     config: WanConfig
@@ -85,6 +88,7 @@ class DenoiserLoss:
     dtype: DTypeLike
     remat: str | None = None
     lora_scale: float | None = None
+    placement: Placement = SINGLE
 
     def __call__(
         self, parameters: Any, frozen: Any, batch: Mapping[str, jax.Array], keys: jax.Array
@@ -93,8 +97,8 @@ class DenoiserLoss:
         for expert, count in self.counts(len(keys)).items():
             rows = slice(start, start + count)
             denoiser = self.denoiser(expert, parameters, frozen)
-            mine = {name: array[rows] for name, array in batch.items()}
-            errors.append(self.errors(denoiser, expert, mine, frozen["empty_text"], keys[rows]))
+            examples = {name: array[rows] for name, array in batch.items()}
+            errors.append(self._placed_errors(denoiser, expert, examples, frozen["empty_text"], keys[rows]))
             metrics[f"loss_{expert}"] = errors[-1].mean()
             start += count
         return jnp.concatenate(errors).mean(), metrics if len(metrics) > 1 else {}
@@ -111,17 +115,35 @@ class DenoiserLoss:
     def denoiser(self, expert: str, parameters: Any, frozen: Any) -> Denoiser:
         """The expert as it is now; gradients with respect to `parameters` go through."""
 
+        # Gathered weights are never kept for the backward pass.
+        remat = self.remat or ("weights" if self.placement.mesh_spec.fsdp > 1 else None)
+
         def build() -> Denoiser:
-            return Denoiser(self.config.denoiser, dtype=self.dtype, remat=self.remat, rngs=nnx.Rngs(0))
+            return Denoiser(self.config.denoiser, dtype=self.dtype, remat=remat, rngs=nnx.Rngs(0))
 
         arrays = parameters[expert] if self.lora_scale is None else frozen["experts"][expert]
         arrays = {name: array.astype(self.dtype) for name, array in arrays.items()}
-        # On a mesh, layers are brought together one by one (`scan_layers`), and the rest here.
-        arrays = {name: array if name.startswith("blocks.") else whole(array) for name, array in arrays.items()}
         denoiser = with_parameters(build, arrays)
         if self.lora_scale is None:
             return denoiser
         return with_adapters(denoiser, parameters[expert], self.lora_scale)
+
+    def _placed_errors(
+        self, denoiser: Denoiser, expert: str, batch: Mapping[str, jax.Array], empty_text: jax.Array, keys: jax.Array
+    ) -> jax.Array:
+        """`errors`, computed on all devices; an expert's examples need not divide over "data"."""
+        graphdef, state = nnx.split(denoiser)
+
+        def errors(state: nnx.State, batch: Any, empty_text: jax.Array, keys: jax.Array) -> jax.Array:
+            return self.errors(nnx.merge(graphdef, gather_outside_layers(state)), expert, batch, empty_text, keys)
+
+        count = len(keys)
+        if missing := -count % self.placement.mesh_spec.data:  # devices without an example of their own repeat one
+            rows = np.arange(count + missing) % count
+            batch, keys = jax.tree.map(lambda array: array[rows], (batch, keys))
+        rows_spec = self.placement.batch
+        run = self.placement.run(errors, (state_specs(state), rows_spec, REPLICATED, rows_spec), rows_spec)
+        return run(state, batch, empty_text, keys)[:count]
 
     def errors(
         self,

@@ -24,9 +24,9 @@ from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
+from wan_jax.parallel.collectives import CFG, EXPERTS
 from wan_jax.parallel.mesh_spec import MeshSpec
-from wan_jax.parallel.placement import Placement
-from wan_jax.parallel.sharding import ShardingRules, make_mesh
+from wan_jax.parallel.placement import Placement, put
 from wan_jax.parameters import named_parameters, with_parameters
 from wan_jax.pipeline import WanPipeline
 from wan_jax.runtime import xla_flags
@@ -80,7 +80,7 @@ class TrainingRun:
             Path(options.data.folder), None if options.data.metadata is None else Path(options.data.metadata)
         )
         self.sample_settings = self._sample_settings()
-        self.mesh = self._mesh()
+        self.placement = self._placement()
         self.tree = abstract_model(self.config.denoiser)
         self.lora = options.lora.scale is not None
         self.trained_tree = adapter_tree(self.tree, options.lora) if self.lora else self.tree
@@ -91,6 +91,7 @@ class TrainingRun:
             jnp.dtype(options.dtype),
             remat=options.remat,
             lora_scale=options.lora.scale,
+            placement=self.placement,
         )
         self._remember()
         self._encoding = Placement(offload=PROFILES["swap"])
@@ -109,7 +110,7 @@ class TrainingRun:
         )
         negative = () if self.sample_settings is None else (self.sample_settings.negative_prompt,)
         empty, *_ = self.pipeline.encode_prompts(["", *options.samples.prompts, *negative])  # the rest for samples
-        self._frozen["empty_text"] = self._replicate(empty)
+        self._frozen["empty_text"] = self.placement.put(empty)
         parameters = self._parameters()
         every = options.samples.every
         return Trainer(
@@ -119,7 +120,7 @@ class TrainingRun:
             options.trainer,
             self.folder,
             frozen=self._frozen,
-            mesh=self.mesh,
+            placement=self.placement,
             flops=self._flops,
             peak_flops=matmul_rate(),
             intervals=[] if every is None else [Every(every, self._sample)],
@@ -173,13 +174,12 @@ class TrainingRun:
             raise InputError(f"{self.config.name} has one expert, no {wanted} one; use experts = 'all'")
         return (wanted,)
 
-    def _mesh(self) -> jax.sharding.Mesh | None:
-        strategy = MeshSpec.parse(self.options.mesh)
-        if others := strategy.axes.keys() - {"data", "fsdp"}:
-            raise InputError(f"mesh {strategy}: training spreads over data and fsdp, not {min(others)}")
-        if strategy.devices > len(jax.devices()):
-            raise InputError(f"mesh {strategy}: needs {strategy.devices} devices, there are {len(jax.devices())}")
-        return make_mesh(strategy.axes, jax.devices()[: strategy.devices]) if strategy.axes else None
+    def _placement(self) -> Placement:
+        mesh_spec = MeshSpec.parse(self.options.mesh)
+        if others := mesh_spec.axes.keys() & {EXPERTS, CFG}:
+            raise InputError(f"mesh {mesh_spec}: training has no use for {min(others)}; use data, or any other axis")
+        mesh_spec.check(self.config)
+        return Placement.over(mesh_spec)
 
     def _sample_settings(self) -> SamplingParams | None:
         samples = self.options.samples
@@ -228,26 +228,16 @@ class TrainingRun:
         if not self.lora:
             return {expert: self._load(expert, "float32") for expert in self.experts}
         self._frozen["experts"] = {expert: self._load(expert, self.options.dtype) for expert in self.experts}
-        places = self._places(self.trained_tree)
+        shardings = self.placement.parameter_shardings(self.trained_tree)
         parameters = {}
         for index, expert in enumerate(self.experts):
             arrays = initial_adapters(self.trained_tree, seed=self.options.trainer.seed + index)
-            parameters[expert] = {name: jax.device_put(array, places[name]) for name, array in arrays.items()}
+            parameters[expert] = {name: put(array, shardings[name]) for name, array in arrays.items()}
         return parameters
 
     def _load(self, expert: str, dtype: str) -> dict[str, jax.Array]:
         with self.bars.transfers("load") as report:
-            return self.checkpoint.load(expert, dtype, self._places(self.tree), progress=report)
-
-    def _places(self, tree: Mapping[str, Any]) -> dict[str, jax.sharding.Sharding]:
-        if self.mesh is None:
-            return dict.fromkeys(tree, single_device(jax.devices()[0], on_host=False))
-        return dict(ShardingRules().shardings(tree, self.mesh))
-
-    def _replicate(self, array: jax.Array) -> jax.Array:
-        if self.mesh is None:
-            return jax.device_put(array, single_device(jax.devices()[0], on_host=False))
-        return jax.device_put(array, jax.sharding.NamedSharding(self.mesh, jax.P()))
+            return self.checkpoint.load(expert, dtype, self.placement.parameter_shardings(self.tree), progress=report)
 
     def _flops(self, batch: Mapping[str, Any]) -> float:
         *sizes, _, frames, height, width = batch["latents"].shape
@@ -261,7 +251,7 @@ class TrainingRun:
         use_average = self.options.export.weights == "ema" and state.ema is not None
         trained, frozen = state.ema if use_average else state.parameters, self._frozen
         here = single_device(jax.devices()[0], on_host=False)
-        if self.mesh is not None:  # samples are made on one device
+        if not self.placement.is_single:  # samples are made on one device
             trained, frozen = jax.device_put((trained, self._frozen), here)
         denoisers = {expert: self.loss.denoiser(expert, trained, frozen) for expert in self.experts}
         # Arrays that are where the pipeline runs them are shared with it; it frees only what it copied itself.

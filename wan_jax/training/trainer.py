@@ -1,6 +1,5 @@
 """The training loop, for any loss: the step, checkpoints, figures, and what is to be done at intervals."""
 
-import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,10 +9,10 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import PartitionSpec
 
 from wan_jax.errors import InputError
-from wan_jax.parallel.sharding import ShardingRules
+from wan_jax.parallel.placement import SINGLE, Placement
 from wan_jax.runtime.compiled import CompiledFunction
 from wan_jax.training.checkpoints import Checkpoints
 from wan_jax.training.config import TrainerConfig
@@ -77,8 +76,7 @@ class Trainer:
       config: see TrainerConfig.
       folder: of the run: checkpoints/, metrics.jsonl, tensorboard/.
       frozen: a tree of arrays that the loss reads.
-      mesh: devices to spread batches over; None for one device. Parameters and `frozen` lie on it already.
-      rules: where the batch axis goes.
+      placement: where batches go; parameters and `frozen` are there already.
       flops: of one step with a batch like this one, for the share of the peak that is reached (MFU).
       peak_flops: per second, of one device: what that share refers to.
       intervals: what else is to be done.
@@ -96,8 +94,7 @@ class Trainer:
         folder: Path,
         *,
         frozen: Any = None,
-        mesh: Mesh | None = None,
-        rules: ShardingRules | None = None,
+        placement: Placement = SINGLE,
         flops: Callable[[Any], float] | None = None,
         peak_flops: float | None = None,
         intervals: Sequence[Every] = (),
@@ -105,27 +102,22 @@ class Trainer:
         same_step: "Trainer | None" = None,
         show: Callable[[str], None] | None = show_line,
     ):
-        rules = ShardingRules() if rules is None else rules
-        one_device = SingleDeviceSharding(jax.devices()[0])
         self.config = config
         self.folder = folder
         self._start = time.perf_counter()
         self._earlier_seconds = 0.0
         self._batches = batches
         self._frozen = frozen
-        self._mesh = mesh
+        self._placement = placement
         self._flops = flops
-        self._peak_flops = None if peak_flops is None else peak_flops * (1 if mesh is None else mesh.size)
+        self._peak_flops = None if peak_flops is None else peak_flops * placement.mesh_spec.devices
         self._intervals = intervals
         self._show = show
-        self._batch_sharding = one_device if mesh is None else rules.batch_sharding(mesh, leading=1)
-        self._microbatch_multiple = 1 if mesh is None else rules.batch_parts(mesh)
-
         # The devices of a CPU share a pool of threads, in which collectives of two steps can wait for each other.
-        self._one_at_a_time = mesh is not None and jax.default_backend() == "cpu"
+        self._one_at_a_time = not placement.is_single and jax.default_backend() == "cpu"
 
         optimizer = make_optimizer(config.optimizer)
-        replicated = one_device if mesh is None else NamedSharding(mesh, PartitionSpec())
+        replicated = placement.sharding()
         ema = config.ema_decay is not None
         self.state = init_state(parameters, optimizer, seed=config.seed, ema=ema, replicated=replicated)
         self._shapes = jax.tree.map(
@@ -231,9 +223,7 @@ class Trainer:
         self._compile(self._place(batch))
 
     def _compile(self, batch: Any) -> None:
-        # Models ask the mesh that they are traced under what lies where.
-        with contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh):
-            self._step.compile(self._shapes, self._frozen, batch, np.float32(0))
+        self._step.compile(self._shapes, self._frozen, batch, np.float32(0))
 
     @property
     def _position(self) -> float:
@@ -246,13 +236,13 @@ class Trainer:
 
     def _place(self, batch: Any) -> Any:
         size = jax.tree.leaves(batch)[0].shape[0]
-        multiple = self.config.accumulation * self._microbatch_multiple
-        if size % multiple:
+        accumulation, data = self.config.accumulation, self._placement.mesh_spec.data
+        if size % (accumulation * data):
             raise InputError(
-                f"a batch of {size} does not split into {self.config.accumulation} microbatches on "
-                f"{self._microbatch_multiple} parts of the mesh; use a multiple of {multiple}"
+                f"a batch of {size} does not split into {accumulation} microbatches on {data} parts of the mesh; "
+                f"use a multiple of {accumulation * data}"
             )
-        return jax.device_put(split_batch(batch, self.config.accumulation), self._batch_sharding)
+        return self._placement.put(split_batch(batch, accumulation), PartitionSpec(None, *self._placement.batch))
 
     def _report(self, log: MetricsLog, pending: list["_Row"], clock: "_Clock", extra: dict[str, float]) -> None:
         """Writes the pending rows, for which it waits, and a line of progress; `extra` joins the last row."""

@@ -12,7 +12,6 @@ from jax.typing import DTypeLike
 from wan_jax.kernels.attention.backward import keeps_attention
 from wan_jax.kernels.precision import matmul_precision, rounded
 from wan_jax.parallel import collectives
-from wan_jax.parallel.sharding import whole
 
 
 class Adapter(nnx.Module):
@@ -166,6 +165,7 @@ def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "layer": None,  # nothing: least memory
     "attention": keeps_attention,  # the results of attention, which cost most to compute again
+    "weights": lambda primitive, *_, **__: primitive is not lax.all_gather_p,  # all but gathered weights ("fsdp")
 }
 
 
@@ -189,7 +189,8 @@ def scan_layers(
       carry: what goes from layer to layer.
       layers: made by `stack_layers`.
       per_layer: arrays with a leading layers axis, such as a context; `step` gets one layer's x of it.
-      remat: a name in REMAT_POLICIES: the backward pass computes a layer again instead of keeping what it needs of it.
+      remat: a name in REMAT_POLICIES, for training: the backward pass computes a layer again instead of keeping what it
+        needs of it. Parameters on the host, or in parts without remat, have no gradients.
       unroll: write the layers out one by one instead of as a loop, where they lie on the device. What a backward pass
         keeps of them is not stacked then: training steps of a few small layers move less memory, and compile longer.
 
@@ -205,20 +206,20 @@ def scan_layers(
     def run(carry: Any, layer: list[jax.Array | None], x: Any) -> tuple[Any, Any]:
         return step(carry, nnx.merge(graphdef, jax.tree.unflatten(structure, layer)), x)
 
-    if remat is not None:
-        # Training. The backward pass brings a layer together again, too, instead of keeping it whole. prevent_cse would
-        # only guard against what cannot happen across the steps of a scan.
-        alone = run
-        run = jax.checkpoint(
-            lambda carry, layer, x: alone(carry, whole(layer), x), policy=REMAT_POLICIES[remat], prevent_cse=False
-        )
-    if not any(far):
-        return lax.scan(lambda carry, xs: run(carry, *xs), carry, (leaves, per_layer), unroll=unroll)
-
     def gather(layer: list[jax.Array | None]) -> list[jax.Array | None]:
         return [
             leaf if leaf is None else collectives.gather_weight(leaf, n) for leaf, n in zip(layer, axes, strict=True)
         ]
+
+    if remat is not None:
+        # The backward pass gathers a layer again, too, instead of keeping it whole. A scan needs no guard against CSE.
+        run = jax.checkpoint(
+            lambda carry, layer, x, run=run: run(carry, gather(layer), x),
+            policy=REMAT_POLICIES[remat],
+            prevent_cse=False,
+        )
+    if remat is not None or not any(far):
+        return lax.scan(lambda carry, xs: run(carry, *xs), carry, (leaves, per_layer), unroll=unroll)
 
     count = len(leaves[0])
     # XLA makes every copy that it is told to, so those that no one reads are left out.
