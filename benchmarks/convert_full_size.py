@@ -24,10 +24,10 @@ import ml_dtypes
 import numpy as np
 
 from wan_jax.checkpoint import open_checkpoint
-from wan_jax.checkpoint.export import write_official_component
-from wan_jax.checkpoint.layouts import denoiser_rows, expand_layers
-from wan_jax.checkpoint.safetensors import SHARD_BYTES
-from wan_jax.checkpoint.tensors import TensorInfo
+from wan_jax.checkpoint.formats.safetensors import SHARD_BYTES
+from wan_jax.checkpoint.formats.tensors import TensorInfo
+from wan_jax.checkpoint.layouts import WRITABLE
+from wan_jax.checkpoint.tables import expanded_table
 from wan_jax.config import WanConfig
 from wan_jax.presets import PRESETS
 
@@ -59,10 +59,11 @@ def random_weights(tensors: dict[str, TensorInfo], names: Sequence[str]) -> Iter
 
 
 def write_expert(folder: pathlib.Path, config: WanConfig) -> dict[str, TensorInfo]:
-    rows = expand_layers(denoiser_rows(config.denoiser), config.denoiser.num_layers)
-    tensors = {row.official: TensorInfo(row.shape, BFLOAT16, "") for row in rows}
+    table = expanded_table(config.denoiser)
+    tensors = {mapping.stored_name("official"): TensorInfo(mapping.torch_shape, BFLOAT16, "") for mapping in table}
     folder.mkdir(parents=True)
-    write_official_component(folder, "denoiser", config, tensors, lambda names: random_weights(tensors, names))
+    official = WRITABLE["official"]
+    official.write_component(folder, "denoiser", config, tensors, lambda names: random_weights(tensors, names))
     return tensors
 
 
@@ -77,11 +78,11 @@ def forget_cached(folder: pathlib.Path) -> None:
 
 def check_sample(source: pathlib.Path, destination: pathlib.Path) -> int:
     """Compares every 50th tensor bit by bit; returns how many."""
-    theirs, ours = open_checkpoint(source).part("denoiser"), open_checkpoint(destination).part("denoiser")
-    sample = theirs.rows[::50]
-    for row, a, b in zip(sample, theirs.read_theirs(sample), ours.read_theirs(sample), strict=True):
+    before, after = open_checkpoint(source).part("denoiser"), open_checkpoint(destination).part("denoiser")
+    sample = before.table[::50]
+    for mapping, a, b in zip(sample, before.read_torch(sample), after.read_torch(sample), strict=True):
         if not np.array_equal(a.view(np.uint16), b.view(np.uint16)):
-            raise SystemExit(f"{row.ours} differs")
+            raise SystemExit(f"{mapping.name} differs")
     return len(sample)
 
 

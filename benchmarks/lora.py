@@ -41,8 +41,8 @@ def main() -> None:
     from wan_jax.runtime import xla_flags
 
     xla_flags.configure()
+    from wan_jax import Lora
     from wan_jax.diffusion.params import SamplingParams
-    from wan_jax.lora.apply import Lora
     from wan_jax.models.compiled import CompiledModels
     from wan_jax.parallel.placement import Placement
     from wan_jax.pipeline import peak_bytes
@@ -131,22 +131,22 @@ def main() -> None:
 
 
 def write_lora(path: pathlib.Path, config: Any, seed: int) -> None:
-    from wan_jax.checkpoint.layouts import denoiser_rows, expand_layers
-    from wan_jax.checkpoint.safetensors import write_safetensors_file
-    from wan_jax.checkpoint.tensors import BFLOAT16, TensorInfo
+    from wan_jax.checkpoint.formats.safetensors import write_safetensors_file
+    from wan_jax.checkpoint.formats.tensors import BFLOAT16, TensorInfo
+    from wan_jax.checkpoint.tables import expanded_table
 
     noise = np.random.default_rng(seed).standard_normal((1 << 20) + 7, np.float32).astype(BFLOAT16)
     infos: dict[str, TensorInfo] = {}
-    for row in expand_layers(denoiser_rows(config), config.num_layers):
-        module, _, leaf = f"diffusion_model.{row.official}".rpartition(".")
+    for mapping in expanded_table(config):
+        module, _, leaf = f"diffusion_model.{mapping.names.official}".rpartition(".")
         if leaf == "modulation":
-            infos[f"{module}.diff_m"] = TensorInfo(row.shape, BFLOAT16, "")
+            infos[f"{module}.diff_m"] = TensorInfo(mapping.torch_shape, BFLOAT16, "")
         elif "norm" in module:
-            infos[f"{module}.{'diff_b' if leaf == 'bias' else 'diff'}"] = TensorInfo(row.shape, BFLOAT16, "")
+            infos[f"{module}.{'diff_b' if leaf == 'bias' else 'diff'}"] = TensorInfo(mapping.torch_shape, BFLOAT16, "")
         elif "text_embedding" in module and leaf == "bias":
-            infos[f"{module}.diff_b"] = TensorInfo(row.shape, BFLOAT16, "")
+            infos[f"{module}.diff_b"] = TensorInfo(mapping.torch_shape, BFLOAT16, "")
         elif ".blocks." in module and leaf == "weight":
-            outputs, inputs = row.shape
+            outputs, inputs = mapping.torch_shape
             infos[f"{module}.lora_down.weight"] = TensorInfo((RANK, inputs), BFLOAT16, "")
             infos[f"{module}.lora_up.weight"] = TensorInfo((outputs, RANK), BFLOAT16, "")
             infos[f"{module}.alpha"] = TensorInfo((), BFLOAT16, "")

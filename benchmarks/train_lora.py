@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from wan_bench.parts import device_facts, normal
-from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.diffusion.params import SamplingParams
+from wan_jax.models.build import abstract_model
 from wan_jax.pipeline import peak_bytes
 from wan_jax.presets import get_preset
 from wan_jax.runtime.compiled import workspace_bytes

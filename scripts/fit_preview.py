@@ -12,7 +12,6 @@ from flax import nnx
 
 from wan_jax import assets
 from wan_jax.checkpoint import open_checkpoint
-from wan_jax.checkpoint.hub import local_checkpoint
 from wan_jax.media.preview import CLIPS, fit_preview
 from wan_jax.models.vae import VAE
 from wan_jax.parameters import with_parameters
@@ -23,7 +22,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default=assets.NANO_WEIGHTS, help="folder, file or hub id (default: nano)")
     parser.add_argument("--clips", type=int, default=CLIPS, help=f"generated clips to encode (default {CLIPS})")
     values = parser.parse_args()
-    checkpoint = open_checkpoint(local_checkpoint(values.checkpoint))
+    checkpoint = open_checkpoint(values.checkpoint)
     config = checkpoint.config.vae
     vae = with_parameters(lambda: VAE(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), checkpoint.load("vae", "float32"))
     run = jax.jit(lambda vae, frames: vae.encode(frames.astype(jnp.float32)[None] / 127.5 - 1)[0])

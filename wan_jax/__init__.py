@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from wan_jax.config import PerExpert, WanConfig
     from wan_jax.errors import InputError
-    from wan_jax.lora.apply import Lora
+    from wan_jax.lora import Lora
     from wan_jax.media.video import Video, read_video
     from wan_jax.pipeline import WanPipeline
     from wan_jax.presets import PRESETS, get_preset
@@ -27,7 +27,7 @@ _HOMES = {
     "WanConfig": "wan_jax.config",
     "get_preset": "wan_jax.presets",
     "InputError": "wan_jax.errors",
-    "Lora": "wan_jax.lora.apply",
+    "Lora": "wan_jax.lora",
     "WanPipeline": "wan_jax.pipeline",
     "Video": "wan_jax.media.video",
     "read_video": "wan_jax.media.video",

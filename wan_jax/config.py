@@ -194,6 +194,8 @@ class SamplingConfig:
     negative_prompt: str = OFFICIAL_NEGATIVE_PROMPT
 
 
+ModelConfig = DenoiserConfig | TextEncoderConfig | VAEConfig | ImageEncoderConfig
+
 # What a model is given beside the noise:
 #   text           the prompt alone;
 #   image_latents  a mask and the latents of given frames, concatenated to the noise along channels;
@@ -221,6 +223,20 @@ class WanConfig:
     def experts(self) -> tuple[str, ...]:
         """Names of the denoisers in the order in which sampling uses them."""
         return ("high_noise", "low_noise") if self.sampling.boundary is not None else ("denoiser",)
+
+    def model(self, component: str) -> ModelConfig:
+        """The config of "text_encoder", "vae", "image_encoder" or a denoiser ("high_noise", "low_noise", "denoiser").
+
+        Raises ValueError for the image encoder of a model that has none.
+        """
+        if component == "image_encoder" and self.image_encoder is None:
+            raise ValueError(f"{self.name} has no image encoder")
+        others: dict[str, ModelConfig | None] = {
+            "text_encoder": self.text_encoder,
+            "vae": self.vae,
+            "image_encoder": self.image_encoder,
+        }
+        return others.get(component) or self.denoiser
 
     @property
     def size_multiple(self) -> tuple[int, int]:

@@ -18,8 +18,6 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 from wan_jax.checkpoint import Checkpoint, open_checkpoint
-from wan_jax.checkpoint.hub import local_checkpoint
-from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.config import WanConfig
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, known_frames, stack_conditioning
 from wan_jax.diffusion.loop import StepReport, denoise
@@ -30,9 +28,11 @@ from wan_jax.diffusion.segments import plan_segments
 from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.diffusion.step import Expert
 from wan_jax.errors import InputError
-from wan_jax.lora.apply import AdaptedDenoiser, Lora, LoraFile, adapter_bytes, open_loras, with_loras
+from wan_jax.lora import Lora, LoraFile, Loras, open_loras
+from wan_jax.lora.apply import AdaptedDenoiser, adapter_bytes, with_loras
 from wan_jax.media.image import Picture, clip_input, frames_to_encode, is_stretched
 from wan_jax.media.video import Video, check_frames
+from wan_jax.models.build import abstract_model
 from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.image_encoder import ImageEncoder
@@ -135,7 +135,7 @@ class WanPipeline:
         Raises:
             InputError: the checkpoint is missing, damaged or of another family; the message names the file or tensor.
         """
-        checkpoint = open_checkpoint(local_checkpoint(path_or_id))
+        checkpoint = open_checkpoint(path_or_id)
         return cls.from_checkpoint(
             checkpoint, dtype, vae_dtype=vae_dtype, profile=profile, mesh=mesh, progress=progress
         )
@@ -150,7 +150,7 @@ class WanPipeline:
         profile: str = "auto",
         mesh: Mesh = None,
         request: SamplingParams | None = None,
-        loras: Sequence[Lora] = (),
+        loras: Loras = (),
         progress: bool | Bars = False,
     ) -> "WanPipeline":
         """Loads the weights of a checkpoint that is already open; otherwise as `from_pretrained`.
@@ -173,7 +173,8 @@ class WanPipeline:
             )
         tokenizer = Tokenizer.from_pretrained(checkpoint.tokenizer_folder, vocab_size=config.text_encoder.vocab_size)
 
-        adapters = [adapter_bytes(each, config.denoiser) for each in open_loras(loras, config).by_expert.values()]
+        opened_loras = open_loras(loras, config)
+        adapters = [adapter_bytes(each, config.denoiser) for each in opened_loras.by_expert.values()]
         run = (request or SamplingParams()).resolve(config)
         placement, programs = choose_placement(
             mesh, profile, config, run, dtype, vae_dtype, adapter_bytes=max(adapters), note=bars.note
@@ -199,8 +200,8 @@ class WanPipeline:
             programs=programs,
             progress=progress,
         )
-        if loras:
-            pipeline.set_loras(loras)
+        if opened_loras.files:
+            pipeline.set_loras(opened_loras)
         pipeline.seconds["load"] = time.perf_counter() - start
         return pipeline
 
@@ -220,14 +221,14 @@ class WanPipeline:
         other._encoded_prompts = self._encoded_prompts
         return other
 
-    def set_loras(self, loras: Sequence[Lora | str | os.PathLike]) -> tuple[LoraFile, ...]:
+    def set_loras(self, loras: Loras) -> tuple[LoraFile, ...]:
         """Puts LoRAs on the experts, in place of those before; an empty list gives back the base, to the bit.
 
-        Takes effect in the next run. Other strengths compile nothing, and neither do other files that change the same
+        Takes effect in the next run. Other scales compile nothing, and neither do other files that change the same
         parameters with the same ranks (rounded up to multiples of 16).
 
         Args:
-            loras: safetensors files of any dialect (`Lora` also says strength and expert), added up.
+            loras: safetensors files of any dialect (`Lora` also says scale and expert), added up; or open ones.
 
         Returns:
             The open files; `str()` and `as_json()` of each report what matched and what was ignored.
@@ -235,15 +236,14 @@ class WanPipeline:
         Raises:
             InputError: a file that is no LoRA, or not for this model; the LoRAs before then stay.
         """
-        chosen = tuple(lora if isinstance(lora, Lora) else Lora(os.fspath(lora)) for lora in loras)
-        opened = open_loras(chosen, self.config)
+        opened = open_loras(loras, self.config)
         for note in opened.notes:
             self._bars.note(note)
         # The old adapters go before the new ones come.
         self.loras = ()
         self.denoisers = {name: adapted.base for name, adapted in self._adapted.items()}
         self.denoisers = with_loras(self._adapted, opened)
-        self.loras = chosen
+        self.loras = opened.loras
         return opened.files
 
     @overload

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wan_jax.assets import NANO_WEIGHTS
-from wan_jax.checkpoint import ConversionSummary, convert
-from wan_jax.checkpoint.memory import memory_checkpoint
+from wan_jax.checkpoint import ConversionSummary, convert, memory_checkpoint
 from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser

@@ -23,8 +23,8 @@ from tests import originals
 from tests.checkpoint import trees
 from tests.checkpoint.trees import CONFIG, assert_same_state, bits, diffusers_models, state_dict
 from wan_jax.checkpoint import convert, open_checkpoint
-from wan_jax.checkpoint.export import check_official_can_hold
-from wan_jax.checkpoint.orbax import config_from_json
+from wan_jax.checkpoint.layouts import WRITABLE
+from wan_jax.checkpoint.layouts.wan_jax import config_from_json
 from wan_jax.errors import InputError
 from wan_jax.presets import PRESETS
 
@@ -241,12 +241,12 @@ def test_the_official_layout_refuses_what_it_would_lose(changes):
     (component,) = changes
     field = {"vae": "latents_mean", "text_encoder": "max_distance"}[component]
     with pytest.raises(InputError, match=f"no place for {component}'s {field}"):
-        check_official_can_hold(dataclasses.replace(CONFIG, **changes), [component])
+        WRITABLE["official"].check_can_hold(dataclasses.replace(CONFIG, **changes), [component])
     for preset in PRESETS.values():
         if preset.name == "nano":  # ours, with a normalisation of its own, which only the diffusers layout says
             continue
         image_encoder = [] if preset.image_encoder is None else ["image_encoder"]
-        check_official_can_hold(preset, ["text_encoder", "vae", *image_encoder, *preset.experts])
+        WRITABLE["official"].check_can_hold(preset, ["text_encoder", "vae", *image_encoder, *preset.experts])
 
 
 @pytest.mark.parametrize("to", TARGETS)

@@ -16,11 +16,12 @@ from tests import originals
 from tests.checkpoint import trees
 from tests.checkpoint.trees import assert_same_state, bits, state_dict
 from wan_jax.checkpoint import convert, open_checkpoint
-from wan_jax.checkpoint.configs import infer_denoiser_config, infer_image_encoder_config
-from wan_jax.checkpoint.family import assemble_config, infer_conditioning, official_model_type
-from wan_jax.checkpoint.layouts import component_config, expand_layers, model_rows, num_layers
-from wan_jax.checkpoint.sources import OFFICIAL_IMAGE_ENCODER, official_vae
-from wan_jax.checkpoint.tensors import BFLOAT16, TensorInfo
+from wan_jax.checkpoint.family import assemble_config, infer_conditioning
+from wan_jax.checkpoint.formats.tensors import BFLOAT16, TensorInfo
+from wan_jax.checkpoint.layouts.official import IMAGE_ENCODER as OFFICIAL_IMAGE_ENCODER
+from wan_jax.checkpoint.layouts.official import model_type as official_model_type
+from wan_jax.checkpoint.layouts.official import vae_file as official_vae
+from wan_jax.checkpoint.tables import expanded_table, infer_config, num_layers, parameter_table
 from wan_jax.config import ImageEncoderConfig, VAEConfig, WanConfig
 from wan_jax.errors import InputError
 from wan_jax.presets import PRESETS, WAN22_VAE
@@ -129,13 +130,15 @@ def assert_loads(checkpoint, component: str, config: WanConfig) -> None:
     """The stored values, rearranged and stacked."""
     stored = states(config, "diffusers")[component]
     loaded = checkpoint.load(component, "float32")
-    model = component_config(config, component)
-    for row in model_rows(model):
-        layers = range(num_layers(model)) if row.per_layer else [0]
-        parts = [row.at(layer).to_ours(stored[row.at(layer).diffusers].float().numpy()) for layer in layers]
-        expected = np.stack(parts) if row.per_layer else parts[0]
-        assert loaded[row.stacked_name].dtype == np.float32
-        np.testing.assert_array_equal(loaded.pop(row.stacked_name), expected, err_msg=row.ours)
+    model = config.model(component)
+    for mapping in parameter_table(model):
+        layers = range(num_layers(model)) if mapping.per_layer else [0]
+        parts = [
+            mapping.at(layer).from_torch(stored[mapping.at(layer).names.diffusers].float().numpy()) for layer in layers
+        ]
+        expected = np.stack(parts) if mapping.per_layer else parts[0]
+        assert loaded[mapping.stacked_name].dtype == np.float32
+        np.testing.assert_array_equal(loaded.pop(mapping.stacked_name), expected, err_msg=mapping.name)
     assert not loaded
 
 
@@ -275,8 +278,8 @@ def test_comfyui_of_wan22(tmp_path):
 
 
 def infos(config, naming: str = "official") -> dict[str, TensorInfo]:
-    rows = expand_layers(model_rows(config), num_layers(config))
-    return {row.name(naming): TensorInfo(row.shape, BFLOAT16, "") for row in rows}
+    rows = expanded_table(config)
+    return {mapping.stored_name(naming): TensorInfo(mapping.torch_shape, BFLOAT16, "") for mapping in rows}
 
 
 RELEASED = [name for name in PRESETS if name != "nano"]  # nano's shapes do not tell its heads and text_length
@@ -285,7 +288,7 @@ RELEASED = [name for name in PRESETS if name != "nano"]  # nano's shapes do not 
 @pytest.mark.parametrize("name", RELEASED)
 def test_presets_are_recognised_by_their_shapes(name):
     preset = PRESETS[name]
-    denoiser = infer_denoiser_config("", infos(preset.denoiser))
+    denoiser = infer_config(type(preset.denoiser), "", infos(preset.denoiser), "official")
     assert denoiser == preset.denoiser
     conditioning = infer_conditioning("", denoiser)
     config = assemble_config(
@@ -302,15 +305,15 @@ def test_presets_are_recognised_by_their_shapes(name):
 @pytest.mark.parametrize("naming", ["official", "diffusers"])
 def test_clip_is_recognised_by_its_shapes(naming):
     for config in (ImageEncoderConfig(), CLIP):
-        assert infer_image_encoder_config("", infos(config, naming), naming) == config
+        assert infer_config(ImageEncoderConfig, "", infos(config, naming), naming) == config
 
 
 def write_header(path: pathlib.Path, config) -> None:
     """A safetensors file of a model in bfloat16 whose data is a hole: it takes no room on the disk."""
     header, offset = {}, 0
-    for row in expand_layers(model_rows(config), num_layers(config)):
-        end = offset + 2 * math.prod(row.shape)
-        header[row.official] = {"dtype": "BF16", "shape": row.shape, "data_offsets": [offset, end]}
+    for mapping in expanded_table(config):
+        end = offset + 2 * math.prod(mapping.torch_shape)
+        header[mapping.names.official] = {"dtype": "BF16", "shape": mapping.torch_shape, "data_offsets": [offset, end]}
         offset = end
     content = json.dumps(header).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -412,10 +415,10 @@ def test_clip_that_does_not_fit(official_trees, tmp_path, change, message):
 def test_bits_of_float16(official_trees):
     """CLIP is released in float16; nothing is lost on the way to float32."""
     part = open_checkpoint(official_trees["i2v-14b"]).part("image_encoder")
-    assert {part.info(row).dtype.name for row in part.rows} == {"float16"}
-    row = next(row for row in part.rows if row.ours == "blocks.2.attention.value.kernel")
-    expected = states(CONFIGS["i2v-14b"], "diffusers")["image_encoder"][row.diffusers]
-    np.testing.assert_array_equal(bits(next(part.read_theirs([row]))), bits(expected))
+    assert {part.info(mapping).dtype.name for mapping in part.table} == {"float16"}
+    mapping = next(mapping for mapping in part.table if mapping.name == "blocks.2.attention.value.kernel")
+    expected = states(CONFIGS["i2v-14b"], "diffusers")["image_encoder"][mapping.names.diffusers]
+    np.testing.assert_array_equal(bits(next(part.read_torch([mapping]))), bits(expected))
 
 
 def test_vae_of_the_wrong_kind(official_trees, tmp_path):

@@ -15,27 +15,33 @@ from tests.checkpoint import trees
 from tests.checkpoint.trees import CONFIG, bits, state_dict
 from wan_jax.checkpoint import open_checkpoint
 from wan_jax.checkpoint.components import load_component
-from wan_jax.checkpoint.configs import (
-    infer_denoiser_config,
-    infer_text_encoder_config,
-    infer_vae_config,
-)
 from wan_jax.checkpoint.family import assemble_config
-from wan_jax.checkpoint.layouts import abstract_model, component_config, expand_layers, model_rows, num_layers
-from wan_jax.checkpoint.tensors import BFLOAT16, TensorInfo
+from wan_jax.checkpoint.formats.tensors import BFLOAT16, TensorInfo
+from wan_jax.checkpoint.tables import (
+    expanded_table,
+    infer_denoiser,
+    infer_text_encoder,
+    infer_vae,
+    num_layers,
+    parameter_table,
+)
 from wan_jax.config import ImageEncoderConfig, WanConfig
 from wan_jax.errors import InputError
+from wan_jax.models.build import abstract_model
 from wan_jax.presets import PRESETS
 
 
 def stacked(component: str, tensors, naming: str, dtype=np.float32) -> dict[str, np.ndarray]:
     """What loading must give: every tensor rearranged and stacked, computed the plain way."""
-    config = component_config(CONFIG, component)
+    config = CONFIG.model(component)
     result = {}
-    for row in model_rows(config):
-        layers = range(num_layers(config)) if row.per_layer else [0]
-        parts = [row.at(layer).to_ours(tensors[row.at(layer).name(naming)].float().numpy()) for layer in layers]
-        result[row.stacked_name] = (np.stack(parts) if row.per_layer else parts[0]).astype(dtype)
+    for mapping in parameter_table(config):
+        layers = range(num_layers(config)) if mapping.per_layer else [0]
+        parts = [
+            mapping.at(layer).from_torch(tensors[mapping.at(layer).stored_name(naming)].float().numpy())
+            for layer in layers
+        ]
+        result[mapping.stacked_name] = (np.stack(parts) if mapping.per_layer else parts[0]).astype(dtype)
     return result
 
 
@@ -49,7 +55,7 @@ def assert_loads(checkpoint, naming: str, dtype: str = "float32", denoiser_dtype
         target = jnp.dtype("float32" if component == "vae" else dtype)
         expected = stacked(component, state_dict(component, naming, stored), naming, target)
         loaded = checkpoint.load(component, dtype)
-        model = abstract_model(component_config(CONFIG, component))
+        model = abstract_model(CONFIG.model(component))
         assert {name: info.shape for name, info in model.items()} == {name: a.shape for name, a in loaded.items()}
         for name, array in expected.items():
             assert loaded[name].dtype == target
@@ -129,17 +135,17 @@ def test_an_official_folder_without_its_config(tmp_path):
 
 def test_released_dimensions_are_inferred_from_shapes_alone():
     def infos(config, naming):
-        rows = expand_layers(model_rows(config), num_layers(config))
-        return {row.name(naming): TensorInfo(row.shape, BFLOAT16, "") for row in rows}
+        rows = expanded_table(config)
+        return {mapping.stored_name(naming): TensorInfo(mapping.torch_shape, BFLOAT16, "") for mapping in rows}
 
     released = [preset for preset in PRESETS.values() if preset.name != "nano"]
     for preset in released:
-        assert infer_denoiser_config("", infos(preset.denoiser, "official")) == preset.denoiser
+        assert infer_denoiser("", infos(preset.denoiser, "official")) == preset.denoiser
     for preset in released:
-        assert infer_vae_config("", infos(preset.vae, "official")) == preset.vae
+        assert infer_vae("", infos(preset.vae, "official")) == preset.vae
     config = WanConfig()
     for naming in ("official", "diffusers"):
-        assert infer_text_encoder_config("", infos(config.text_encoder, naming), naming) == config.text_encoder
+        assert infer_text_encoder("", infos(config.text_encoder, naming), naming) == config.text_encoder
 
 
 @pytest.mark.parametrize(
@@ -335,7 +341,7 @@ def test_incomplete_trees(official, diffusers, tmp_path):
     assert "low_noise_model/ is missing" in refusal(official)
     shutil.rmtree(diffusers / "vae")
     assert "config.json: missing" in refusal(diffusers)
-    assert "no such checkpoint" in refusal(tmp_path / "nowhere")
+    assert "does not exist" in refusal(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "not a checkpoint that wan_jax knows" in refusal(tmp_path / "empty")
     (tmp_path / "file.bin").touch()

@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 from tests.checkpoint.trees import bits
-from wan_jax.checkpoint.safetensors import SafetensorsFile, open_safetensors_folder, write_safetensors
-from wan_jax.checkpoint.tensors import TensorInfo
+from wan_jax.checkpoint.formats.safetensors import SafetensorsFile, open_safetensors_folder, write_safetensors
+from wan_jax.checkpoint.formats.tensors import TensorInfo
 from wan_jax.errors import InputError
 
 TENSORS = {

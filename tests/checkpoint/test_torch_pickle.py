@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.checkpoint.trees import assert_same_state, bits
-from wan_jax.checkpoint.tensors import TensorInfo
-from wan_jax.checkpoint.torch_pickle import TorchPickleFile, write_torch_pickle
+from wan_jax.checkpoint.formats.tensors import TensorInfo
+from wan_jax.checkpoint.formats.torch_pickle import TorchPickleFile, write_torch_pickle
 from wan_jax.errors import InputError
 
 BASE = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))

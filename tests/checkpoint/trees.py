@@ -10,9 +10,9 @@ import safetensors.torch
 import torch
 
 from tests import originals
-from wan_jax.checkpoint.export import DIFFUSERS_FOLDERS
-from wan_jax.checkpoint.family import official_model_type
-from wan_jax.checkpoint.layouts import Naming, component_config, expand_layers, model_rows, num_layers
+from wan_jax.checkpoint.layouts.diffusers import FOLDERS as DIFFUSERS_FOLDERS
+from wan_jax.checkpoint.layouts.official import model_type as official_model_type
+from wan_jax.checkpoint.tables import Naming, expanded_table
 from wan_jax.config import DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig
 
 # Awkward dims, except where a layout without configs needs the released head width of 128 to tell the heads.
@@ -31,12 +31,12 @@ StateDict = Mapping[str, torch.Tensor]
 
 def state_dict(component: str, naming: Naming, dtype: str = "float32", config: WanConfig = CONFIG) -> dict:
     """A random PyTorch state dict; the values depend on the component and the tensor alone."""
-    model = component_config(config, component)
+    model = config.model(component)
     tensors = {}
-    for row in expand_layers(model_rows(model), num_layers(model)):
-        seed = int.from_bytes(f"{component} {row.ours}".encode()[-8:], "little") % 2**63
-        values = np.random.default_rng(seed).standard_normal(row.shape, np.float32)
-        tensors[row.name(naming)] = torch.from_numpy(values).to(TORCH_DTYPES[dtype])
+    for mapping in expanded_table(model):
+        seed = int.from_bytes(f"{component} {mapping.name}".encode()[-8:], "little") % 2**63
+        values = np.random.default_rng(seed).standard_normal(mapping.torch_shape, np.float32)
+        tensors[mapping.stored_name(naming)] = torch.from_numpy(values).to(TORCH_DTYPES[dtype])
     return tensors
 
 

@@ -12,11 +12,13 @@ from flax import nnx
 
 from tests.lora import lora_files
 from tests.lora.lora_files import CONFIG, DIALECTS, MODULES, pairs, save, tensors, write
-from wan_jax.checkpoint.layouts import denoiser_rows, expand_layers
+from wan_jax.checkpoint.tables import expanded_table
+from wan_jax.checkpoint.tables.denoiser import denoiser_table
 from wan_jax.config import DenoiserConfig, SamplingConfig, WanConfig
 from wan_jax.errors import InputError
-from wan_jax.lora.apply import AdaptedDenoiser, save_lora
-from wan_jax.lora.files import ActiveLora, Lora, open_lora, open_loras
+from wan_jax.lora import Lora, open_loras, save_lora
+from wan_jax.lora.apply import AdaptedDenoiser
+from wan_jax.lora.files import ActiveLora, open_lora
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.nn.layers import Adapter
 from wan_jax.parameters import named_parameters
@@ -55,12 +57,12 @@ def effective(model: Denoiser, config: DenoiserConfig = CONFIG) -> dict[str, np.
         merge = MERGE if module.kernel[...].ndim == 2 else MERGE_LAYERS
         arrays[f"{name}.kernel"] = merge(module.adapter, module.kernel[...])
     found = {}
-    for row in denoiser_rows(config):
-        array = np.asarray(arrays[row.stacked_name])
-        if row.per_layer:
-            found |= {row.at(layer).ours: array[layer] for layer in range(config.num_layers)}
+    for mapping in denoiser_table(config):
+        array = np.asarray(arrays[mapping.stacked_name])
+        if mapping.per_layer:
+            found |= {mapping.at(layer).name: array[layer] for layer in range(config.num_layers)}
         else:
-            found[row.ours] = array
+            found[mapping.name] = array
     return found
 
 
@@ -376,7 +378,7 @@ def test_wrong_shapes_and_wrong_models(tmp_path):
         for name, shape in (("down", (4, 1536)), ("up", (1536, 4)))
     }
     assert refusal(save(path, small)).endswith("it is for a model of width 1536 (t2v-1.3b)")
-    whole = {row.official: torch.zeros(row.shape) for row in expand_layers(denoiser_rows(CONFIG), 2)}
+    whole = {mapping.names.official: torch.zeros(mapping.torch_shape) for mapping in expanded_table(CONFIG)}
     assert "is it a checkpoint?" in refusal(save(path, whole))
 
 
@@ -478,9 +480,9 @@ def test_attention_to_images_and_convolution_factors(tmp_path):
     model = adapted(base, ActiveLora(file, file.changes["both"], 1.0))
     before, after = effective(base, config), effective(model, config)
     for module in modules:
-        (row,) = (row for row in expand_layers(denoiser_rows(config), 2) if row.official == f"{module}.weight")
+        (mapping,) = (mapping for mapping in expanded_table(config) if mapping.names.official == f"{module}.weight")
         name = f"diffusion_model.{module}"
         factors = (stored[f"{name}.lora_up.weight"] @ stored[f"{name}.lora_down.weight"]).numpy()
-        changes[row.ours] = factors.T
+        changes[mapping.name] = factors.T
     for name, array in after.items():
         np.testing.assert_allclose(array, before[name] + changes.get(name, 0), atol=1e-5)  # sums in another order

@@ -7,10 +7,11 @@ import pytest
 from tests.parallel.test_strategies import CONFIG, LATENTS
 from wan_jax.diffusion.loop import denoise
 from wan_jax.diffusion.schedule import make_schedule
+from wan_jax.diffusion.segments import plan_segments
 from wan_jax.diffusion.solvers import get_solver
 from wan_jax.diffusion.step import Expert
+from wan_jax.lora import save_lora
 from wan_jax.lora.apply import AdaptedDenoiser
-from wan_jax.lora.export import save_lora
 from wan_jax.lora.files import ActiveLora, open_lora
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.nn.layers import Adapter
@@ -50,7 +51,8 @@ def run(lora: ActiveLora | None, mesh: str) -> np.ndarray:
     inputs = placement.put_batch(inputs)
     expert = Expert.prepare(model, *inputs[1:], placement=placement)
     schedule = make_schedule("official", "unipc", 2, 5.0)
-    return np.asarray(denoise(inputs[0], schedule, get_solver("unipc"), 3.0, None, lambda name: expert))
+    segments = plan_segments(schedule, get_solver("unipc"), 3.0, None)
+    return np.asarray(denoise(inputs[0], segments, lambda name: expert))
 
 
 @pytest.fixture(scope="module")

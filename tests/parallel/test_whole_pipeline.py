@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.test_image_to_video import I2V, picture
-from wan_jax.checkpoint.memory import memory_checkpoint
+from wan_jax.checkpoint import memory_checkpoint
 from wan_jax.config import WanConfig
 from wan_jax.diffusion.params import SamplingParams, make_requests
 from wan_jax.errors import InputError

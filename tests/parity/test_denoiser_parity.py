@@ -10,7 +10,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from flax import nnx
 
-from wan_jax.checkpoint.layouts import denoiser_rows
+from wan_jax.checkpoint.tables.denoiser import denoiser_table
 from wan_jax.config import DenoiserConfig
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parameters import with_parameters
@@ -82,12 +82,14 @@ def ported(model: WanTransformer3DModel, config: DenoiserConfig) -> Denoiser:
     """Our denoiser with the original's weights."""
     tensors = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     parameters = {}
-    for row in denoiser_rows(config):
-        if row.per_layer:
-            layers = [row.at(layer) for layer in range(config.num_layers)]
-            parameters[row.stacked_name] = np.stack([layer.to_ours(tensors.pop(layer.diffusers)) for layer in layers])
+    for mapping in denoiser_table(config):
+        if mapping.per_layer:
+            layers = [mapping.at(layer) for layer in range(config.num_layers)]
+            parameters[mapping.stacked_name] = np.stack(
+                [layer.from_torch(tensors.pop(layer.names.diffusers)) for layer in layers]
+            )
         else:
-            parameters[row.ours] = row.to_ours(tensors.pop(row.diffusers))
+            parameters[mapping.name] = mapping.from_torch(tensors.pop(mapping.names.diffusers))
     assert not tensors
     arrays = {name: jnp.asarray(array) for name, array in parameters.items()}
     return with_parameters(lambda: Denoiser(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), arrays)

@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 
 from tests import originals
-from wan_jax.checkpoint.layouts import image_encoder_rows
+from wan_jax.checkpoint.tables.image_encoder import image_encoder_table
 from wan_jax.config import ImageEncoderConfig
 from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.parameters import with_parameters
@@ -43,10 +43,10 @@ def ported(model, config: ImageEncoderConfig) -> ImageEncoder:
         for name, tensor in model.named_parameters()
     }
     arrays = {}
-    for row in image_encoder_rows(config):
-        layers = [row.at(layer) for layer in range(config.num_layers)] if row.per_layer else [row]
-        parts = [layer.to_ours(tensors.pop(layer.diffusers)) for layer in layers]
-        arrays[row.stacked_name] = jnp.asarray(np.stack(parts) if row.per_layer else parts[0])
+    for mapping in image_encoder_table(config):
+        layers = [mapping.at(layer) for layer in range(config.num_layers)] if mapping.per_layer else [mapping]
+        parts = [layer.from_torch(tensors.pop(layer.names.diffusers)) for layer in layers]
+        arrays[mapping.stacked_name] = jnp.asarray(np.stack(parts) if mapping.per_layer else parts[0])
     assert not tensors
     return with_parameters(lambda: ImageEncoder(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), arrays)
 

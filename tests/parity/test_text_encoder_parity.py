@@ -12,7 +12,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from transformers.activations import NewGELUActivation
 from transformers.models.umt5.modeling_umt5 import UMT5Attention
 
-from wan_jax.checkpoint.layouts import text_encoder_rows
+from wan_jax.checkpoint.tables.text_encoder import text_encoder_table
 from wan_jax.config import TextEncoderConfig
 from wan_jax.models.text_encoder import TextEncoder, gelu, relative_position_buckets
 from wan_jax.parameters import with_parameters
@@ -59,10 +59,10 @@ def ported(model: UMT5EncoderModel, config: TextEncoderConfig, dtype) -> TextEnc
     """Our encoder with the original's weights."""
     tensors = {name: tensor.float().numpy() for name, tensor in model.state_dict().items()}
     arrays = {}
-    for row in text_encoder_rows(config):
-        layers = [row.at(layer) for layer in range(config.num_layers)] if row.per_layer else [row]
-        parameters = [layer.to_ours(tensors[layer.diffusers]) for layer in layers]
-        arrays[row.stacked_name] = jnp.asarray(np.stack(parameters) if row.per_layer else parameters[0], dtype)
+    for mapping in text_encoder_table(config):
+        layers = [mapping.at(layer) for layer in range(config.num_layers)] if mapping.per_layer else [mapping]
+        parameters = [layer.from_torch(tensors[layer.names.diffusers]) for layer in layers]
+        arrays[mapping.stacked_name] = jnp.asarray(np.stack(parameters) if mapping.per_layer else parameters[0], dtype)
     return with_parameters(lambda: TextEncoder(config, dtype=dtype, rngs=nnx.Rngs(0)), arrays)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.parity.test_denoiser_parity import THREE_HEADS, ported, random_original, relative_error
-from wan_jax.checkpoint.layouts import denoiser_rows
+from wan_jax.checkpoint.tables.denoiser import denoiser_table
 from wan_jax.config import SamplingConfig, WanConfig
 from wan_jax.parameters import named_parameters
 from wan_jax.training.config import NoiseConfig
@@ -40,12 +40,12 @@ def test_gradients():
     assert float(value) == pytest.approx(float(theirs.detach()), rel=1e-5)
     expected = {name: tensor.grad.numpy() for name, tensor in original.named_parameters()}
     worst = 0.0
-    for row in denoiser_rows(config):
-        layers = [row.at(layer) for layer in range(config.num_layers)] if row.per_layer else [row]
-        ours = slopes["denoiser"][row.stacked_name]
+    for mapping in denoiser_table(config):
+        layers = [mapping.at(layer) for layer in range(config.num_layers)] if mapping.per_layer else [mapping]
+        ours = slopes["denoiser"][mapping.stacked_name]
         for index, layer in enumerate(layers):
-            slope = np.asarray(ours[index] if row.per_layer else ours)
-            worst = max(worst, relative_error(slope, layer.to_ours(expected.pop(layer.diffusers))))
+            slope = np.asarray(ours[index] if mapping.per_layer else ours)
+            worst = max(worst, relative_error(slope, layer.from_torch(expected.pop(layer.names.diffusers))))
     assert not expected
     assert worst < 2e-4
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from flax import nnx
 
-from wan_jax.checkpoint.layouts import vae_rows
+from wan_jax.checkpoint.tables.vae import vae_table
 from wan_jax.config import VAEConfig
 from wan_jax.models.vae import VAE
 from wan_jax.parameters import with_parameters
@@ -90,9 +90,11 @@ def both_vaes(name: str) -> tuple[AutoencoderKLWan, VAE]:
     config = CONFIGS[name]
     original = diffusers_vae(config)
     weights = original.state_dict()
-    rows = vae_rows(config)
-    assert {row.diffusers for row in rows} == weights.keys()
-    arrays = {row.ours: jnp.asarray(row.to_ours(weights[row.diffusers].numpy())) for row in rows}
+    table = vae_table(config)
+    assert {mapping.names.diffusers for mapping in table} == weights.keys()
+    arrays = {
+        mapping.name: jnp.asarray(mapping.from_torch(weights[mapping.names.diffusers].numpy())) for mapping in table
+    }
     return original, with_parameters(lambda: VAE(config, dtype=jnp.float32, rngs=nnx.Rngs(0)), arrays)
 
 

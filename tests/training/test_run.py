@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from wan_jax import WanPipeline, read_video
+from wan_jax import Lora, WanPipeline, read_video
 from wan_jax.checkpoint import open_checkpoint
 from wan_jax.cli.main import main
 from wan_jax.config import DenoiserConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig
-from wan_jax.lora.files import Lora, open_lora
+from wan_jax.lora.files import open_lora
 from wan_jax.media.video import Video
 from wan_jax.testing.models import write_demo
 from wan_jax.training.metrics import read_metrics
@@ -106,7 +106,9 @@ def test_training_both_experts(train, tmp_path, capsys, monkeypatch, checkpoint)
     for name in ("vae", "text_encoder", "high_noise", "low_noise"):
         changed = any(
             not np.array_equal(x, y)
-            for x, y in zip(*(part.part(name).read_ours(part.part(name).rows) for part in (old, new)), strict=True)
+            for x, y in zip(
+                *(part.part(name).read_parameters(part.part(name).table) for part in (old, new)), strict=True
+            )
         )
         assert changed == name.endswith("noise")
 

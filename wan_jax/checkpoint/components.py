@@ -8,19 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from wan_jax.checkpoint.layouts import (
-    ModelConfig,
-    Naming,
-    Row,
-    abstract_model,
-    expand_layers,
-    is_ignored,
-    model_rows,
-    num_layers,
-    other_names,
-)
-from wan_jax.checkpoint.tensors import WEIGHT_DTYPES, Box, TensorInfo, TensorStore
+from wan_jax.checkpoint.formats.tensors import WEIGHT_DTYPES, Box, TensorInfo, TensorStore, copy_into
+from wan_jax.checkpoint.tables import expanded_table, is_ignored, num_layers, parameter_table
+from wan_jax.checkpoint.tables.mapping import Naming, ParamMapping
+from wan_jax.config import ModelConfig
 from wan_jax.errors import InputError
+from wan_jax.models.build import abstract_model
 
 
 @dataclass(frozen=True)
@@ -34,43 +27,74 @@ class Component:
     stored_names: Mapping[str, tuple[str, ...]]  # our name -> where the store has it; more than one for copies
 
     @property
-    def rows(self) -> list[Row]:
-        return expand_layers(model_rows(self.config), num_layers(self.config))
+    def table(self) -> list[ParamMapping]:
+        """Every parameter, layer by layer."""
+        return expanded_table(self.config)
 
-    def info(self, row: Row) -> TensorInfo:
-        return self.store.tensors[self.stored_names[row.ours][0]]
+    def info(self, mapping: ParamMapping) -> TensorInfo:
+        return self.store.tensors[self.stored_names[mapping.name][0]]
 
     @property
     def nbytes(self) -> int:
-        return sum(self.info(row).nbytes for row in self.rows)
+        return sum(self.info(mapping).nbytes for mapping in self.table)
 
     @property
     def size(self) -> int:
         """Number of parameters."""
-        return sum(row.size for row in self.rows)
+        return sum(mapping.size for mapping in self.table)
 
-    def read_ours(self, rows: Sequence[Row], dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
-        """Parameters in our layout, in the order of `rows`; `dtype` None keeps the stored ones."""
-        for row, tensor in zip(rows, self._read(rows, dtype), strict=True):
-            yield tensor if self.naming == "ours" else row.to_ours(tensor)
+    def read_parameters(self, mappings: Sequence[ParamMapping], dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
+        """Parameters in our layout, in the order of `mappings`; `dtype` None keeps the stored ones."""
+        for mapping, tensor in zip(mappings, self._read(mappings, dtype), strict=True):
+            yield tensor if self.naming == "wan_jax" else mapping.from_torch(tensor)
 
-    def read_box(self, row: Row, box: Box, dtype: np.dtype | None = None) -> np.ndarray:
+    def read_box(self, mapping: ParamMapping, box: Box, dtype: np.dtype | None = None) -> np.ndarray:
         """A part of a parameter in our layout; less than all of the stored tensor is read where its layout allows."""
-        name, stored = self.stored_names[row.ours][0], row.stored_box(box, self.naming)
+        name, stored = self.stored_names[mapping.name][0], mapping.stored_box(box, self.naming)
         if stored is None:
-            return next(self.read_ours([row], dtype))[box]
+            return next(self.read_parameters([mapping], dtype))[box]
         tensor = self.store.read_box(name, stored, dtype)
-        if self.naming == "ours":
+        if self.naming == "wan_jax":
             return tensor
-        return replace(row, shape=tensor.shape).to_ours(tensor)
+        return replace(mapping, torch_shape=tensor.shape).from_torch(tensor)
 
-    def read_theirs(self, rows: Sequence[Row], dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
+    def read_torch(self, mappings: Sequence[ParamMapping], dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
         """The same in PyTorch's layout."""
-        for row, tensor in zip(rows, self._read(rows, dtype), strict=True):
-            yield row.from_ours(tensor) if self.naming == "ours" else tensor
+        for mapping, tensor in zip(mappings, self._read(mappings, dtype), strict=True):
+            yield mapping.to_torch(tensor) if self.naming == "wan_jax" else tensor
 
-    def _read(self, rows: Sequence[Row], dtype: np.dtype | None) -> Iterator[np.ndarray]:
-        names = [self.stored_names[row.ours] for row in rows]
+    def read_stacked(
+        self, dtype: np.dtype, boxes: Mapping[str, Box | None], progress: Callable[[int], None] = lambda done: None
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """The parameters, stacked as in the model's abstract tree, in fresh host memory: all, or the part in its box.
+
+        `progress` receives the number of stored bytes that are done, read or not needed.
+        """
+        table, layers = parameter_table(self.config), num_layers(self.config)
+        targets = [(m, [m.at(layer) for layer in range(layers)] if m.per_layer else [m]) for m in table]
+        # One stream for all: stores that read small tensors in groups would lose that between parameters.
+        parameters = self.read_parameters(
+            [part for mapping, parts in targets if boxes[mapping.stacked_name] is None for part in parts], dtype
+        )
+        done = 0
+        for mapping, parts in targets:
+            box = boxes[mapping.stacked_name]
+            shape = stacked_shape(mapping, layers) if box is None else tuple(axis.stop - axis.start for axis in box)
+            host = np.empty(shape, dtype)
+            first = 0 if box is None or not mapping.per_layer else box[0].start
+            for index, part in enumerate(parts):
+                if not mapping.per_layer or first <= index < first + len(host):
+                    if box is None:
+                        tensor = next(parameters)
+                    else:
+                        tensor = self.read_box(part, box[1:] if mapping.per_layer else box, dtype)
+                    copy_into(host[index - first] if mapping.per_layer else host, tensor)
+                done += self.info(part).nbytes
+                progress(done)
+            yield mapping.stacked_name, host
+
+    def _read(self, mappings: Sequence[ParamMapping], dtype: np.dtype | None) -> Iterator[np.ndarray]:
+        names = [self.stored_names[mapping.name] for mapping in mappings]
         for (name, *copies), tensor in zip(
             names, self.store.read_many([name for name, *_ in names], dtype), strict=True
         ):
@@ -82,40 +106,39 @@ class Component:
             yield tensor
 
 
-def bind_component(name: str, config: ModelConfig, naming: Naming, store: TensorStore) -> Component:
+def bind_component(component: str, config: ModelConfig, naming: Naming, store: TensorStore) -> Component:
     """Matches the model's table with the stored tensors.
 
     Raises InputError, naming the first few and how many, for tensors that are missing, unexpected, of the wrong shape
     or of a dtype that is no weight's.
     """
-    rows = expand_layers(model_rows(config), num_layers(config))
-    stored_names = {}
-    for row in rows:
-        candidates = (row.name(naming), *other_names(row, naming))
-        stored_names[row.ours] = tuple(candidate for candidate in candidates if candidate in store.tensors)
-    _raise_for(store.place, "missing", [row.name(naming) for row in rows if not stored_names[row.ours]])
-    known = {candidate for candidates in stored_names.values() for candidate in candidates}
+    table = expanded_table(config)
+    candidates = {mapping.name: mapping.stored_names(naming) for mapping in table}
+    present = {name: tuple(c for c in candidates[name] if c in store.tensors) for name in candidates}
+    _raise_for(store.place, "missing", [candidates[name][0] for name in candidates if not present[name]])
+    known = {name for group in present.values() for name in group}
     unexpected = [name for name in store.tensors if name not in known and not is_ignored(config, name)]
     _raise_for(store.place, "unexpected", unexpected)
     wrong_shapes, wrong_dtypes = [], []
-    for row in rows:
-        for candidate in stored_names[row.ours]:
-            info, shape = store.tensors[candidate], row.stored_shape(naming)
-            if info.shape != shape:
-                wrong_shapes.append(f"{candidate} has {list(info.shape)} and needs {list(shape)}")
+    for mapping in table:
+        needed = mapping.stored_shape(naming)
+        for name in present[mapping.name]:
+            info = store.tensors[name]
+            if info.shape != needed:
+                wrong_shapes.append(f"{name} has {list(info.shape)} and needs {list(needed)}")
             if info.dtype not in WEIGHT_DTYPES:
-                wrong_dtypes.append(f"{candidate} is {info.dtype.name}")
+                wrong_dtypes.append(f"{name} is {info.dtype.name}")
     _raise_for(store.place, "of the wrong shape", wrong_shapes)
     _raise_for(store.place, f"of an unexpected dtype (not {', '.join(d.name for d in WEIGHT_DTYPES)})", wrong_dtypes)
-    return Component(name, config, naming, store, stored_names)
+    return Component(component, config, naming, store, present)
 
 
 def _raise_for(place: str, problem: str, names: Sequence[str], shown: int = 3) -> None:
     if names:
-        more = f" and {len(names) - shown} more" if len(names) > shown else ""
+        rest = f" and {len(names) - shown} more" if len(names) > shown else ""
         tensors = "tensor is" if len(names) == 1 else "tensors are"
         raise InputError(
-            f"{place}: {len(names)} {tensors} {problem}: {', '.join(names[:shown])}{more}; "
+            f"{place}: {len(names)} {tensors} {problem}: {', '.join(names[:shown])}{rest}; "
             "is this the whole file, and of the model that its config describes?"
         )
 
@@ -137,34 +160,18 @@ def load_component(
     """
     check_against_model(component.config)
     layers = num_layers(component.config)
-    targets = [
-        (row, [row.at(layer) for layer in range(layers)] if row.per_layer else [row])
-        for row in model_rows(component.config)
-    ]
-    shapes = {row.stacked_name: (layers, *row.our_shape) if row.per_layer else row.our_shape for row, _ in targets}
+    shapes = {m.stacked_name: stacked_shape(m, layers) for m in parameter_table(component.config)}
     boxes = {name: local_box(_sharding_of(sharding, name), shape) for name, shape in shapes.items()}
-    # One stream for all: stores that read small tensors in groups would lose that between parameters.
-    whole = [part for row, parts in targets if boxes[row.stacked_name] is None for part in parts]
-    parameters = component.read_ours(whole, dtype)
     loaded = {}
-    done = 0
-    for row, parts in targets:
-        name, box = row.stacked_name, boxes[row.stacked_name]
-        shape = shapes[name] if box is None else tuple(part.stop - part.start for part in box)
-        host = np.empty(shape, dtype)
-        first = 0 if box is None or not row.per_layer else box[0].start
-        for index, part in enumerate(parts):
-            if not row.per_layer or first <= index < first + len(host):
-                if box is None:
-                    tensor = next(parameters)
-                else:
-                    tensor = component.read_box(part, box[1:] if row.per_layer else box, dtype)
-                copy_into(host[index - first] if row.per_layer else host, tensor)
-            done += component.info(part).nbytes
-            progress(done)
+    for name, host in component.read_stacked(dtype, boxes, progress):
         # Without waiting, transfers queue up and hold several host buffers.
-        loaded[name] = place_box(host, box, shapes[name], _sharding_of(sharding, name)).block_until_ready()
+        loaded[name] = place_box(host, boxes[name], shapes[name], _sharding_of(sharding, name)).block_until_ready()
+        del host  # else two would live while the next is read
     return loaded
+
+
+def stacked_shape(mapping: ParamMapping, layers: int) -> tuple[int, ...]:
+    return (layers, *mapping.shape) if mapping.per_layer else mapping.shape
 
 
 def _sharding_of(shardings: Shardings, name: str) -> jax.sharding.Sharding | None:
@@ -199,30 +206,20 @@ def place_box(
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def copy_into(target: np.ndarray, source: np.ndarray) -> None:
-    """target[...] = source for arrays of one shape and dtype, bit by bit."""
-    integer = np.dtype(f"u{target.dtype.itemsize}")  # NumPy copies dtypes that it does not know item by item
-    target, source = target.view(integer), source.view(integer)
-    if source.ndim < 2 or source.flags.c_contiguous:
-        np.copyto(target, source)
-        return
-    # A transposed source: strips that fit the cache are about five times faster than one copy.
-    strip = 32
-    for start in range(0, target.shape[-1], strip):
-        np.copyto(target[..., start : start + strip], source[..., start : start + strip])
-
-
 @functools.cache
 def check_against_model(config: ModelConfig) -> None:
     """Raises ValueError where a table and the model's abstract tree disagree (a bug in one of the two)."""
-    table = {}
-    for row in model_rows(config):
-        table[row.stacked_name] = (num_layers(config), *row.our_shape) if row.per_layer else row.our_shape
-    model = {name: info.shape for name, info in abstract_model(config).items()}
-    differing = sorted(name for name in table.keys() | model.keys() if table.get(name) != model.get(name))
+    check_table(parameter_table(config), config)
+
+
+def check_table(table: Sequence[ParamMapping], config: ModelConfig) -> None:
+    in_table = {mapping.stacked_name: stacked_shape(mapping, num_layers(config)) for mapping in table}
+    in_model = {name: info.shape for name, info in abstract_model(config).items()}
+    names = sorted(in_table.keys() | in_model.keys())
+    differing = [name for name in names if in_table.get(name) != in_model.get(name)]
     if differing:
         name = differing[0]
         raise ValueError(
             f"{len(differing)} names or shapes differ between the table and the model, first {name}: "
-            f"{table.get(name)} in the table, {model.get(name)} in the model"
+            f"{in_table.get(name)} in the table, {in_model.get(name)} in the model"
         )

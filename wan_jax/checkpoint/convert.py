@@ -1,39 +1,26 @@
-"""Converts a checkpoint from any layout into ours, the diffusers or the official one: streaming and atomic."""
+"""Converts a checkpoint from any layout into one that can be written: streaming and atomic."""
 
 import contextlib
 import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jax.typing import DTypeLike
 
-from wan_jax.checkpoint.checkpoint import Checkpoint, ComponentInfo, describe, open_checkpoint
-from wan_jax.checkpoint.components import Component, check_against_model, copy_into
-from wan_jax.checkpoint.export import (
-    check_diffusers_can_hold,
-    check_official_can_hold,
-    write_diffusers_component,
-    write_diffusers_index,
-    write_official_component,
-)
-from wan_jax.checkpoint.layouts import Naming, Row
-from wan_jax.checkpoint.orbax import TOKENIZER, write_manifest, write_orbax
-from wan_jax.checkpoint.sources import INCOMPLETE, OFFICIAL_IMAGE_ENCODER, OFFICIAL_TOKENIZER
-from wan_jax.checkpoint.tensors import BFLOAT16, Progress, TensorInfo, readable
+from wan_jax.checkpoint.api import Checkpoint, ComponentInfo, describe, open_checkpoint
+from wan_jax.checkpoint.components import Component, check_against_model
+from wan_jax.checkpoint.formats.tensors import BFLOAT16, Progress, TensorInfo, copy_into, readable
+from wan_jax.checkpoint.layouts import INCOMPLETE, WRITABLE, Layout
+from wan_jax.checkpoint.tables.mapping import Naming, ParamMapping
 from wan_jax.errors import InputError
-from wan_jax.lora.export import merge_loras
-from wan_jax.lora.files import Lora, open_loras
 
-Target = Literal["orbax", "diffusers", "official"]
-
-NAMINGS: dict[Target, Naming] = {"orbax": "ours", "diffusers": "diffusers", "official": "official"}
+KEEP_DTYPE = ("vae", "image_encoder")  # whose dtype a conversion never changes
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 SPARE_BYTES = 64 << 20  # for headers, metadata and the file system's own needs
 
@@ -44,7 +31,7 @@ class ConversionSummary:
 
     source: str
     destination: str
-    layout: Target
+    layout: str
     components: tuple[ComponentInfo, ...]
     seconds: float
     notes: tuple[str, ...]
@@ -72,61 +59,56 @@ def convert(
     source: str | Path | Sequence[str | Path] | Checkpoint,
     destination: str | Path,
     dtype: DTypeLike | None = None,
-    to: Target = "orbax",
+    to: str = "orbax",
     progress: Progress | None = None,
-    *,
-    loras: Sequence[Lora] = (),
 ) -> ConversionSummary:
-    """Converts the checkpoint at `source` (any layout, or one that is open) into a new folder `destination`.
+    """Converts a checkpoint of any layout into a new folder.
 
-    `dtype` is that of the text encoder and the denoisers, rounded once; None keeps every tensor's stored dtype, and a
-    round trip then gives back the same bits. The VAE and the image encoder always keep their own. Tensors are read,
-    rearranged and written in groups of about a gigabyte, so that memory does not grow with the model. The folder
-    appears complete or not at all; what a killed conversion left behind is removed by the next one to the same place.
-    `progress(component, bytes done, bytes in all)` is called after every tensor. `loras` are merged into the experts:
-    the sum in float32, rounded once.
+    Tensors are read, rearranged and written in groups of about a gigabyte, so that memory does not grow with the model.
+    The folder appears complete or not at all; what a killed conversion left behind is removed by the next one to the
+    same place.
 
-    Raises InputError for a source that cannot be opened (see open_checkpoint), a destination that exists, too little
-    disk, or a target layout that cannot hold this model.
+    Args:
+        source: what open_checkpoint takes, or a checkpoint that is open.
+        destination: the folder to make.
+        dtype: of the text encoder and the denoisers, rounded once; None keeps every tensor's stored dtype, and a round
+            trip then gives back the same bits. The VAE and the image encoder always keep their own.
+        to: the layout: "orbax" (ours), "diffusers" or "official".
+        progress: called as progress(component, bytes done, bytes in all) after every tensor.
+
+    Raises:
+        InputError: a source that cannot be opened, a destination that exists, too little disk, or a layout that cannot
+            hold this model.
     """
     start = time.perf_counter()
-    if to not in NAMINGS:
-        raise InputError(f"unknown target layout {to!r}; choose one of {', '.join(NAMINGS)}")
+    if to not in WRITABLE:
+        raise InputError(f"unknown target layout {to!r}; choose one of {', '.join(WRITABLE)}")
+    layout = WRITABLE[to]
     wanted = None if dtype is None else np.dtype(dtype)
     if wanted not in (None, BFLOAT16, np.dtype(np.float32)):
         raise InputError(f"dtype {wanted} is no dtype for weights; choose bfloat16 or float32")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
     destination = Path(destination)
-    merged = open_loras(loras, checkpoint.config)
-    for expert in (expert for expert, active in merged.by_expert.items() if active):
-        checkpoint.part(expert)  # raises for an expert that is not there
-    keep = ("vae", "image_encoder")
     plans = [
-        _Plan(merge_loras(part, merged.by_expert.get(name, ())), NAMINGS[to], None if name in keep else wanted)
-        for name, part in checkpoint.parts.items()
+        _Plan(part, layout.naming, None if name in KEEP_DTYPE else wanted) for name, part in checkpoint.parts.items()
     ]
     for plan in plans:
         check_against_model(plan.component.config)
-    if to == "diffusers":
-        check_diffusers_can_hold(checkpoint.config)
-    if to == "official":
-        check_official_can_hold(checkpoint.config, checkpoint.components)
+    layout.check_can_hold(checkpoint.config, checkpoint.components)
     _check_destination(destination, sum(plan.nbytes for plan in plans))
+    components = tuple(describe(plan.component, plan.tensors) for plan in plans)
     with _atomic_folder(destination) as folder:
         for plan in plans:
-            write = {
-                "orbax": lambda folder, name, config, *tensors: write_orbax(folder / name, *tensors),
-                "diffusers": write_diffusers_component,
-                "official": write_official_component,
-            }[to]
-            write(folder, plan.component.name, checkpoint.config, plan.tensors, partial(plan.read_many, progress))
-        notes = _write_rest(folder, checkpoint, to, plans)
+            read_many = partial(plan.read_many, progress)
+            layout.write_component(folder, plan.component.name, checkpoint.config, plan.tensors, read_many)
+        notes = _copy_tokenizer(folder, checkpoint, layout)
+        contents = {component.name: component.as_json() for component in components}
+        notes += layout.finish(folder, checkpoint.config, contents, checkpoint.tokenizer_folder is not None)
         (folder / INCOMPLETE).unlink()
         _verify(folder, checkpoint, plans)
-    components = tuple(describe(plan.component, plan.tensors) for plan in plans)
     seconds = time.perf_counter() - start
     return ConversionSummary(
-        str(checkpoint.path), str(destination), to, components, seconds, (*checkpoint.notes, *merged.notes, *notes)
+        str(checkpoint.path), str(destination), to, components, seconds, (*checkpoint.notes, *notes)
     )
 
 
@@ -137,10 +119,12 @@ class _Plan:
         self.component = component
         self.naming = naming
         self.dtype = dtype
-        self._rows: dict[str, Row] = {row.name(naming): row for row in component.rows}
+        self._mappings: dict[str, ParamMapping] = {mapping.stored_name(naming): mapping for mapping in component.table}
         self.tensors = {
-            name: TensorInfo(row.stored_shape(naming), component.info(row).dtype if dtype is None else dtype, "")
-            for name, row in self._rows.items()
+            name: TensorInfo(
+                mapping.stored_shape(naming), component.info(mapping).dtype if dtype is None else dtype, ""
+            )
+            for name, mapping in self._mappings.items()
         }
         self._done = 0
 
@@ -150,9 +134,9 @@ class _Plan:
 
     def read_many(self, progress: Progress | None, names: Sequence[str]) -> Iterator[np.ndarray]:
         """The tensors under their new names, rearranged and contiguous."""
-        rows = [self._rows[name] for name in names]
-        read = self.component.read_ours if self.naming == "ours" else self.component.read_theirs
-        for name, array in zip(names, read(rows, self.dtype), strict=True):
+        mappings = [self._mappings[name] for name in names]
+        read = self.component.read_parameters if self.naming == "wan_jax" else self.component.read_torch
+        for name, array in zip(names, read(mappings, self.dtype), strict=True):
             if not array.flags.c_contiguous:
                 rearranged = np.empty(array.shape, array.dtype)
                 copy_into(rearranged, array)
@@ -212,29 +196,16 @@ def _empty(folder: Path) -> None:
             leftover.unlink()
 
 
-def _write_rest(folder: Path, checkpoint: Checkpoint, to: Target, plans: Sequence[_Plan]) -> tuple[str, ...]:
-    """Tokenizer, configs and, last, the file that makes the folder loadable. Returns notes."""
-    notes = []
-    tokenizer = checkpoint.tokenizer_folder
-    if tokenizer is None:
-        notes.append(f"{checkpoint.path}: holds no tokenizer, so the copy has none")
-    else:
-        target = folder / (OFFICIAL_TOKENIZER if to == "official" else TOKENIZER)
-        target.mkdir(parents=True)
-        for file in sorted(tokenizer.iterdir()):
-            if file.is_file() and file.suffix in TOKENIZER_SUFFIXES:
-                shutil.copyfile(file, target / file.name)
-    if to == "diffusers":
-        write_diffusers_index(folder, checkpoint.config, checkpoint.components, tokenizer is not None)
-    if to == "official" and "image_encoder" in checkpoint.components:
-        notes.append(
-            f"{OFFICIAL_IMAGE_ENCODER}: written without CLIP's text tower, which the official code asks for (and does "
-            "not use); for that code, put the release's file in its place"
-        )
-    if to == "orbax":
-        contents = {plan.component.name: describe(plan.component, plan.tensors).as_json() for plan in plans}
-        write_manifest(folder, checkpoint.config, contents)
-    return tuple(notes)
+def _copy_tokenizer(folder: Path, checkpoint: Checkpoint, layout: Layout) -> list[str]:
+    """Copies the tokenizer's files. Returns notes."""
+    if checkpoint.tokenizer_folder is None:
+        return [f"{checkpoint.path}: holds no tokenizer, so the copy has none"]
+    target = folder / layout.tokenizer
+    target.mkdir(parents=True)
+    for file in sorted(checkpoint.tokenizer_folder.iterdir()):
+        if file.is_file() and file.suffix in TOKENIZER_SUFFIXES:
+            shutil.copyfile(file, target / file.name)
+    return []
 
 
 def _verify(folder: Path, checkpoint: Checkpoint, plans: Sequence[_Plan]) -> None:
@@ -243,7 +214,7 @@ def _verify(folder: Path, checkpoint: Checkpoint, plans: Sequence[_Plan]) -> Non
     for plan in plans:
         name = plan.component.name
         expected, actual = plan.component.config, written.part(name).config
-        stored: Mapping[str, TensorInfo] = written.part(name).store.tensors
+        stored = written.part(name).store.tensors
         wrong = [
             tensor
             for tensor, info in plan.tensors.items()

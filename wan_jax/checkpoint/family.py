@@ -3,11 +3,18 @@
 import dataclasses
 import re
 
-from wan_jax.checkpoint.configs import another_family
 from wan_jax.config import DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig, WanConfig
+from wan_jax.errors import InputError
 from wan_jax.presets import PRESETS
 
 MASK_CHANNELS = VAEConfig().temporal_stride  # one for each frame in a latent frame
+
+
+def another_family(place: object, why: str) -> InputError:
+    return InputError(
+        f"{place}: checkpoint of another family: {why}; wan_jax runs the text-to-video and image-to-video models of "
+        "Wan2.1 and Wan2.2"
+    )
 
 
 def assemble_config(
@@ -82,11 +89,11 @@ def _size_in_path(place: str) -> str | None:
     return next(iter(re.findall("480p|720p", place.lower())[::-1]), None)
 
 
-def infer_conditioning(place: object, config: DenoiserConfig, said: str | None = None) -> str:
-    """How a denoiser is conditioned, by its channels and by what the checkpoint says.
+def infer_conditioning(place: object, config: DenoiserConfig, stated: str | None = None) -> str:
+    """How a denoiser is conditioned, by its channels and by what the checkpoint states, if anything.
 
-    Without a word, a denoiser with TI2V-5B's 48 channels takes a first frame. Raises InputError where channels and the
-    checkpoint's word differ, or for channels of no model of ours.
+    By channels alone, a denoiser with TI2V-5B's 48 channels takes a first frame. Raises InputError where channels and
+    statement differ, or for channels of no model of ours.
     """
     channels = f"the denoiser takes {config.in_channels} channels and gives {config.out_channels}"
     if config.in_channels == config.out_channels:
@@ -97,11 +104,11 @@ def infer_conditioning(place: object, config: DenoiserConfig, said: str | None =
         by_channels = ["image_latents"]
     else:
         raise another_family(place, channels)
-    if said is not None and said not in by_channels:
-        raise another_family(place, f"it says that its conditioning is {said!r}, and {channels}")
+    if stated is not None and stated not in by_channels:
+        raise another_family(place, f"it says that its conditioning is {stated!r}, and {channels}")
     if config.image_dim is not None and "image_latents" not in by_channels:
         raise another_family(place, f"it attends to images, and {channels}")
-    return said or by_channels[0]
+    return stated or by_channels[0]
 
 
 def recognition_notes(place: str, config: WanConfig) -> list[str]:
@@ -116,10 +123,3 @@ def recognition_notes(place: str, config: WanConfig) -> list[str]:
     if config.name == "custom" and len(config.experts) == 1 and whole:
         notes.append(f"{place}: one expert of {whole[0]}, which needs both")
     return notes
-
-
-def official_model_type(config: WanConfig) -> str:
-    """What config.json of the official layout calls such a model: the inverse of configs.OFFICIAL_MODEL_TYPES."""
-    if config.denoiser.image_position_length is not None:
-        return "flf2v"
-    return {"text": "t2v", "image_latents": "i2v", "first_frame": "ti2v"}[config.conditioning]

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from wan_jax.errors import InputError
@@ -17,32 +18,25 @@ def local_checkpoint(path_or_id: str | os.PathLike) -> Path:
 
     Raises InputError where there is neither such a path nor such a repository, or the hub cannot be reached.
     """
-    path = Path(path_or_id).expanduser()
+    path, name = Path(path_or_id).expanduser(), os.fspath(path_or_id)
     if path.exists():
         return path
-    name = os.fspath(path_or_id)
     if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise InputError(f"checkpoint {name} does not exist; give a folder, a file, or a hub id (organisation/name)")
 
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(WANTED_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"checkpoint {name} is no local path and could not be downloaded: {reason}") from error
+    return _download(f"checkpoint {name}", lambda: snapshot_download(name, allow_patterns=list(WANTED_FILES)))
 
 
 def local_lora(path_or_id: str | os.PathLike) -> Path:
-    """The local file; of "organisation/name/FILE.safetensors" the hub's, downloaded once.
+    """Returns the local file; of "organisation/name/FILE.safetensors" the hub's, downloaded once.
 
     Raises InputError where there is neither, or the hub cannot be reached.
     """
-    path = Path(path_or_id).expanduser()
+    path, name = Path(path_or_id).expanduser(), os.fspath(path_or_id)
     if path.is_file():
         return path
-    name = os.fspath(path_or_id)
     match = HUB_FILE.fullmatch(name)
     if not match or name.startswith("."):
         raise InputError(
@@ -50,10 +44,15 @@ def local_lora(path_or_id: str | os.PathLike) -> Path:
         )
 
     from huggingface_hub import hf_hub_download
+
+    return _download(f"LoRA {name}", lambda: hf_hub_download(match[1], match[2]))
+
+
+def _download(what: str, download: Callable[[], str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(match[1], match[2]))
+        return Path(download())
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"LoRA {name} is no local file and could not be downloaded: {reason}") from error
+        raise InputError(f"{what} is no local path and could not be downloaded: {reason}") from error

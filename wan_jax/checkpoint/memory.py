@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from jax.typing import ArrayLike
 
-from wan_jax.checkpoint.checkpoint import Checkpoint
+from wan_jax.checkpoint.api import Checkpoint
 from wan_jax.checkpoint.components import bind_component
-from wan_jax.checkpoint.layouts import component_config, model_rows, num_layers
-from wan_jax.checkpoint.tensors import TensorInfo, TensorStore, cast
+from wan_jax.checkpoint.formats.tensors import TensorInfo, TensorStore, cast
+from wan_jax.checkpoint.tables import num_layers, parameter_table
 from wan_jax.config import WanConfig
 
 PLACE = "memory"
@@ -37,13 +37,13 @@ def memory_checkpoint(
     """
     parts = {}
     for name, parameters in components.items():
-        model = component_config(config, name)
+        model = config.model(name)
         arrays: dict[str, np.ndarray] = {}
-        for row in model_rows(model):
-            parameter = np.asarray(parameters[row.stacked_name])
-            if row.per_layer:
-                arrays |= {row.at(layer).ours: parameter[layer] for layer in range(num_layers(model))}
+        for mapping in parameter_table(model):
+            parameter = np.asarray(parameters[mapping.stacked_name])
+            if mapping.per_layer:
+                arrays |= {mapping.at(layer).name: parameter[layer] for layer in range(num_layers(model))}
             else:
-                arrays[row.ours] = parameter
-        parts[name] = bind_component(name, model, "ours", MemoryStore(arrays))
-    return Checkpoint(Path(PLACE), "orbax", config, parts, tokenizer_folder, ())
+                arrays[mapping.name] = parameter
+        parts[name] = bind_component(name, model, "wan_jax", MemoryStore(arrays))
+    return Checkpoint(Path(PLACE), PLACE, config, parts, tokenizer_folder, ())

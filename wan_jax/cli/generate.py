@@ -29,8 +29,7 @@ from wan_jax.presets import get_preset
 from wan_jax.text.prompt_extension import Endpoint, LocalModel, extend_prompt, open_language_model
 
 if TYPE_CHECKING:
-    from wan_jax.checkpoint import Checkpoint
-    from wan_jax.lora.apply import Lora
+    from wan_jax.lora import Lora
     from wan_jax.pipeline import WanPipeline
     from wan_jax.planning.memory import Report
     from wan_jax.runtime.progress import Bars
@@ -76,17 +75,18 @@ def generate(options: Options) -> dict[str, Any]:
 def _generate(
     options: Options, mesh: str | None, items: Sequence[Item], language_model: Any, bars: "Bars"
 ) -> dict[str, Any]:
-    from wan_jax.lora.apply import open_loras
+    from wan_jax.checkpoint import open_checkpoint
+    from wan_jax.lora import open_loras
     from wan_jax.parallel.mesh_spec import MeshSpec
     from wan_jax.pipeline import WanPipeline, peak_bytes
     from wan_jax.runtime import distributed
 
     start = time.perf_counter()
     loras = read_loras(options.lora, options.lora_high, options.lora_low)
-    checkpoint = open_model(options.checkpoint, bars)
+    checkpoint = open_checkpoint(options.checkpoint)
     if mesh is not None and mesh != "auto":
         MeshSpec.parse(mesh).check(checkpoint.config, prompts=1)
-    lora_files = open_loras(loras, checkpoint.config).files
+    opened_loras = open_loras(loras, checkpoint.config)
     jobs = []
     for item in items:
         with item.naming_errors():
@@ -109,7 +109,7 @@ def _generate(
             profile=options.profile,
             mesh=mesh,
             request=largest.request,
-            loras=loras,
+            loras=opened_loras,
             progress=bars,
         )
         profile = pipeline.placement.offload.name
@@ -124,7 +124,7 @@ def _generate(
                     bar.advance()
     return {
         **_report_settings(options, loras, jobs),
-        "loras": [file.as_json() for file in lora_files],
+        "loras": [file.as_json() for file in opened_loras.files],
         "profile": profile,
         "mesh": mesh_spec,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
@@ -266,10 +266,10 @@ def _generate_video(pipeline: "WanPipeline", job: Job, seconds: dict[str, float]
 
 def load_pipeline(options: Options) -> "WanPipeline":
     """The pipeline that the options name, for callers that go on in Python."""
+    from wan_jax.checkpoint import open_checkpoint
     from wan_jax.pipeline import WanPipeline
-    from wan_jax.runtime.progress import Bars
 
-    checkpoint = open_model(options.checkpoint, Bars(not options.quiet))
+    checkpoint = open_checkpoint(options.checkpoint)
     return WanPipeline.from_checkpoint(
         checkpoint,
         options.dtype,
@@ -306,11 +306,10 @@ def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
     output = check_output(options.output)
     latents = read_latents(latents_file)
 
+    from wan_jax.checkpoint import open_checkpoint
     from wan_jax.pipeline import WanPipeline
-    from wan_jax.runtime.progress import Bars
 
-    bars = Bars(not options.quiet)
-    checkpoint = open_model(options.checkpoint, bars)
+    checkpoint = open_checkpoint(options.checkpoint)
     # The experts stay on the host.
     pipeline = WanPipeline.from_checkpoint(
         checkpoint, options.dtype, vae_dtype=options.vae_dtype, profile="swap", progress=not options.quiet
@@ -331,10 +330,10 @@ def extend(video: str, options: Options) -> list[pathlib.Path]:
         raise InputError("give a prompt: what happens next in the video")
     clip = read_video(video)
 
+    from wan_jax.checkpoint import open_checkpoint
     from wan_jax.pipeline import WanPipeline
-    from wan_jax.runtime.progress import Bars
 
-    checkpoint = open_model(options.checkpoint, Bars(not options.quiet))
+    checkpoint = open_checkpoint(options.checkpoint)
     request = dataclasses.replace(options, image=clip.frames[-1], size=clip.size)
     pipeline = WanPipeline.from_checkpoint(
         checkpoint,
@@ -367,26 +366,13 @@ def _check_files(options: Options) -> None:
 
 def read_loras(both: Sequence[str], high: Sequence[str] = (), low: Sequence[str] = ()) -> list["Lora"]:
     """ "FILE" and "FILE:STRENGTH" by expert -> what they ask for."""
-    from wan_jax.lora.apply import Lora
+    from wan_jax.lora import Lora
 
     return [
         *[Lora.parse(text) for text in both],
         *[Lora.parse(text, "high_noise") for text in high],
         *[Lora.parse(text, "low_noise") for text in low],
     ]
-
-
-def open_model(path_or_id: str | None, bars: "Bars") -> "Checkpoint":
-    """The checkpoint that a run names; without a name the model that ships with the package."""
-    from wan_jax.checkpoint import open_checkpoint
-    from wan_jax.checkpoint.hub import local_checkpoint
-
-    if path_or_id is not None:
-        return open_checkpoint(local_checkpoint(path_or_id))
-    from wan_jax.assets import NANO_WEIGHTS
-
-    bars.note("no --checkpoint given: this is the nano model, which knows coloured shapes and digits that move")
-    return open_checkpoint(NANO_WEIGHTS)
 
 
 def _check_npy(option: str, name: str) -> pathlib.Path:

@@ -136,23 +136,23 @@ def _decode(values: argparse.Namespace) -> None:
 
 
 def _convert(values: argparse.Namespace) -> None:
-    from wan_jax.checkpoint import convert
-    from wan_jax.checkpoint.hub import local_checkpoint
+    from wan_jax.checkpoint import convert, open_checkpoint
     from wan_jax.cli.generate import read_loras
+    from wan_jax.lora import merge_loras, open_loras
     from wan_jax.runtime.progress import Bars
 
     loras = read_loras(values.merge_lora, values.merge_lora_high, values.merge_lora_low)
-    source = local_checkpoint(values.source)
+    checkpoint = open_checkpoint(values.source)
+    merged = merge_loras(checkpoint, open_loras(loras, checkpoint.config))
     with Bars(not values.quiet).transfers("convert") as report:
-        summary = convert(source, values.destination, values.dtype, values.to, report, loras=loras)
+        summary = convert(merged, values.destination, values.dtype, values.to, report)
     print(summary)
 
 
 def _info(values: argparse.Namespace) -> None:
     from wan_jax.checkpoint import open_checkpoint
-    from wan_jax.checkpoint.hub import local_checkpoint
 
-    print(open_checkpoint(local_checkpoint(values.checkpoint)).info())
+    print(open_checkpoint(values.checkpoint).info())
 
 
 def _plan(values: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@
 
 The base weights are never written. Low-rank changes become adapters (models/layers.py), which the forward pass adds to
 each kernel in float32; the few parameters that a file changes whole are copies. So taking a LoRA away gives back the
-same bits, strengths are numbers that the compiled step is called with, and files of the same rank compile nothing.
+same bits, scales are numbers that the compiled step is called with, and files of the same rank compile nothing.
 """
 
 import math
@@ -18,24 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from wan_jax.checkpoint.layouts import denoiser_rows
+from wan_jax.checkpoint.tables.denoiser import denoiser_table
 from wan_jax.config import DenoiserConfig
 from wan_jax.lora.adapters import adapt, find_linear
-from wan_jax.lora.export import save_lora
-from wan_jax.lora.files import ActiveLora, Change, Lora, LoraFile, OpenLoras, open_loras, total_change
+from wan_jax.lora.files import ActiveLora, Change, OpenLoras, total_change
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.nn.layers import Adapter
 from wan_jax.parameters import named_parameters
 from wan_jax.runtime.offload import single_device
-
-__all__ = ["AdaptedDenoiser", "Lora", "LoraFile", "OpenLoras", "adapter_bytes", "open_loras", "save_lora", "with_loras"]
 
 # Ranks are filled up to multiples of this with zeros, so that few of them need a program of their own.
 RANK_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
-class Part:
+class LayerChange:
     """What one LoRA changes of one layer of a parameter."""
 
     lora: int  # its index
@@ -82,13 +79,15 @@ class AdaptedDenoiser:
             self._files, self._factors = [], {}  # frees the old ones first
             self._factors = self._load({name: parts[name] for name in parts if name not in whole}, loras)
             self._files = files
-        strengths = np.array([lora.strength for lora in loras], np.float32)
-        adapters = {linear_of(name): self._adapter(name, factors, strengths) for name, factors in self._factors.items()}
+        loras_scales = np.array([lora.scale for lora in loras], np.float32)
+        adapters = {
+            linear_of(name): self._adapter(name, factors, loras_scales) for name, factors in self._factors.items()
+        }
         tensors = {name: self._changed(name, parts[name], loras) for name in whole}
         return adapt(self.base, adapters, tensors)
 
-    def _adapter(self, name: str, factors: Factors, strengths: np.ndarray) -> Adapter:
-        scale = jax.device_put(np.tensordot(strengths, factors.scales, 1), self._places(name)[2])
+    def _adapter(self, name: str, factors: Factors, loras_scales: np.ndarray) -> Adapter:
+        scale = jax.device_put(np.tensordot(loras_scales, factors.scales, 1), self._places(name)[2])
         return Adapter(factors.down, factors.up, scale, axes=self._axes(name))
 
     def _axes(self, name: str) -> tuple[str | None, str | None]:
@@ -100,29 +99,29 @@ class AdaptedDenoiser:
         inputs, outputs = self._axes(name)
         return self._place((*layers, inputs, None)), self._place((*layers, None, outputs)), self._place((*layers, None))
 
-    def _load(self, parts: Mapping[str, Sequence[Part]], loras: Sequence[ActiveLora]) -> dict[str, Factors]:
+    def _load(self, parts: Mapping[str, Sequence[LayerChange]], loras: Sequence[ActiveLora]) -> dict[str, Factors]:
         """Reads the factors of all kernels onto the device."""
-        here = single_device(next(iter(self._place(()).device_set)), on_host=False)
+        device = single_device(next(iter(self._place(()).device_set)), on_host=False)
 
         def read(name: str) -> tuple[jax.Array, jax.Array, np.ndarray]:
             down, up, scales = read_factors(parts[name], loras, self._parameters[name].shape)
-            return jax.device_put(down, here), jax.device_put(up, here), scales
+            return jax.device_put(down, device), jax.device_put(up, device), scales
 
         with ThreadPoolExecutor() as threads:
             stored = dict(zip(parts, threads.map(read, parts), strict=True))
-        turned = _turned({name: (down, up) for name, (down, up, _) in stored.items()})
-        placed = jax.device_put(turned, {name: self._places(name)[:2] for name in parts})
+        transposed = _transposed({name: (down, up) for name, (down, up, _) in stored.items()})
+        placed = jax.device_put(transposed, {name: self._places(name)[:2] for name in parts})
         jax.block_until_ready(placed)
         return {name: Factors(placed[name][0], placed[name][1], scales) for name, (_, _, scales) in stored.items()}
 
-    def _changed(self, name: str, parts: Sequence[Part], loras: Sequence[ActiveLora]) -> jax.Array:
+    def _changed(self, name: str, parts: Sequence[LayerChange], loras: Sequence[ActiveLora]) -> jax.Array:
         """A parameter that is changed whole: the sum in float32, rounded once."""
         base = self._parameters[name]
         host = np.array(base)
-        for layer, row in {part.layer: part.change.row for part in parts}.items():
-            change = total_change(loras, row.ours)
+        for layer, mapping in {part.layer: part.change.mapping for part in parts}.items():
+            change = total_change(loras, mapping.name)
             assert change is not None
-            host[layer] = (host[layer].astype(np.float32) + row.to_ours(change)).astype(host.dtype)
+            host[layer] = (host[layer].astype(np.float32) + mapping.from_torch(change)).astype(host.dtype)
         return jax.device_put(host, base.sharding)
 
 
@@ -134,13 +133,13 @@ def with_loras(experts: Mapping[str, AdaptedDenoiser], loras: OpenLoras) -> dict
 
 
 @jax.jit
-def _turned(factors: Any) -> Any:
+def _transposed(factors: Any) -> Any:
     """As files have factors -> as adapters have them, in float32, so that no file's dtype asks for another step."""
     return jax.tree.map(lambda factor: jnp.swapaxes(factor, -1, -2).astype(jnp.float32), factors)
 
 
 def read_factors(
-    parts: Sequence[Part], loras: Sequence[ActiveLora], shape: Sequence[int]
+    parts: Sequence[LayerChange], loras: Sequence[ActiveLora], shape: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The factors of all LoRAs of one kernel side by side, in the layout and, where they agree, the dtype of the files.
 
@@ -161,19 +160,19 @@ def read_factors(
     return down, up, scales
 
 
-def parts_by_parameter(loras: Sequence[ActiveLora], config: DenoiserConfig) -> dict[str, list[Part]]:
+def parts_by_parameter(loras: Sequence[ActiveLora], config: DenoiserConfig) -> dict[str, list[LayerChange]]:
     """The changes by the stacked parameter's name ("blocks.feed_forward.up.kernel"), in the table's order."""
     places: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for row in denoiser_rows(config):
-        layers = range(config.num_layers) if row.per_layer else ()
-        places |= {row.at(layer).ours: (row.stacked_name, (layer,)) for layer in layers}
-        if not row.per_layer:
-            places[row.ours] = row.ours, ()
-    found: dict[str, list[Part]] = {name: [] for name, _ in places.values()}
+    for mapping in denoiser_table(config):
+        layers = range(config.num_layers) if mapping.per_layer else ()
+        places |= {mapping.at(layer).name: (mapping.stacked_name, (layer,)) for layer in layers}
+        if not mapping.per_layer:
+            places[mapping.name] = mapping.name, ()
+    found: dict[str, list[LayerChange]] = {name: [] for name, _ in places.values()}
     for index, lora in enumerate(loras):
-        for ours, change in lora.changes.items():
-            name, layer = places[ours]
-            found[name].append(Part(index, layer, change))
+        for parameter, change in lora.changes.items():
+            name, layer = places[parameter]
+            found[name].append(LayerChange(index, layer, change))
     return {name: parts for name, parts in found.items() if parts}
 
 
@@ -183,13 +182,13 @@ def adapter_bytes(loras: Iterable[ActiveLora], config: DenoiserConfig) -> int:
     total = 0
     for parts in parts_by_parameter(loras, config).values():
         if not any(part.change.diffs for part in parts):
-            outputs, *inputs = parts[0].change.row.shape
+            outputs, *inputs = parts[0].change.mapping.torch_shape
             layers = config.num_layers if parts[0].layer else 1
             total += 4 * layers * (outputs + math.prod(inputs) + 1) * _columns(parts, loras)[1]
     return total
 
 
-def _columns(parts: Sequence[Part], loras: Sequence[ActiveLora]) -> tuple[Mapping[int, int], int]:
+def _columns(parts: Sequence[LayerChange], loras: Sequence[ActiveLora]) -> tuple[Mapping[int, int], int]:
     """The first column of each LoRA in a kernel's factors, and the number of all columns."""
     ranks: dict[int, int] = {}
     for part in parts:

@@ -8,13 +8,14 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from wan_jax.checkpoint.api import Checkpoint
 from wan_jax.checkpoint.components import Component
-from wan_jax.checkpoint.layouts import Row, denoiser_rows
-from wan_jax.checkpoint.safetensors import write_safetensors_file
-from wan_jax.checkpoint.tensors import TensorInfo, TensorStore, cast
+from wan_jax.checkpoint.formats.safetensors import write_safetensors_file
+from wan_jax.checkpoint.formats.tensors import TensorInfo, TensorStore, cast
+from wan_jax.checkpoint.tables.denoiser import denoiser_table
 from wan_jax.config import DenoiserConfig
 from wan_jax.errors import unknown_name
-from wan_jax.lora.files import ActiveLora, total_change
+from wan_jax.lora.files import ActiveLora, OpenLoras, total_change
 from wan_jax.lora.names import EXPERT_METADATA
 from wan_jax.models.nn.layers import Adapter
 
@@ -30,13 +31,13 @@ def save_lora(
     expert: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes adapters as one safetensors file; `checkpoint.lora.open_lora` reads back the same bits.
+    """Writes adapters as one safetensors file; `open_lora` reads back the same bits.
 
     Args:
       adapters: by the Linear's name ("blocks.self_attention.query"), stacked as the model has them; one scale a layer.
       style: "diffusers" (PEFT's names, alpha in the metadata) or "comfyui" (official names, alpha beside each pair).
       expert: "high_noise" or "low_noise": the only one that the file may then be used on.
-      metadata: more texts for the file's header.
+      metadata: further texts for the file's header.
 
     Raises InputError for an unknown style, ValueError for a scale that is not one number (a bug).
     """
@@ -44,14 +45,14 @@ def save_lora(
         raise unknown_name("style of LoRA files", style, get_args(Style))
     tensors: dict[str, np.ndarray] = {}
     alphas: dict[str, tuple[int, float]] = {}  # module -> rank, alpha
-    rows = {row.stacked_name: row for row in denoiser_rows(config)}
+    table = {mapping.stacked_name: mapping for mapping in denoiser_table(config)}
     for name, adapter in adapters.items():
-        row = rows[f"{name}.kernel"]
+        mapping = table[f"{name}.kernel"]
         down, up, scale = (np.asarray(array[...]) for array in (adapter.down, adapter.up, adapter.scale))
-        layers = range(len(down)) if row.per_layer else [()]
+        layers: Sequence[Any] = range(len(down)) if mapping.per_layer else [()]
         for layer in layers:
-            here: Row = row.at(layer) if row.per_layer else row  # type: ignore[arg-type]
-            module = (here.diffusers if style == "diffusers" else here.official).removesuffix(".weight")
+            names = mapping.at(layer).names if mapping.per_layer else mapping.names
+            module = (names.diffusers if style == "diffusers" else names.official).removesuffix(".weight")
             (one_scale,) = np.unique(scale[layer])
             rank = down[layer].shape[-1]
             alphas[module] = rank, _alpha(one_scale, rank)
@@ -99,9 +100,17 @@ def _peft_config(alphas: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     return {f"transformer.{name}": value for name, value in config.items()}
 
 
-def merge_loras(component: Component, loras: Sequence[ActiveLora]) -> Component:
-    """The denoiser with LoRAs merged as it is read: the sum in float32, rounded once to the dtype that is asked for."""
-    return replace(component, store=MergedStore(component, loras)) if loras else component
+def merge_loras(checkpoint: Checkpoint, loras: OpenLoras) -> Checkpoint:
+    """The checkpoint with LoRAs merged as it is read: the sum in float32, rounded once to the dtype that is asked for.
+
+    Raises InputError where the checkpoint lacks an expert that a LoRA changes.
+    """
+    parts = dict(checkpoint.parts)
+    for expert, active in loras.by_expert.items():
+        if active:
+            part = checkpoint.part(expert)
+            parts[expert] = replace(part, store=MergedStore(part, active))
+    return replace(checkpoint, parts=parts, notes=(*checkpoint.notes, *loras.notes))
 
 
 class MergedStore(TensorStore):
@@ -110,10 +119,11 @@ class MergedStore(TensorStore):
     def __init__(self, component: Component, loras: Sequence[ActiveLora]):
         self.place = component.store.place
         self.tensors = component.store.tensors
-        self._store = component.store
-        self._ours = component.naming == "ours"
+        self._component = component
         self._loras = loras
-        self._rows = {stored: row for row in component.rows for stored in component.stored_names[row.ours]}
+        self._mappings = {
+            stored: mapping for mapping in component.table for stored in component.stored_names[mapping.name]
+        }
 
     def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
         (tensor,) = self.read_many([name], dtype)
@@ -121,9 +131,10 @@ class MergedStore(TensorStore):
 
     def read_many(self, names: Sequence[str], dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
         # float32 holds every dtype that weights have, so tensors that nothing changes come out as they are.
-        for name, tensor in zip(names, self._store.read_many(names, np.dtype(np.float32)), strict=True):
-            row = self._rows[name]
-            change = total_change(self._loras, row.ours)
+        stored = self._component.store.read_many(names, np.dtype(np.float32))
+        for name, tensor in zip(names, stored, strict=True):
+            mapping = self._mappings[name]
+            change = total_change(self._loras, mapping.name)
             if change is not None:
-                tensor = tensor + (row.to_ours(change) if self._ours else change)
+                tensor = tensor + (mapping.from_torch(change) if self._component.naming == "wan_jax" else change)
             yield cast(tensor, self.tensors[name].dtype if dtype is None else dtype)

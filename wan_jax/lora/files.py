@@ -1,8 +1,8 @@
 """LoRA files of every dialect, bound to a denoiser's table: names and shapes are verified before any factor is read.
 
-    weight + strength * (alpha / rank * up @ down + diff),  bias + strength * diff_b,  modulation + strength * diff_m
+    weight + scale * (alpha / rank * up @ down + diff),  bias + scale * diff_b,  modulation + scale * diff_m
 
-alpha / rank is 1 where a file says no alpha. How files name things is in lora_names.py.
+alpha / rank is 1 where a file says no alpha. How files name things is in names.py.
 """
 
 import difflib
@@ -12,17 +12,16 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from wan_jax.checkpoint.components import copy_into
+from wan_jax.checkpoint.formats.safetensors import SafetensorsFile
+from wan_jax.checkpoint.formats.tensors import FLOAT8_DTYPES, WEIGHT_DTYPES, copy_into
 from wan_jax.checkpoint.hub import local_lora
-from wan_jax.checkpoint.layouts import Row, expand_layers, model_rows
-from wan_jax.checkpoint.safetensors import SafetensorsFile
-from wan_jax.checkpoint.tensors import FLOAT8_DTYPES, WEIGHT_DTYPES
+from wan_jax.checkpoint.tables import ParamMapping, expanded_table
 from wan_jax.config import DenoiserConfig, WanConfig
 from wan_jax.errors import InputError, unknown_name
 from wan_jax.lora.names import (
@@ -48,38 +47,43 @@ SHOWN = 3  # names in a message
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA as the user asks for it."""
+    """A LoRA as the user asks for it.
+
+    Attributes:
+        file: a safetensors file of any dialect, or "organisation/name/FILE.safetensors" of the hub.
+        scale: what its change is multiplied with.
+        expert: "high_noise", "low_noise", or "both": every expert that the model has.
+    """
 
     file: str
-    strength: float = 1.0
-    expert: ExpertChoice = "both"  # "both": every expert that the model has
+    scale: float = 1.0
+    expert: ExpertChoice = "both"
 
     def __post_init__(self):
         if self.expert not in EXPERT_CHOICES:
             raise unknown_name("expert of a LoRA", self.expert, EXPERT_CHOICES)
-        if not math.isfinite(self.strength):
-            raise InputError(f"LoRA {self.file}: strength {self.strength} is not a finite number")
+        if not math.isfinite(self.scale):
+            raise InputError(f"LoRA {self.file}: strength {self.scale} is not a finite number")
 
     @classmethod
     def parse(cls, text: str, expert: ExpertChoice = "both") -> "Lora":
         """ "FILE" or "FILE:STRENGTH"."""
-        file, colon, strength = text.rpartition(":")
+        file, colon, scale = text.rpartition(":")
         try:
-            return cls(file, float(strength), expert) if colon else cls(text, 1.0, expert)
-        except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-            return cls(text, 1.0, expert)  # a colon in the file's name
+            number = float(scale) if colon else 1.0
+        except ValueError:  # a colon in the file's name
+            return cls(text, 1.0, expert)
+        return cls(file if colon else text, number, expert)
 
     def as_json(self) -> dict[str, Any]:
-        return {"file": self.file, "strength": self.strength, "expert": self.expert}
+        return {"file": self.file, "strength": self.scale, "expert": self.expert}
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a file changes of one parameter, at strength 1."""
+    """What a file changes of one parameter, at scale 1."""
 
-    row: Row
+    mapping: ParamMapping
     down: str | None = None  # stored names of the factors: [rank, inputs],
     up: str | None = None  # [outputs, rank]
     scale: float = 1.0  # alpha / rank
@@ -124,7 +128,7 @@ class LoraFile:
 
     def sum_of_diffs(self, change: Change) -> np.ndarray:
         """float32, in PyTorch's layout of the parameter."""
-        total = np.zeros(change.row.shape, np.float32)
+        total = np.zeros(change.mapping.torch_shape, np.float32)
         for name, scale in change.diffs:
             total += np.float32(scale) * self.store.read(name, total.dtype).reshape(total.shape)
         return total
@@ -133,7 +137,7 @@ class LoraFile:
         """All of a change, float32, in PyTorch's layout of the parameter."""
         total = self.sum_of_diffs(change)
         if change.down is not None:
-            outputs, *inputs = change.row.shape
+            outputs, *inputs = change.mapping.torch_shape
             rank = self.rank(change)
             down, up = np.empty((rank, math.prod(inputs)), np.float32), np.empty((outputs, rank), np.float32)
             self.read_factors(change, down, up)
@@ -168,7 +172,7 @@ class ActiveLora:
 
     file: LoraFile
     changes: Mapping[str, Change]
-    strength: float
+    scale: float
 
     @property
     def identity(self) -> tuple:
@@ -179,31 +183,37 @@ class ActiveLora:
 
 def total_change(loras: Sequence[ActiveLora], name: str) -> np.ndarray | None:
     """What all LoRAs add to one of our parameters, float32 in PyTorch's layout; None where they leave it alone."""
-    changes = [
-        np.float32(lora.strength) * lora.file.delta(lora.changes[name]) for lora in loras if name in lora.changes
-    ]
+    changes = [np.float32(lora.scale) * lora.file.delta(lora.changes[name]) for lora in loras if name in lora.changes]
     return sum(changes[1:], start=changes[0]) if changes else None
 
 
 @dataclass(frozen=True)
 class OpenLoras:
-    """All LoRAs of a run, opened and verified."""
+    """All LoRAs of a run, opened and verified; to be passed on, so that files are opened once."""
 
     by_expert: Mapping[str, Sequence[ActiveLora]]
+    loras: tuple[Lora, ...] = ()
     files: tuple[LoraFile, ...] = ()
-    notes: tuple[str, ...] = field(default=())  # what the user should know, one line each
+    notes: tuple[str, ...] = ()  # what the user should know, one line each
 
 
-def open_loras(loras: Sequence[Lora], config: WanConfig) -> OpenLoras:
+def open_loras(loras: "Loras", config: WanConfig) -> OpenLoras:
     """Opens and verifies every file for the experts of a model; no factor is read.
 
-    Raises InputError, one line, for a file that is no LoRA or not for this model, and for one that says itself that it
-    is for the other expert.
+    Args:
+        loras: what is asked for; a bare path is a Lora of scale 1. LoRAs that are open come back as they are.
+        config: the model's.
+
+    Raises:
+        InputError: a file that is no LoRA or not for this model, or that says itself that it is for the other expert.
     """
+    if isinstance(loras, OpenLoras):
+        return loras
+    asked = tuple(lora if isinstance(lora, Lora) else Lora(os.fspath(lora)) for lora in loras)
     by_expert: dict[str, list[ActiveLora]] = {expert: [] for expert in config.experts}
     files: dict[str, LoraFile] = {}
     notes: list[str] = []
-    for lora in loras:
+    for lora in asked:
         if lora.expert != "both" and lora.expert not in config.experts:
             raise InputError(f"LoRA {lora.file}: {config.name} has one expert, no {lora.expert} one; use --lora")
         if lora.file not in files:
@@ -216,8 +226,11 @@ def open_loras(loras: Sequence[Lora], config: WanConfig) -> OpenLoras:
             raise InputError(f"LoRA {lora.file}: it changes only {', '.join(file.changes)}, not {', '.join(wanted)}")
         notes += _doubts(file, changed, config)
         for expert in changed:
-            by_expert[expert].append(ActiveLora(file, file.changes_of(expert), lora.strength))
-    return OpenLoras(by_expert, tuple(files.values()), tuple(dict.fromkeys(notes)))
+            by_expert[expert].append(ActiveLora(file, file.changes_of(expert), lora.scale))
+    return OpenLoras(by_expert, asked, tuple(files.values()), tuple(dict.fromkeys(notes)))
+
+
+Loras = OpenLoras | Sequence[Lora | str | os.PathLike]
 
 
 def _doubts(file: LoraFile, experts: Sequence[str], config: WanConfig) -> list[str]:
@@ -271,21 +284,21 @@ def open_lora(path: str | Path, config: DenoiserConfig) -> LoraFile:
 
 
 @functools.cache
-def _table(config: DenoiserConfig) -> dict[str, dict[Leaf, Row]]:
-    return modules(expand_layers(model_rows(config), config.num_layers))
+def _table(config: DenoiserConfig) -> dict[str, dict[Leaf, ParamMapping]]:
+    return modules(expanded_table(config))
 
 
 def _changes(
     keys: Sequence[Key],
     store: SafetensorsFile,
-    table: Mapping[str, Mapping[Leaf, Row]],
+    table: Mapping[str, Mapping[Leaf, ParamMapping]],
     peft_scale: Callable[[Key, int], float],
 ) -> dict[str, Change]:
     """The keys of one expert -> its changes by our names."""
-    rows = {key: table[key.module][LEAVES[key.part]] for key in keys}
+    mappings = {key: table[key.module][LEAVES[key.part]] for key in keys}
     by_module: dict[str, dict[Part, Key]] = {}
-    for key, row in rows.items():
-        parts = by_module.setdefault(row.ours.rpartition(".")[0], {})
+    for key, mapping in mappings.items():
+        parts = by_module.setdefault(mapping.name.rpartition(".")[0], {})
         if key.part in parts:
             raise InputError(
                 f"LoRA {store.place}: {parts[key.part].name} and {key.name} are for one parameter; remove one"
@@ -306,13 +319,13 @@ def _changes(
             rank = _rank(down, up, store)
             scale = _alpha(parts["alpha"], store) / rank if "alpha" in parts else peft_scale(down, rank)
             scale = scale or 1.0  # kohya's tools and LightX2V take an alpha of 0 for none
-            changes[rows[down].ours] = Change(rows[down], down.name, up.name, scale)
+            changes[mappings[down].name] = Change(mappings[down], down.name, up.name, scale)
         whole: tuple[tuple[Part, float], ...] = (("diff", 1.0), ("up_bias", scale), ("diff_b", 1.0), ("diff_m", 1.0))
         for part, factor in whole:
             if part in parts:
-                row, name = rows[parts[part]], parts[part].name
-                change = changes.get(row.ours, Change(row))
-                changes[row.ours] = replace(change, diffs=(*change.diffs, (name, factor)))
+                mapping, name = mappings[parts[part]], parts[part].name
+                change = changes.get(mapping.name, Change(mapping))
+                changes[mapping.name] = replace(change, diffs=(*change.diffs, (name, factor)))
     return changes
 
 
@@ -346,21 +359,23 @@ def _check_shapes(file: LoraFile, config: DenoiserConfig) -> None:
             raise InputError(f"LoRA {file.path}: {name} is {tensors[name].dtype}, which is no dtype of weights")
 
     for change in (change for section in file.changes.values() for change in section.values()):
-        outputs, *inputs = change.row.shape
+        outputs, *inputs = change.mapping.torch_shape
         for name, _ in change.diffs:
-            check(name, tensors[name].shape, change.row.shape)
+            check(name, tensors[name].shape, change.mapping.torch_shape)
         if change.down is None or change.up is None:
             continue
         if not inputs:
-            raise InputError(f"LoRA {file.path}: {change.down} is a factor, but {change.row.official} is a vector")
+            raise InputError(
+                f"LoRA {file.path}: {change.down} is a factor, but {change.mapping.names.official} is a vector"
+            )
         rank, *down = tensors[change.down].shape
         check(change.down, (rank, math.prod(down)), (rank, math.prod(inputs)))
         check(change.up, tensors[change.up].shape, (outputs, rank))
-        if change.row.official.endswith("attn.q.weight"):
+        if change.mapping.names.official.endswith("attn.q.weight"):
             widths.add(math.prod(down))
     if wrong:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise InputError(f"LoRA {file.path}: does not fit this model: {wrong[0]}{more}{_made_for(widths, config)}")
+        rest = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise InputError(f"LoRA {file.path}: does not fit this model: {wrong[0]}{rest}{_made_for(widths, config)}")
 
 
 def _made_for(widths: set[int], config: DenoiserConfig) -> str:
@@ -389,8 +404,8 @@ def _explain(unmatched: Mapping[str, str], total: int, table: Mapping[str, Any],
     for name, module in list(unmatched.items())[:SHOWN]:
         nearest = difflib.get_close_matches(module, table, n=2, cutoff=0.5)
         described.append(name + (f" (nearest: {', '.join(nearest)})" if nearest else ""))
-    more = f" and {len(unmatched) - SHOWN} more" if len(unmatched) > SHOWN else ""
-    return f"{len(unmatched)} of its {total} keys match nothing in this model: {', '.join(described)}{more}"
+    rest = f" and {len(unmatched) - SHOWN} more" if len(unmatched) > SHOWN else ""
+    return f"{len(unmatched)} of its {total} keys match nothing in this model: {', '.join(described)}{rest}"
 
 
 def _peft_scale(path: Path, metadata: Mapping[str, str]) -> Callable[[Key, int], float]:

@@ -1,8 +1,8 @@
 """How LoRA files name what they change.
 
 A key is a prefix, a module and an ending: "diffusion_model." "blocks.3.ffn.0" ".lora_down.weight". Modules are those of
-the official and of the diffusers column of the model's table (layouts.py), as they stand or, as kohya's tools write
-them, with underscores for dots ("lora_unet_" "blocks_3_ffn_0" ".lora_down.weight").
+the official and of the diffusers names of the table (checkpoint/tables), as they stand or, as kohya's tools write them,
+with underscores for dots ("lora_unet_" "blocks_3_ffn_0" ".lora_down.weight").
 
     diffusers, PEFT               transformer.blocks.0.attn1.to_q.lora_A.weight, .lora_B.weight; alpha in the metadata
     official, ComfyUI, LightX2V   diffusion_model.blocks.0.self_attn.q.lora_down.weight (or .lora_A.weight),
@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from wan_jax.checkpoint.layouts import Row
+from wan_jax.checkpoint.tables.mapping import ParamMapping
 
 # A pair of factors, their alpha, and what is added as it is: to the weight, to the bias, to the modulation.
 Part = Literal["down", "up", "alpha", "diff", "up_bias", "diff_b", "diff_m"]
@@ -107,29 +107,28 @@ def without_prefixes(name: str) -> str:
     return _PREFIXES.sub("", name)
 
 
-def modules(rows: Iterable[Row]) -> dict[str, dict[Leaf, Row]]:
+def modules(table: Iterable[ParamMapping]) -> dict[str, dict[Leaf, ParamMapping]]:
     """Every spelling of every module of a table -> its parameters.
 
     A table of modulations is the "modulation" of the module around it, and a module of its own.
     """
-    found: dict[str, dict[Leaf, Row]] = {}
+    found: dict[str, dict[Leaf, ParamMapping]] = {}
 
-    def add(module: str, leaf: Leaf, row: Row) -> None:
+    def add(module: str, leaf: Leaf, mapping: ParamMapping) -> None:
         for spelling in (module, module.replace(".", "_")):
-            if found.setdefault(spelling, {}).setdefault(leaf, row) != row:
-                raise ValueError(f"{spelling} is both {row.ours} and {found[spelling][leaf].ours}")
+            other = found.setdefault(spelling, {}).setdefault(leaf, mapping)
+            if other != mapping:
+                raise ValueError(f"{spelling} is both {mapping.name} and {other.name}")
 
-    for row in rows:
-        for name in (row.official, row.diffusers):
+    for mapping in table:
+        for name in (mapping.names.official, mapping.names.diffusers):
             module, _, last = name.rpartition(".")
-            if last == "weight":
-                add(module, "weight", row)
-            elif last == "bias":
-                add(module, "bias", row)
+            if last in ("weight", "bias"):
+                add(module, "weight" if last == "weight" else "bias", mapping)
             else:
-                add(name, "weight", row)
+                add(name, "weight", mapping)
                 if module:
-                    add(module, "modulation", row)
+                    add(module, "modulation", mapping)
     return found
 
 

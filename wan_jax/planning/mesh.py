@@ -14,11 +14,11 @@ from dataclasses import replace
 
 import jax
 
-from wan_jax.checkpoint.layouts import abstract_model
 from wan_jax.config import WanConfig
 from wan_jax.diffusion.experts import as_pair
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
+from wan_jax.models.build import abstract_model
 from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.nn.causal_conv import Cache
 from wan_jax.parallel.mesh_spec import MeshSpec

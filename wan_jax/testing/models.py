@@ -20,8 +20,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-from wan_jax.checkpoint import convert
-from wan_jax.checkpoint.memory import memory_checkpoint
+from wan_jax.checkpoint import convert, memory_checkpoint
 from wan_jax.config import DenoiserConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.image_encoder import ImageEncoder

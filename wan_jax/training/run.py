@@ -11,15 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from wan_jax.assets import NANO_WEIGHTS
-from wan_jax.checkpoint import Checkpoint, convert, open_checkpoint
-from wan_jax.checkpoint.hub import local_checkpoint
-from wan_jax.checkpoint.layouts import abstract_model
-from wan_jax.checkpoint.memory import memory_checkpoint
+from wan_jax.checkpoint import Checkpoint, convert, memory_checkpoint, open_checkpoint
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
-from wan_jax.lora.apply import save_lora
-from wan_jax.lora.files import Lora
+from wan_jax.lora import Lora, merge_loras, open_loras, save_lora
+from wan_jax.models.build import abstract_model
 from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.text_encoder import TextEncoder
@@ -70,7 +66,9 @@ class TrainingRun:
         self.options = options
         self.folder = Path(options.output)
         self.bars = Bars(not options.quiet)
-        self.checkpoint = open_checkpoint(local_checkpoint(options.checkpoint or NANO_WEIGHTS))
+        self.checkpoint = open_checkpoint(options.checkpoint)
+        for note in self.checkpoint.notes:
+            self.bars.note(note)
         self.config = self.checkpoint.config
         if self.config.conditioning == "image_latents":
             raise InputError(f"{self.config.name} makes videos from images, which this trainer does not do yet")
@@ -144,7 +142,8 @@ class TrainingRun:
         # Of each expert one of its files, whatever its style: they hold the same.
         one = len(self.config.experts) == 1
         loras = [Lora(str(path), 1.0, cast(Any, "both" if one else expert)) for expert, path in dict(files).items()]
-        return [*paths, self._convert(self.checkpoint, destination, loras)]
+        merged = merge_loras(self.checkpoint, open_loras(loras, self.config))
+        return [*paths, self._convert(merged, destination)]
 
     def _export_loras(self, trained: Mapping[str, Mapping[str, np.ndarray]], step: int) -> list[tuple[str, Path]]:
         files = []
@@ -160,10 +159,10 @@ class TrainingRun:
                 files.append((expert, path))
         return files
 
-    def _convert(self, checkpoint: Checkpoint, destination: Path, loras: Any = ()) -> Path:
+    def _convert(self, checkpoint: Checkpoint, destination: Path) -> Path:
         if not destination.exists():
             with self.bars.transfers("export") as report:
-                convert(checkpoint, destination, self.options.export.dtype, progress=report, loras=loras)
+                convert(checkpoint, destination, self.options.export.dtype, progress=report)
         return destination
 
     def _experts(self) -> tuple[str, ...]:

@@ -1,22 +1,29 @@
-"""ComfyUI's single files: which model a file holds, and fp8 weights with their scales.
+"""ComfyUI's layout: single files, in one folder or in diffusion_models/, text_encoders/, clip_vision/, vae/.
 
 The denoiser and the VAE keep the official names, the text encoder HuggingFace's, the image encoder (CLIP) either. In
 an "fp8_scaled" file a layer's weight is float8 and a scale stands beside it: W = float8 * scale, one scale per tensor
-or one per output row.
+or one per output row. Which model a file holds is told by the names inside.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from wan_jax.checkpoint.layouts import Naming
-from wan_jax.checkpoint.safetensors import SafetensorsFile
-from wan_jax.checkpoint.tensors import BFLOAT16, FLOAT8_DTYPES, WEIGHT_DTYPES, TensorInfo, TensorStore, cast
+from wan_jax.checkpoint.formats.safetensors import SafetensorsFile
+from wan_jax.checkpoint.formats.tensors import (
+    BFLOAT16,
+    FLOAT8_DTYPES,
+    WEIGHT_DTYPES,
+    TensorInfo,
+    TensorStore,
+    cast,
+)
+from wan_jax.checkpoint.layouts.base import Layout, Opened, StoredModel, assemble, first_folder, ignored
+from wan_jax.checkpoint.tables import Naming
+from wan_jax.checkpoint.tables.image_encoder import OfficialClipStore
+from wan_jax.config import DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig
 from wan_jax.errors import InputError
-
-Role = Literal["denoiser", "text_encoder", "vae", "image_encoder"]
 
 # Where ComfyUI and its repackaged downloads keep the files.
 FOLDERS = (
@@ -33,20 +40,48 @@ SCALES = (".scale_weight", ".weight_scale")  # the two spellings of a layer's sc
 IGNORED_ENDINGS = (".scale_input", ".input_scale", ".comfy_quant")
 IGNORED_NAMES = ("scaled_fp8", "spiece_model")
 
-# What a file is: a role and a naming by names that all must be there.
-_EVIDENCE: tuple[tuple[Role, Naming, tuple[str, ...]], ...] = (
-    ("denoiser", "official", ("patch_embedding.weight", "head.head.weight")),
-    ("text_encoder", "diffusers", ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",)),
-    ("vae", "official", ("conv2.weight", "decoder.conv1.weight", "decoder.middle.1.to_qkv.weight")),
-    ("image_encoder", "official", ("visual.cls_embedding", "visual.pre_norm.weight")),
-    ("image_encoder", "diffusers", ("vision_model.embeddings.class_embedding", "vision_model.pre_layrnorm.weight")),
-    ("image_encoder", "diffusers", ("embeddings.class_embedding", "pre_layrnorm.weight")),
+# What a file is: a type of config and a naming by names that all must be there.
+_EVIDENCE: tuple[tuple[type, Naming, tuple[str, ...]], ...] = (
+    (DenoiserConfig, "official", ("patch_embedding.weight", "head.head.weight")),
+    (TextEncoderConfig, "diffusers", ("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",)),
+    (VAEConfig, "official", ("conv2.weight", "decoder.conv1.weight", "decoder.middle.1.to_qkv.weight")),
+    (ImageEncoderConfig, "official", ("visual.cls_embedding", "visual.pre_norm.weight")),
+    (
+        ImageEncoderConfig,
+        "diffusers",
+        ("vision_model.embeddings.class_embedding", "vision_model.pre_layrnorm.weight"),
+    ),
+    (ImageEncoderConfig, "diffusers", ("embeddings.class_embedding", "pre_layrnorm.weight")),
 )
+_COMPONENTS = {TextEncoderConfig: "text_encoder", VAEConfig: "vae", ImageEncoderConfig: "image_encoder"}
 
 
-def find_files(path: Path) -> list[Path]:
-    """The safetensors files of a folder in ComfyUI's style."""
-    return [file for folder in FOLDERS for file in sorted((path / folder).glob("*.safetensors"))]
+class ComfyUILayout(Layout):
+    name = "comfyui"
+    takes_several_paths = True
+
+    def recognises(self, path: Path) -> bool:
+        return path.suffix == ".safetensors" if path.is_file() else bool(_find_files(path))
+
+    def open(self, paths: Sequence[Path]) -> Opened:
+        place = ", ".join(map(str, paths))
+        files = [ComfyFile(file) for path in paths for file in (_find_files(path) if path.is_dir() else [path])]
+        chosen = _choose_files(files, place)
+        if not any(file.kind is DenoiserConfig for file in chosen.values()):
+            raise InputError(f"{place}: holds no denoiser of Wan; give the folder or file with the diffusion model")
+        notes = [f"{file.place}: stored in float8, dequantised when read" for file in chosen.values() if file.quantized]
+        notes += [ignored(file.path) for file in files if file.kind is None]
+        folder = paths[0] if paths[0].is_dir() else paths[0].parent
+        return assemble(
+            place,
+            {component: file.as_model() for component, file in chosen.items()},
+            tokenizer_folder=first_folder(folder, "tokenizer", "google/umt5-xxl"),
+            notes=notes,
+        )
+
+
+def _find_files(folder: Path) -> list[Path]:
+    return [file for name in FOLDERS for file in sorted((folder / name).glob("*.safetensors"))]
 
 
 class ComfyFile(TensorStore):
@@ -79,28 +114,23 @@ class ComfyFile(TensorStore):
             self._scales[weight] = stored_name
         self.tensors = {name: self._describe(name) for name in self._stored_names}
 
+        kinds = (
+            (kind, naming) for kind, naming, evidence in _EVIDENCE if all(name in self.tensors for name in evidence)
+        )
+        # The type of the model's config; None for a file that is no model of Wan.
+        self.kind: type | None
+        self.naming: Naming
+        self.kind, self.naming = next(kinds, (None, "official"))
+
     @property
     def quantized(self) -> bool:
         return any(info.dtype in FLOAT8_DTYPES for info in self._file.tensors.values())
 
-    @property
-    def role(self) -> Role | None:
-        """Which model this is, by the names inside; None for anything else."""
-        return self._kind[0] if self._kind else None
-
-    @property
-    def naming(self) -> Naming:
-        """Whose names it has; of a file with a role."""
-        if self._kind is None:
-            raise ValueError(f"{self.place} is no model of Wan")
-        return self._kind[1]
-
-    @property
-    def _kind(self) -> tuple[Role, Naming] | None:
-        for role, naming, evidence in _EVIDENCE:
-            if all(name in self.tensors for name in evidence):
-                return role, naming
-        return None
+    def as_model(self) -> StoredModel:
+        """Its tensors and config; of a file that is a model of Wan."""
+        assert self.kind is not None
+        store = OfficialClipStore(self) if self.kind is ImageEncoderConfig and self.naming == "official" else self
+        return StoredModel.infer(self.kind, store, self.naming)
 
     def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
         target = self.tensors[name].dtype if dtype is None else dtype
@@ -146,34 +176,30 @@ def _without_prefix(name: str) -> str:
     return name
 
 
-def choose_files(files: Sequence[ComfyFile], place: str) -> tuple[Mapping[str, ComfyFile], list[ComfyFile]]:
-    """The file of each component, and the files that are none.
-
-    Raises InputError where two files claim one role, or only one of two experts is there.
-    """
+def _choose_files(files: Sequence[ComfyFile], place: str) -> Mapping[str, ComfyFile]:
+    """The file of each component. Raises InputError where two files are one component, or an expert has no name."""
     chosen: dict[str, ComfyFile] = {}
-    others = []
-    denoisers = [file for file in files if file.role == "denoiser"]
+    experts = sum(file.kind is DenoiserConfig for file in files)
     for file in files:
-        if file.role is None:
-            others.append(file)
+        if file.kind is None:
             continue
-        name = _expert(file, denoisers, place) if file.role == "denoiser" else file.role
-        if name in chosen:
+        component = _COMPONENTS.get(file.kind) or _expert(file, experts, place)
+        if component in chosen:
             raise InputError(
-                f"{place}: both {chosen[name].path.name} and {file.path.name} are a {name.replace('_', ' ')}; keep one"
+                f"{place}: both {chosen[component].path.name} and {file.path.name} are a "
+                f"{component.replace('_', ' ')}; keep one"
             )
-        chosen[name] = file
-    return chosen, others
+        chosen[component] = file
+    return chosen
 
 
-def _expert(file: ComfyFile, denoisers: Sequence[ComfyFile], place: str) -> str:
-    if len(denoisers) == 1:
+def _expert(file: ComfyFile, experts: int, place: str) -> str:
+    if experts == 1:
         return "denoiser"
-    names = [name for name in ("high", "low") if name in file.path.name.lower()]
-    if len(names) != 1:
+    levels = [name for name in ("high", "low") if name in file.path.name.lower()]
+    if len(levels) != 1:
         raise InputError(
             f"{place}: of several denoisers, {file.path.name} does not say whether it is the high or the low noise "
             "one; put that into its name"
         )
-    return f"{names[0]}_noise"
+    return f"{levels[0]}_noise"

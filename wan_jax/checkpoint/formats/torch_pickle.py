@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from wan_jax.checkpoint.tensors import (
+from wan_jax.checkpoint.formats.tensors import (
     ReadMany,
     TensorInfo,
     TensorStore,

@@ -14,7 +14,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from wan_jax.checkpoint.tensors import (
+from wan_jax.checkpoint.formats.tensors import (
     Box,
     ReadMany,
     TensorInfo,

@@ -92,6 +92,19 @@ def cast(array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
     return array if dtype is None or array.dtype == dtype else array.astype(dtype)
 
 
+def copy_into(target: np.ndarray, source: np.ndarray) -> None:
+    """target[...] = source for arrays of one shape and dtype, bit by bit."""
+    integer = np.dtype(f"u{target.dtype.itemsize}")  # NumPy copies dtypes that it does not know item by item
+    target, source = target.view(integer), source.view(integer)
+    if source.ndim < 2 or source.flags.c_contiguous:
+        np.copyto(target, source)
+        return
+    # A transposed source: strips that fit the cache are about five times faster than one copy.
+    strip = 32
+    for start in range(0, target.shape[-1], strip):
+        np.copyto(target[..., start : start + strip], source[..., start : start + strip])
+
+
 def read_exactly(descriptor: int, offset: int, nbytes: int, place: str) -> np.ndarray:
     """Reads `nbytes` at `offset` into fresh memory (uint8 [nbytes])."""
     buffer = np.empty(nbytes, np.uint8)

@@ -1,5 +1,7 @@
 """Opens a checkpoint of any layout and loads its models: the one door to weights."""
 
+import dataclasses
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from wan_jax import assets
 from wan_jax.checkpoint.components import Component, Shardings, load_component
-from wan_jax.checkpoint.sources import Layout, detect, open_source
-from wan_jax.checkpoint.tensors import Progress, TensorInfo, readable
+from wan_jax.checkpoint.formats.tensors import Progress, TensorInfo, readable
+from wan_jax.checkpoint.hub import local_checkpoint
+from wan_jax.checkpoint.layouts import recognise
 from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
 
@@ -56,7 +60,7 @@ class CheckpointInfo:
     """What a checkpoint is. str() is for people."""
 
     path: str
-    layout: Layout
+    layout: str
     model: str
     components: tuple[ComponentInfo, ...]
     tokenizer: bool
@@ -86,7 +90,7 @@ class Checkpoint:
     """An open checkpoint: headers and configs are read and verified, the data is not touched until `load`."""
 
     path: Path
-    layout: Layout
+    layout: str
     config: WanConfig
     parts: Mapping[str, Component]
     tokenizer_folder: Path | None
@@ -133,25 +137,38 @@ class Checkpoint:
     def info(self) -> CheckpointInfo:
         """A summary for people."""
         components = tuple(
-            describe(part, {row.ours: part.info(row) for row in part.rows}) for part in self.parts.values()
+            describe(part, {mapping.name: part.info(mapping) for mapping in part.table}) for part in self.parts.values()
         )
         return CheckpointInfo(
             str(self.path), self.layout, self.config.name, components, self.tokenizer_folder is not None, self.notes
         )
 
 
-def open_checkpoint(path: str | Path | Sequence[str | Path]) -> Checkpoint:
-    """Opens a checkpoint of any layout (see sources.py) and verifies every name, shape and dtype.
+def open_checkpoint(path: str | os.PathLike | Sequence[str | os.PathLike] | None) -> Checkpoint:
+    """Opens a checkpoint of any layout (checkpoint/layouts) and verifies every name, shape and dtype.
 
-    Several paths are ComfyUI files of one model, such as the two experts. Raises InputError, one line, for anything
-    that is missing, damaged, unexpected or of another family.
+    Args:
+        path: a folder, a file, or a hub id ("organisation/name"), which is downloaded; None for the nano model, which
+            ships with the package. Several paths are ComfyUI files of one model, such as the two experts.
+
+    Raises:
+        InputError: anything is missing, damaged, unexpected or of another family; one line.
     """
-    paths = [Path(path)] if isinstance(path, str | Path) else [Path(item) for item in path]
+    if path is None:
+        return _open_nano()
+    paths = [local_checkpoint(item) for item in ([path] if isinstance(path, str | os.PathLike) else path)]
     if not paths:
         raise InputError("no checkpoint given; name a folder or files")
-    layouts = {detect(item) for item in paths}
-    layout = layouts.pop()
-    if len(paths) > 1 and (layouts or layout != "comfyui"):
+    layouts = [recognise(item) for item in paths]
+    if len(paths) > 1 and not all(layout.takes_several_paths for layout in layouts):
         raise InputError(f"{paths[0]} and {paths[1]}: only ComfyUI files can be opened together; give one folder")
-    opened = open_source(layout, paths)
-    return Checkpoint(paths[0], layout, opened.config, opened.parts, opened.tokenizer_folder, opened.notes)
+    opened = layouts[0].open(paths)
+    return Checkpoint(paths[0], layouts[0].name, opened.config, opened.parts, opened.tokenizer_folder, opened.notes)
+
+
+def _open_nano() -> Checkpoint:
+    if not assets.NANO_WEIGHTS.is_dir():
+        raise InputError("no checkpoint given, and this installation lacks the nano model; give a checkpoint")
+    checkpoint = open_checkpoint(assets.NANO_WEIGHTS)
+    note = "no checkpoint given: this is the nano model, which knows coloured shapes and digits that move"
+    return dataclasses.replace(checkpoint, notes=(note, *checkpoint.notes))
