@@ -136,8 +136,8 @@ def run_part(part: str, demo: bool) -> dict[str, Any]:
     for name in names:
         profile = PROFILES[name]
         result["plan"][name] = plan.predict(profile).as_json() | {
-            "scratch": dict(plan.scratch(profile)),
-            "formula": plan.estimated_scratch(profile),
+            "workspace": dict(plan.workspace(profile)),
+            "formula": plan.estimated_workspace(profile),
         }
     result["compile_seconds"] = time.perf_counter() - start
     if steps:

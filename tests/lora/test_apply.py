@@ -196,7 +196,7 @@ def test_the_plan_knows_the_adapters(pipe, files):
     settings = SamplingParams(**SMALL).resolve(DEMO)
     without, with_adapters = (Plan(DEMO, settings, "bfloat16", adapter_bytes=n) for n in (0, 1000))
     for profile, experts in (("resident", 2), ("swap", 1), ("stream", 1)):
-        before, after = (plan.without_scratch(PROFILES[profile]) for plan in (without, with_adapters))
+        before, after = (plan.without_workspace(PROFILES[profile]) for plan in (without, with_adapters))
         assert after["denoise"] - before["denoise"] == experts * 1000
 
 

@@ -18,9 +18,9 @@ from wan_jax.models import vae as vae_model
 from wan_jax.models.compiled import CompiledModels
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import named_parameters
-from wan_jax.planning import memory as planning
-from wan_jax.planning.memory import Plan, Prediction, choose_profile, report
-from wan_jax.planning.time import decode_flops, decode_scratch, denoiser_flops, encode_flops, encode_scratch
+from wan_jax.planning.memory import Plan, Prediction, choose_profile
+from wan_jax.planning.report import report
+from wan_jax.planning.time import decode_flops, decode_workspace, denoiser_flops, encode_flops, encode_workspace
 from wan_jax.presets import get_preset
 from wan_jax.runtime.offload import PROFILES
 from wan_jax.testing.models import DEMO, random_pipeline
@@ -41,10 +41,14 @@ WITH_CLIP = replace(
 TI2V = replace(DEMO, conditioning="first_frame")
 
 
+def device(kind: str = "NVIDIA H200"):
+    """A device for arithmetic alone: nothing is compiled for it."""
+    return SimpleNamespace(device_kind=kind, platform="cpu")
+
+
 def plan_of(size: str, device_kind: str = "NVIDIA H200", vae_dtype: str = "float32") -> Plan:
-    plan = Plan(A14B, SamplingParams(size=SIZES[size]).resolve(A14B), "bfloat16", vae_dtype)
-    plan.device = SimpleNamespace(device_kind=device_kind, platform="cpu")
-    return plan
+    settings = SamplingParams(size=SIZES[size]).resolve(A14B)
+    return Plan(A14B, settings, "bfloat16", vae_dtype, device=device(device_kind))
 
 
 def test_weights_are_those_of_the_pipeline(tokenizer_folder):
@@ -54,16 +58,16 @@ def test_weights_are_those_of_the_pipeline(tokenizer_folder):
         for name, model in {"text": pipeline.text_encoder, "vae": pipeline.vae, **pipeline.denoisers}.items()
     }
     plan = Plan(DEMO, SamplingParams(**SMALL).resolve(DEMO), "bfloat16")
-    inputs = plan._input_bytes
+    inputs = plan.input_bytes
     everything = sum(sizes.values())
-    assert plan.without_scratch(PROFILES["resident"]) == {stage: everything + inputs[stage] for stage in inputs}
-    assert plan.without_scratch(PROFILES["swap"]) == {
+    assert plan.without_workspace(PROFILES["resident"]) == {stage: everything + inputs[stage] for stage in inputs}
+    assert plan.without_workspace(PROFILES["swap"]) == {
         "text": sizes["text"] + inputs["text"],
         "denoise": sizes["low_noise"] + inputs["denoise"],
         "decode": sizes["vae"] + inputs["decode"],
     }
-    streamed = plan.without_scratch(PROFILES["stream"])
-    with_layers = plan.without_scratch(PROFILES["swap"])
+    streamed = plan.without_workspace(PROFILES["stream"])
+    with_layers = plan.without_workspace(PROFILES["swap"])
     for stage, model in {"text": pipeline.text_encoder, "denoise": pipeline.denoisers["low_noise"]}.items():
         kernels = [array.nbytes for name, array in named_parameters(model).items() if name.endswith(".kernel")]
         blocks = [
@@ -80,7 +84,7 @@ def test_weights_are_those_of_the_pipeline(tokenizer_folder):
 def test_stages_of_images(tokenizer_folder):
     pipeline = random_pipeline(WITH_CLIP, Tokenizer.from_pretrained(tokenizer_folder))
     plan = Plan(WITH_CLIP, SamplingParams(**SMALL).resolve(WITH_CLIP), "bfloat16")
-    swap = plan.without_scratch(PROFILES["swap"])
+    swap = plan.without_workspace(PROFILES["swap"])
     assert list(swap) == ["text", "image", "encode", "denoise", "decode"]
     sizes = {
         "image": sum(array.nbytes for array in named_parameters(pipeline.image_encoder).values()),
@@ -88,9 +92,9 @@ def test_stages_of_images(tokenizer_folder):
     }
     text, features = 2 * 512 * 64 * 2, 17 * 24 * 4
     assert swap["image"] == sizes["image"] + text + features
-    assert swap["encode"] == sizes["encode"] + plan._input_bytes["encode"]
-    assert plan.without_scratch(PROFILES["resident"])["text"] > sum(sizes.values())
-    assert set(plan.estimated_scratch(PROFILES["stream"])) == set(swap)
+    assert swap["encode"] == sizes["encode"] + plan.input_bytes["encode"]
+    assert plan.without_workspace(PROFILES["resident"])["text"] > sum(sizes.values())
+    assert set(plan.estimated_workspace(PROFILES["stream"])) == set(swap)
 
 
 @pytest.mark.parametrize(
@@ -112,13 +116,13 @@ def test_presets_with_images(preset, stages, capsys):
 
 def test_full_size_weights():
     # 2 x 14.29e9 + 5.68e9 parameters in bfloat16, 0.127e9 in float32.
-    assert plan_of("480p")._all_weights() == pytest.approx(69.0e9, rel=0.005)
+    assert plan_of("480p").weight_bytes() == pytest.approx(69.0e9, rel=0.005)
 
 
 @pytest.mark.parametrize(("size", "flops"), [("480p", 1.68e15), ("720p", 6.52e15)])
 def test_flops(size, flops):
     # Embeddings and head are not counted: 0.1 %.
-    assert denoiser_flops(A14B.denoiser, plan_of(size)._tokens()) == pytest.approx(flops, rel=0.005)
+    assert denoiser_flops(A14B.denoiser, plan_of(size).tokens) == pytest.approx(flops, rel=0.005)
 
 
 @pytest.mark.parametrize(
@@ -127,8 +131,8 @@ def test_flops(size, flops):
     [("480p", "resident", 3.09), ("480p", "stream", 3.65), ("720p", "resident", 6.28), ("720p", "stream", 6.83)],
 )
 def test_formula_for_denoising_is_a_little_above_what_is_compiled(size, profile, gib):
-    scratch = plan_of(size).estimated_scratch(PROFILES[profile])["denoise"] / GIB
-    assert gib <= scratch <= 1.15 * gib
+    workspace = plan_of(size).estimated_workspace(PROFILES[profile])["denoise"] / GIB
+    assert gib <= workspace <= 1.15 * gib
 
 
 @pytest.mark.parametrize(
@@ -147,19 +151,19 @@ def test_formula_for_denoising_is_a_little_above_what_is_compiled(size, profile,
 )
 def test_formulas_for_the_vae_are_a_little_above_what_is_compiled(preset, size, vae_dtype, decode, encode):
     config = get_preset(preset)
-    assert decode <= decode_scratch(config.vae, vae_dtype, *size) / GIB <= 1.15 * decode
-    assert encode <= encode_scratch(config.vae, vae_dtype, *size, frames=5) / GIB <= 1.15 * encode
+    assert decode <= decode_workspace(config.vae, vae_dtype, *size) / GIB <= 1.15 * decode
+    assert encode <= encode_workspace(config.vae, vae_dtype, *size, frames=5) / GIB <= 1.15 * encode
     plan = Plan(config, SamplingParams(size=size).resolve(config), "bfloat16", vae_dtype)
-    scratch = plan.estimated_scratch(PROFILES["resident"])
-    assert scratch["decode"] == decode_scratch(config.vae, vae_dtype, *size)
+    workspace = plan.estimated_workspace(PROFILES["resident"])
+    assert workspace["decode"] == decode_workspace(config.vae, vae_dtype, *size)
     frames = {"i2v-a14b": 81, "ti2v-5b": 1}[preset]
-    assert scratch["encode"] == encode_scratch(config.vae, vae_dtype, *size, frames=frames)
+    assert workspace["encode"] == encode_workspace(config.vae, vae_dtype, *size, frames=frames)
 
 
 @pytest.mark.parametrize(("preset", "gib"), [("i2v-a14b", 0.66), ("ti2v-5b", 0.27)])
 def test_formula_for_encoding_one_frame_is_a_little_above_what_is_compiled(preset, gib):
     config = get_preset(preset)
-    assert gib <= encode_scratch(config.vae, "float32", *config.sampling.size, frames=1) / GIB <= 1.15 * gib
+    assert gib <= encode_workspace(config.vae, "float32", *config.sampling.size, frames=1) / GIB <= 1.15 * gib
 
 
 @pytest.mark.parametrize("preset", ["t2v-a14b", "ti2v-5b"])
@@ -208,8 +212,7 @@ def test_seconds_of_a_bfloat16_vae_on_an_h200(size, decode):
 
 def test_guidance_of_one_halves_a_step():
     settings = SamplingParams(guidance=1.0).resolve(A14B)
-    plan = Plan(A14B, settings, "bfloat16")
-    plan.device = SimpleNamespace(device_kind="NVIDIA H200", platform="cpu")
+    plan = Plan(A14B, settings, "bfloat16", device=device())
     guided = plan_of("720p").predict(PROFILES["resident"])
     alone = plan.predict(PROFILES["resident"])
     assert alone.seconds["step"] == pytest.approx(guided.seconds["step"] / 2)
@@ -225,8 +228,7 @@ def test_each_expert_has_steps_of_its_own(tokenizer_folder, compiled):
         "schedule": ("lightx2v", "official"),
     }
     settings = SamplingParams(shift=5.0, **mixed).resolve(A14B)
-    plan = Plan(A14B, settings, "bfloat16")
-    plan.device = SimpleNamespace(device_kind="NVIDIA H200", platform="cpu")
+    plan = Plan(A14B, settings, "bfloat16", device=device())
     guided = plan_of("720p").predict(PROFILES["resident"])
     seconds = plan.predict(PROFILES["resident"]).seconds
     assert seconds["denoise"] == pytest.approx(8 / 80 * guided.seconds["denoise"])
@@ -258,13 +260,13 @@ def test_what_is_planned_is_what_runs(tokenizer_folder, compiled, config, name):
     plan = Plan(config, settings, "bfloat16", programs=programs)
     plan.compiled = True
     prediction = plan.predict(profile)
-    scratch = plan.scratch(profile)
-    assert scratch.keys() == set(plan.stages) == prediction.device_bytes.keys()
-    assert all(size > 0 for size in scratch.values())
+    workspace = plan.workspace(profile)
+    assert workspace.keys() == set(plan.stages) == prediction.device_bytes.keys()
+    assert all(size > 0 for size in workspace.values())
     assert prediction.peak_bytes == max(prediction.device_bytes.values())
     if not plan.compiles(profile):
         assert jax.__version_info__ < (0, 11)
-        assert plan.scratch(profile) == plan.estimated_scratch(profile)
+        assert plan.workspace(profile) == plan.estimated_workspace(profile)
         return
 
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
@@ -278,26 +280,21 @@ def test_what_is_planned_is_what_runs(tokenizer_folder, compiled, config, name):
         assert not PROGRAMS & set(compiled)
 
 
-def test_only_streaming_has_programs_of_its_own(monkeypatch):
+def test_only_streaming_has_programs_of_its_own():
     plan = Plan(DEMO, SamplingParams(**SMALL).resolve(DEMO), "float32")
     plan.compiled = True
-    asked = []
-    monkeypatch.setattr(plan, "_compiled_scratch", lambda profile: asked.append(profile.name) or {})
-    for profile in PROFILES.values():
-        plan.scratch(profile)
-        plan.scratch(profile)
-    assert asked == [name for name in ("resident", "stream") if plan.compiles(PROFILES[name])]
+    resident, swap, stream = (plan.workspace(profile) for profile in PROFILES.values())
+    assert resident is swap
+    assert resident is not stream
 
 
-def test_choice(monkeypatch):
+def test_choice():
     settings = SamplingParams(size=SIZES["480p"]).resolve(A14B)
     assert choose_profile(A14B, settings, "bfloat16").name == "resident"  # a CPU does not say what it has
     peaks = {name: Plan(A14B, settings, "bfloat16").predict(profile).peak_bytes for name, profile in PROFILES.items()}
     for name, peak in peaks.items():
-        monkeypatch.setattr(planning, "memory_limit", lambda device, peak=peak: int(1.05 * peak))
-        assert choose_profile(A14B, settings, "bfloat16").name == name
-    monkeypatch.setattr(planning, "memory_limit", lambda device: 1)
-    assert choose_profile(A14B, settings, "bfloat16").name == "stream"
+        assert choose_profile(A14B, settings, "bfloat16", memory=int(1.05 * peak)).name == name
+    assert choose_profile(A14B, settings, "bfloat16", memory=1).name == "stream"
 
 
 @pytest.mark.parametrize(("size", "profile", "gib"), [("480p", "swap", 46), ("480p", "stream", 23)])

@@ -31,7 +31,7 @@ from wan_jax.text.prompt_extension import Endpoint, LocalModel, extend_prompt, o
 if TYPE_CHECKING:
     from wan_jax.lora import Lora
     from wan_jax.pipeline import WanPipeline
-    from wan_jax.planning.memory import Report
+    from wan_jax.planning.report import Report
     from wan_jax.runtime.progress import Bars
 
 STAGES = ("load", "compile", "text", "denoise", "decode", "save")  # of every run; images add theirs
@@ -290,7 +290,7 @@ def plan(preset: str, options: Options, device_memory: float | None = None, devi
     config = get_preset(preset)
     settings = options.resolve(config)
 
-    from wan_jax.planning.memory import report
+    from wan_jax.planning.report import report
 
     if options.mesh is None:
         return report(config, settings, options.dtype, options.profile, device_memory, options.vae_dtype)

@@ -1,11 +1,11 @@
-"""What a run will need, before anything is loaded: device memory, host memory and seconds for each memory profile.
+"""What a run will need on one device, before anything is loaded: memory and seconds under each memory profile.
 
-Memory is bookkeeping over the stages of a run (text, encode where there are images, denoise, decode): the weights that
-are on the device in a stage, by the abstract trees and the profile; its inputs, by their shapes; and its scratch. That
-comes from the compiled program's own analysis where the program that will run can be compiled here, on an accelerator.
-XLA:CPU compiles other programs, which need far more; there a formula takes its place (`estimated_scratch`).
+Memory is bookkeeping over the stages of a run (text, image, encode, denoise, decode): the weights on the device in a
+stage, from the abstract trees and the profile; its inputs, from their shapes; and its workspace. On an accelerator the
+workspace is what XLA's analysis says of the compiled function that will run. XLA:CPU compiles other programs, which
+need far more, so there a formula estimates it (`estimated_workspace`).
 
-Seconds are arithmetic operations over rates measured on the kind of device at hand (`planning.time.RATES`).
+Seconds are floating-point operations over rates measured on the kind of device (`planning.time.RATES`).
 """
 
 import functools
@@ -21,11 +21,10 @@ from jax.sharding import Sharding
 
 from wan_jax.config import WanConfig
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, KnownFrames
-from wan_jax.diffusion.params import DTYPES, PROFILE_NAMES, SamplingParams, check_name
+from wan_jax.diffusion.params import SamplingParams
 from wan_jax.diffusion.segments import Segment, plan_segments
 from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.diffusion.step import Expert, compile_step
-from wan_jax.errors import InputError
 from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import Context, Denoiser
 from wan_jax.models.image_encoder import ImageEncoder
@@ -35,7 +34,7 @@ from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parameters import dotted, named_parameters
-from wan_jax.planning.time import RATES, decode_flops, decode_scratch, denoiser_flops, encode_flops, encode_scratch
+from wan_jax.planning.time import RATES, decode_flops, decode_workspace, denoiser_flops, encode_flops, encode_workspace
 from wan_jax.runtime.compiled import workspace_bytes
 from wan_jax.runtime.offload import PROFILES, Profile, abstract_array, single_device, streams
 
@@ -104,9 +103,9 @@ class Plan:
         self.vae_dtype = jnp.dtype(vae_dtype)
         self.device = jax.devices()[0] if device is None else device
         self.mesh_spec = MeshSpec()  # one device
-        self.compiled = self.device.platform != "cpu"  # whether scratch comes from compiled programs
+        self.compiled = self.device.platform != "cpu"  # whether workspace comes from compiled functions
         self._programs = CompiledModels(exact=dtype == "float32") if programs is None else programs
-        self._scratch: dict[bool, Mapping[str, int]] = {}
+        self._workspace: dict[bool, Mapping[str, int]] = {}
         self._models = {
             "text_encoder": _shapes(TextEncoder, config.text_encoder, self.dtype),
             "denoiser": _shapes(Denoiser, config.denoiser, self.dtype),
@@ -136,16 +135,16 @@ class Plan:
 
     def predict(self, profile: Profile) -> Prediction:
         """What the run needs under a profile."""
-        scratch = self.scratch(profile)
-        device_bytes = {stage: size + scratch[stage] for stage, size in self.without_scratch(profile).items()}
-        host_bytes = self._all_weights() if profile.idle_on_host else 0
+        workspace = self.workspace(profile)
+        device_bytes = {stage: size + workspace[stage] for stage, size in self.without_workspace(profile).items()}
+        host_bytes = self.weight_bytes() if profile.idle_on_host else 0
         return Prediction(profile.name, device_bytes, host_bytes, self._seconds(profile))
 
-    def without_scratch(self, profile: Profile) -> dict[str, int]:
+    def without_workspace(self, profile: Profile) -> dict[str, int]:
         """Device bytes of weights and inputs in each stage."""
-        inputs = self._input_bytes
+        inputs = self.input_bytes
         if not profile.idle_on_host:
-            return {stage: self._all_weights() + inputs[stage] for stage in self.stages}
+            return {stage: self.weight_bytes() + inputs[stage] for stage in self.stages}
         return {
             stage: inputs[stage]
             + sum(
@@ -154,28 +153,29 @@ class Plan:
             for stage in self.stages
         }
 
-    def _all_weights(self) -> int:
+    def weight_bytes(self) -> int:
+        """Of all models together."""
         counts = {"denoiser": len(self.config.experts)}
         return sum(counts.get(name, 1) * sum(sizes.values()) for name, sizes in self._weights.items())
 
-    def scratch(self, profile: Profile) -> Mapping[str, int]:
-        """Bytes that each stage's program takes beside weights and inputs."""
+    def workspace(self, profile: Profile) -> Mapping[str, int]:
+        """Bytes that each stage takes beside weights and inputs."""
         if not self.compiles(profile):
-            return self.estimated_scratch(profile)
-        if profile.layers_on_host not in self._scratch:  # resident and swap run the same programs
-            self._scratch[profile.layers_on_host] = self._compiled_scratch(profile)
-        return self._scratch[profile.layers_on_host]
+            return self.estimated_workspace(profile)
+        if profile.layers_on_host not in self._workspace:  # resident and swap run the same programs
+            self._workspace[profile.layers_on_host] = self._compiled_workspace(profile)
+        return self._workspace[profile.layers_on_host]
 
     def compiles(self, profile: Profile) -> bool:
-        """Whether scratch comes from compiled programs: JAX 0.10 has no shapes that stand for arrays in host memory."""
+        """Whether workspace comes from compiled functions. JAX 0.10 has no shapes for arrays in host memory."""
         return self.compiled and (not profile.layers_on_host or self._has_shapes_on_host)
 
     @functools.cached_property
     def _has_shapes_on_host(self) -> bool:
         return on_host(abstract_array((), jnp.float32, single_device(self.device, on_host=True)))
 
-    def estimated_scratch(self, profile: Profile) -> dict[str, int]:
-        """The formula: the largest set of arrays that are needed at one time.
+    def estimated_workspace(self, profile: Profile) -> dict[str, int]:
+        """The workspace by formula: the largest set of arrays alive at one time.
 
         Denoise: at the feed-forward layer, the float32 residual stream, its normalised copy and both sides of GELU for
         every token; that layer's weights, which the loop slices out; one context, because guidance selects it. A
@@ -186,7 +186,7 @@ class Plan:
         """
         denoiser, encoder, vae = self.config.denoiser, self.config.text_encoder, self.config.vae
         item = self.dtype.itemsize
-        tokens = self._tokens()
+        tokens = self.tokens
         layer = sum(size for path, size in self._weights["denoiser"].items() if streams(path)) // denoiser.num_layers
         denoise = tokens * (4 * denoiser.dim + item * (denoiser.dim + 2 * denoiser.ffn_dim))
         denoise += item * 2 * denoiser.dim * denoiser.ffn_dim + self._context_bytes()
@@ -195,16 +195,16 @@ class Plan:
         encoder_layer = sum(size for path, size in self._weights["text_encoder"].items() if streams(path))
         text = 3 * 4 * encoder.num_heads * length**2 + length * item * (encoder.dim + 3 * encoder.ffn_dim)
         text += encoder_layer // encoder.num_layers * (2 if profile.layers_on_host else 1)
-        decode = decode_scratch(vae, self.vae_dtype, *self.settings.size)
+        decode = decode_workspace(vae, self.vae_dtype, *self.settings.size)
         sizes = {"text": text, "denoise": denoise, "decode": decode}
         if self._encoded_frames:
-            sizes["encode"] = encode_scratch(vae, self.vae_dtype, *self.settings.size, self._encoded_frames)
+            sizes["encode"] = encode_workspace(vae, self.vae_dtype, *self.settings.size, self._encoded_frames)
         if (clip := self.config.image_encoder) is not None:
             width = 2 * clip.dim + 2 * clip.ffn_dim + 2 * clip.num_heads * clip.num_tokens
             sizes["image"] = IMAGE_ENCODER_DTYPE.itemsize * self._image_tokens() * width
         return sizes
 
-    def _compiled_scratch(self, profile: Profile) -> dict[str, int]:
+    def _compiled_workspace(self, profile: Profile) -> dict[str, int]:
         models = {
             name: _placed(model, lambda path: single_device(self.device, profile.on_host(path, running=True)))
             for name, model in self._models.items()
@@ -244,7 +244,7 @@ class Plan:
         return sizes
 
     @functools.cached_property
-    def _input_bytes(self) -> dict[str, int]:
+    def input_bytes(self) -> dict[str, int]:
         """Bytes of what each stage works on: encoded text; contexts and solver state; latents and the VAE's cache."""
         latents = self._latents()
         state = max(_nbytes(jax.eval_shape(segment.solver.init, latents)) for segment in self._segments)
@@ -272,7 +272,7 @@ class Plan:
         settings = self.settings
         encoder, pixels = self.config.text_encoder, math.prod(settings.size) * settings.frames
         bytes_of = {name: sum(sizes.values()) for name, sizes in self._weights.items()}
-        forward = denoiser_flops(self.config.denoiser, self._tokens()) / rates.denoiser
+        forward = denoiser_flops(self.config.denoiser, self.tokens) / rates.denoiser
         if profile.layers_on_host:
             streamed = sum(size for path, size in self._weights["denoiser"].items() if streams(path))
             copies = streamed / rates.copy
@@ -300,7 +300,9 @@ class Plan:
         solvers = get_solvers(settings.solver)
         return plan_segments(settings.make_schedule(), solvers, settings.guidance, settings.boundary)
 
-    def _tokens(self) -> int:
+    @property
+    def tokens(self) -> int:
+        """Of the latents of one video."""
         _, *sizes = self.settings.latents_shape(self.config)
         return math.prod(size // step for size, step in zip(sizes, self.config.denoiser.patch_size, strict=True))
 
@@ -353,108 +355,6 @@ class Plan:
         return _nbytes(self._context(None))
 
 
-@dataclass(frozen=True)
-class Report:
-    """Predictions for the profiles asked for. str() is for people."""
-
-    plan: Plan
-    predictions: tuple[Prediction, ...]
-    device_memory: int | None  # bytes that JAX may use
-    reason: str | None = None  # for the mesh, where "auto" chose it
-
-    def fits(self, prediction: Prediction) -> bool | None:
-        """None where the device's memory is not known."""
-        return None if self.device_memory is None else prediction.fits(self.device_memory)
-
-    @property
-    def best(self) -> str | None:
-        """The fastest profile that fits; None where none does, or where that is not known."""
-        return next((each.profile for each in self.predictions if self.fits(each)), None)
-
-    def as_json(self) -> dict[str, Any]:
-        plan = self.plan
-        return {
-            "model": plan.config.name,
-            "settings": plan.settings.as_json(),
-            "dtype": plan.dtype.name,
-            "vae_dtype": plan.vae_dtype.name,
-            "device": plan.device.device_kind,
-            "mesh": str(plan.mesh_spec),
-            "devices": plan.mesh_spec.devices,
-            "reason": self.reason,
-            "device_memory": self.device_memory,
-            "scratch": "compiled" if plan.compiled else "formula",
-            "profiles": [each.as_json() | {"fits": self.fits(each)} for each in self.predictions],
-            "best": self.best,
-        }
-
-    def __str__(self) -> str:
-        plan, settings = self.plan, self.plan.settings
-        memory = "" if self.device_memory is None else f", {_gib(self.device_memory)} for JAX"
-        count = plan.mesh_spec.devices
-        mesh = f", each of {count} in mesh {plan.mesh_spec}" if count > 1 else ""
-        titles = " ".join(f"{stage:>10}" for stage in plan.stages)
-        lines = [
-            f"{plan.config.name} {settings.size[0]}x{settings.size[1]}, {settings.frames} frames, "
-            f"{settings.make_schedule().num_steps} steps, {plan.dtype.name}; {plan.device.device_kind}{memory}{mesh}",
-            f"{'profile':<9} {'device peak':>11} {titles} {'pinned host':>12} {'a step':>8} {'a video':>9}",
-        ]
-        for each in self.predictions:
-            stages = " ".join(f"{_gib(each.device_bytes[stage]):>10}" for stage in plan.stages)
-            times = " ".join(
-                f"{each.seconds[name]:>{width}.1f} s" if each.seconds else f"{'?':>{width + 2}}"
-                for name, width in (("step", 6), ("total", 7))
-            )
-            verdict = {True: "fits", False: "does not fit", None: ""}[self.fits(each)]
-            lines.append(
-                f"{each.profile:<9} {_gib(each.peak_bytes):>11} {stages} {_gib(each.host_bytes):>12} {times}  {verdict}"
-            )
-        if self.reason is not None:
-            lines.insert(0, f"auto: {self.reason}")
-        if count > 1:
-            lines.append(
-                "Scratch memory is a formula's; seconds assume the links that wan_jax/planning/mesh.py states."
-            )
-        elif plan.compiled:
-            formula = [each.profile for each in self.predictions if not plan.compiles(PROFILES[each.profile])]
-            note = f"; for {formula[0]} a formula's, until JAX is 0.11" if formula else ""
-            lines.append(f"Scratch memory is that of the programs as compiled for this device{note}.")
-        else:
-            lines.append(
-                "Scratch memory is a formula's, for GPUs: programs compiled for the CPU at hand need other amounts."
-            )
-        if not self.predictions[0].seconds:
-            lines.append(f"No seconds: wan_jax/planning/time.py has no measured rates for {plan.device.device_kind!r}.")
-        if self.device_memory is None:
-            lines.append("How much memory the device has is not known; say it with --device-memory.")
-        else:
-            lines.append(f"Best: {self.best}." if self.best else "None fits: take a smaller size or fewer frames.")
-        return "\n".join(lines)
-
-
-def report(
-    config: WanConfig,
-    settings: SamplingParams,
-    dtype: str,
-    profile: str = "auto",
-    device_memory: float | None = None,
-    vae_dtype: str = "float32",
-) -> Report:
-    """Predicts one profile, or all of them for "auto".
-
-    `device_memory` is in GiB and takes the place of what the default device has.
-    """
-    check_name("dtype", dtype, DTYPES)
-    check_name("VAE dtype", vae_dtype, DTYPES)
-    check_name("profile", profile, PROFILE_NAMES)
-    if device_memory is not None and not device_memory > 0:
-        raise InputError(f"device memory {device_memory:g}: give GiB, more than 0")
-    plan = Plan(config, settings, dtype, vae_dtype)
-    profiles = PROFILES.values() if profile == "auto" else [PROFILES[profile]]
-    limit = memory_limit(plan.device) if device_memory is None else int(device_memory * 2**30)
-    return Report(plan, tuple(plan.predict(each) for each in profiles), limit)
-
-
 def choose_profile(
     config: WanConfig,
     settings: SamplingParams,
@@ -462,18 +362,20 @@ def choose_profile(
     vae_dtype: str = "float32",
     programs: CompiledModels | None = None,
     adapter_bytes: int = 0,
+    memory: int | None = None,
 ) -> Profile:
     """The fastest profile that the default device has room for, and "stream" where none has.
 
-    Where the device does not say how much memory it has (CPUs), everything stays resident.
+    `memory` takes the place of the bytes that the device says it has. Where it does not say (CPUs), everything stays
+    resident.
     """
-    memory = memory_limit(jax.devices()[0])
+    memory = memory_limit(jax.devices()[0]) if memory is None else memory
     if memory is None:
         return PROFILES["resident"]
     plan = Plan(config, settings, dtype, vae_dtype, programs=programs, adapter_bytes=adapter_bytes)
     for profile in PROFILES.values():
         # Compiling takes long: not for a profile whose weights alone are too large.
-        if max(plan.without_scratch(profile).values()) < memory and plan.predict(profile).fits(memory):
+        if max(plan.without_workspace(profile).values()) < memory and plan.predict(profile).fits(memory):
             return profile
     return PROFILES["stream"]
 
@@ -510,10 +412,6 @@ def _decode_cache(vae: VAE, frame: jax.Array) -> Cache:
 
 def _encode_cache(vae: VAE, frames: jax.Array) -> Cache:
     return vae.encode_first(frames[None])[1]
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"
 
 
 def _nbytes(tree: Any) -> int:

@@ -23,8 +23,9 @@ from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.nn.causal_conv import Cache
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
-from wan_jax.planning.memory import Plan, Prediction, Report, choose_profile, memory_limit
-from wan_jax.planning.time import RATES, decode_scratch, denoiser_flops, encode_scratch
+from wan_jax.planning.memory import Plan, Prediction, choose_profile, memory_limit
+from wan_jax.planning.report import Report
+from wan_jax.planning.time import RATES, decode_workspace, denoiser_flops, encode_workspace
 from wan_jax.runtime.offload import PROFILES, Profile
 
 # Bytes per second that a device sends to its neighbours, assumed: NVLink 4 has 450e9 at best.
@@ -68,19 +69,19 @@ class MeshPlan(Plan):
             }
         self.token_parts = mesh_spec.ring * mesh_spec.fsdp * mesh_spec.ulysses
 
-    def _all_weights(self) -> int:
+    def weight_bytes(self) -> int:
         """Of two experts a device may have one."""
-        whole = super()._all_weights()
+        whole = super().weight_bytes()
         return whole if self.mesh_spec.experts == 1 else whole - sum(self._weights["denoiser"].values())
 
-    def estimated_scratch(self, profile: Profile) -> dict[str, int]:
+    def estimated_workspace(self, profile: Profile) -> dict[str, int]:
         """The formula of one device, with a part of the tokens, heads, features and pixels.
 
         Two layers whose parts were gathered come on top (fsdp), and the inputs and outputs of all videos in a pipeline.
         """
         mesh_spec, denoiser, item = self.mesh_spec, self.config.denoiser, self.dtype.itemsize
-        sizes = super().estimated_scratch(profile)
-        tokens, features = -(-self._tokens() // self.token_parts), denoiser.ffn_dim // mesh_spec.tensor
+        sizes = super().estimated_workspace(profile)
+        tokens, features = -(-self.tokens // self.token_parts), denoiser.ffn_dim // mesh_spec.tensor
         denoise = tokens * (4 * denoiser.dim + item * (denoiser.dim + 2 * features))
         denoise += item * 2 * denoiser.dim * features + self._context_bytes()
         if mesh_spec.ring > 1:  # float32 partial results of two turns, and keys and values that arrive
@@ -99,9 +100,9 @@ class MeshPlan(Plan):
         tile = width, -(-height // mesh_spec.devices)
         # As many latent frames are decoded at once as there are tiles; at full resolution see models/vae.py, Decoder.
         frames = 4 // self.vae_dtype.itemsize if mesh_spec.devices > 1 else 1
-        sizes["decode"] = decode_scratch(self.config.vae, self.vae_dtype, width, height, frames)
+        sizes["decode"] = decode_workspace(self.config.vae, self.vae_dtype, width, height, frames)
         if "encode" in sizes:
-            sizes["encode"] = encode_scratch(self.config.vae, self.vae_dtype, *tile, self._encoded_frames)
+            sizes["encode"] = encode_workspace(self.config.vae, self.vae_dtype, *tile, self._encoded_frames)
         return sizes
 
     def _context_bytes(self) -> int:
@@ -118,11 +119,11 @@ class MeshPlan(Plan):
         if not alone:
             return {}
         rates, mesh_spec, config = RATES[self.device.device_kind], self.mesh_spec, self.config.denoiser
-        forward = denoiser_flops(config, self._tokens()) / rates.denoiser
+        forward = denoiser_flops(config, self.tokens) / rates.denoiser
         forwards = alone["denoise"] / forward
         steps = alone["denoise"] / alone["step"]
         shared = self.token_parts * mesh_spec.tensor
-        item, tokens = self.dtype.itemsize, self._tokens() / self.token_parts
+        item, tokens = self.dtype.itemsize, self.tokens / self.token_parts
         exchanged, group = 0.0, mesh_spec.fsdp * mesh_spec.ulysses
         exchanged += 4 * tokens * config.dim / mesh_spec.tensor * (group - 1) / group  # queries, keys, values, results
         exchanged += 3 * tokens * config.dim * 2 * (mesh_spec.tensor - 1) / mesh_spec.tensor  # three sums a layer

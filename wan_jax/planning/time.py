@@ -74,7 +74,7 @@ def encode_flops(config: VAEConfig, pixels: int) -> float:
     return 2 * (products + places * TAPS * (4 * last**2 + last * 2 * config.z_dim))
 
 
-def decode_scratch(config: VAEConfig, dtype: DTypeLike, width: int, height: int, frames: int = 1) -> int:
+def decode_workspace(config: VAEConfig, dtype: DTypeLike, width: int, height: int, frames: int = 1) -> int:
     """Bytes that decoding one latent frame takes beside weights and cache.
 
     The larger of two: at full resolution, seven arrays of `frames` at once around a residual block, and one in
@@ -94,7 +94,7 @@ def decode_scratch(config: VAEConfig, dtype: DTypeLike, width: int, height: int,
     return memory + item * kernels
 
 
-def encode_scratch(config: VAEConfig, dtype: DTypeLike, width: int, height: int, frames: int) -> int:
+def encode_workspace(config: VAEConfig, dtype: DTypeLike, width: int, height: int, frames: int) -> int:
     """Bytes that encoding takes beside weights and cache.
 
     Of one frame alone, the first convolution's result, in the dtype and in float32. Of several, five arrays of all
