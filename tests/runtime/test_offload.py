@@ -1,7 +1,8 @@
 """Memory profiles: where weights lie, that no copy stays behind, and that no bit of a result changes."""
 
 import gc
-from types import SimpleNamespace
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,10 @@ import pytest
 from flax import nnx
 
 from wan_jax import WanPipeline
-from wan_jax.diffusion import sampler
+from wan_jax.diffusion.schedule import make_schedule
+from wan_jax.diffusion.segments import plan_segments
+from wan_jax.diffusion.solvers import get_solver
+from wan_jax.diffusion.step import Expert, compile_step
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.nn.layers import Linear, on_host, scan_layers, stack_layers
@@ -137,7 +141,7 @@ def test_prefetch_where_there_is_room(pipelines, videos, monkeypatch):
     again = pipeline("a red circle", **SMALL)
     assert calls.count(True) == 1
     np.testing.assert_array_equal(again.latents, videos["resident"].latents)
-    assert not pipeline.memory._prefetched
+    assert not pipeline.memory.copies
 
 
 def test_an_interrupted_run_leaves_nothing(pipelines, monkeypatch):
@@ -145,7 +149,7 @@ def test_an_interrupted_run_leaves_nothing(pipelines, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 40)
 
     def interrupt(*args, **kwargs):
-        assert pipeline.memory._prefetched
+        assert pipeline.memory.copies
         raise KeyboardInterrupt
 
     finish = Memory.on_device
@@ -160,7 +164,7 @@ def test_an_interrupted_run_leaves_nothing(pipelines, monkeypatch):
     monkeypatch.setattr(Memory, "on_device", on_device)
     with pytest.raises(KeyboardInterrupt):
         pipeline("a red circle", **SMALL)
-    assert not pipeline.memory._prefetched
+    assert not pipeline.memory.copies
 
 
 def test_prefetched_and_never_used(pipelines, monkeypatch):
@@ -168,10 +172,54 @@ def test_prefetched_and_never_used(pipelines, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 40)
     assert keeper.prefetch(vae)
     assert not keeper.prefetch(vae)
-    ((placed, _),) = keeper._prefetched.values()
+    (placed,) = keeper.copies
     keeper.drop_prefetched()
     assert all(array.is_deleted() for array in named_parameters(placed).values())
     assert not any(array.is_deleted() for array in named_parameters(vae).values())
+
+
+def test_threads_share_a_copy(pipelines, monkeypatch):
+    """Two threads that run one model have one copy of it, which lives until both are done."""
+    keeper, vae = pipelines["swap"].memory, pipelines["swap"].vae
+    first_is_done = threading.Event()
+    both_run = threading.Barrier(2, timeout=60)
+
+    def run(is_first: bool) -> tuple[nnx.Module, bool]:
+        with keeper.on_device(vae) as running:
+            both_run.wait()
+            if not is_first:
+                assert first_is_done.wait(60)
+                keeper.drop_prefetched()  # as the end of another run does
+            alive = not any(array.is_deleted() for array in named_parameters(running).values())
+        if is_first:
+            first_is_done.set()
+        return running, alive
+
+    with ThreadPoolExecutor(2) as threads:
+        (running, alive), (other, other_alive) = threads.map(run, (True, False))
+    assert running is other
+    assert alive
+    assert other_alive
+    assert not keeper.copies
+    assert all(array.is_deleted() for array in named_parameters(running).values())
+
+
+def test_many_threads_use_and_prefetch(pipelines, monkeypatch):
+    """Every block sees its model whole, whatever other threads prefetch and drop; nothing is left."""
+    pipeline = pipelines["swap"]
+    keeper, pair = pipeline.memory, list(pipeline.denoisers.values())
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1 << 40)
+
+    def run(index: int) -> bool:
+        with keeper.on_device(pair[index % 2]) as running:
+            keeper.prefetch(pair[(index + 1) % 2])
+            ok = bool(jnp.isfinite(running.head.linear.kernel[...]).all())
+        keeper.drop_prefetched()
+        return ok
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(run, range(24)))
+    assert not keeper.copies
 
 
 def test_streamed_parameters_are_nearly_all():
@@ -238,20 +286,18 @@ def test_shapes_in_the_place_of_layers(layers):
 
 
 @pytest.mark.parametrize("profile", PROFILES)
-def test_the_step_is_told_what_is_on_the_host(pipelines, videos, monkeypatch, profile):
-    pipeline = pipelines[profile]
-    step, told = sampler._sample_step(()), []
-
-    def lower(graphdef, solver, placement, parameters, *rest):
-        told.append({dotted(path): on_host(variable.get_value()) for path, variable in parameters.flat_state()})
-        return step.lower(graphdef, solver, placement, parameters, *rest)
-
-    monkeypatch.setattr(sampler, "_sample_step", lambda options: SimpleNamespace(lower=lower))
-    pipeline("a red circle", **SMALL)
-    assert len(told) == 2  # one for each expert
-    for parameters in told:
-        assert parameters == {name: profile == "stream" and streams(name) for name in parameters}
-        assert any(map(streams, parameters))
+def test_the_step_takes_parameters_where_they_are(pipelines, profile):
+    segment, *_ = plan_segments(make_schedule("official", "euler", 1, 5.0), get_solver("euler"), 1.0, None)
+    denoiser = pipelines[profile].denoisers["low_noise"]
+    with pipelines[profile].memory.on_device(denoiser) as running:
+        expert = Expert.prepare(running, jnp.zeros((1, DEMO.denoiser.text_length, DEMO.denoiser.text_dim)))
+        state = segment.solver.init(jnp.zeros((1, DEMO.denoiser.in_channels, 1, 4, 6)))
+        (parameters, *_), _ = compile_step(expert, segment, state).input_shardings
+        shardings = jax.tree.leaves(parameters, is_leaf=lambda node: node is None)  # None: the step does not read it
+        names = [dotted(path) for path, _ in nnx.state(running).flat_state()]
+    kinds = {name: sharding.memory_kind for name, sharding in zip(names, shardings, strict=True) if sharding}
+    assert kinds == {name: "pinned_host" if profile == "stream" and streams(name) else "device" for name in kinds}
+    assert any(map(streams, kinds))
 
 
 def test_copies_are_asked_for_one_layer_ahead_and_only_of_what_is_read(layers):

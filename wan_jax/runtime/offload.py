@@ -5,13 +5,14 @@
     stream     as swap, and of a running transformer only two layers at a time are on the device
 
 A profile changes no bit of a result. Models on the host are ordinary models whose arrays have the memory kind
-"pinned_host"; the loop over layers fetches those it finds there (`models.layers.scan_layers`).
+"pinned_host"; the loop over layers fetches those it finds there (`models.nn.layers.scan_layers`).
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 from flax import nnx
@@ -58,8 +59,23 @@ def streams(parameter: str) -> bool:
     return parameter.startswith("blocks.") and parameter.endswith(".kernel")
 
 
+@dataclass
+class _Copy:
+    """A model that is ready to run."""
+
+    model: nnx.Module  # that it was made of
+    placed: nnx.Module
+    users: int = 0  # blocks that run it now; 0: it was prefetched
+
+    def free(self) -> None:
+        kept = {id(leaf) for leaf in jax.tree.leaves(self.model)}
+        for leaf in jax.tree.leaves(self.placed):
+            if id(leaf) not in kept:
+                leaf.delete()
+
+
 class Memory:
-    """Moves a pipeline's models as the profile asks.
+    """Moves a pipeline's models as the profile asks. Threads that run one model at the same time share its copy.
 
     Args:
       profile: see above.
@@ -69,56 +85,56 @@ class Memory:
     def __init__(self, profile: Profile, device: jax.Device | None = None):
         self.profile = profile
         self._device = jax.devices()[0] if device is None else device
-        self._prefetched: dict[int, tuple[Any, Any]] = {}  # the model's id -> the copy, the model
+        self._copies: dict[int, _Copy] = {}  # by the model's id
+        self._lock = threading.Lock()
+
+    @property
+    def copies(self) -> list[nnx.Module]:
+        """The copies that exist now."""
+        return [copy.placed for copy in self._copies.values()]
 
     @contextlib.contextmanager
     def on_device(self, model: Model) -> Iterator[Model]:
-        """The model ready to run; what was copied for it is freed when the block ends."""
+        """The model ready to run. Its copy is freed when the last block that runs it ends."""
         if not self.profile.idle_on_host:
             yield model
             return
-        placed, _ = self._prefetched.pop(id(model), (None, None))
-        if placed is None:
-            placed = self._place(model)
+        with self._lock:
+            copy = self._copies.get(id(model)) or self._copy(model)
+            copy.users += 1
         try:
-            yield placed
+            yield cast(Model, copy.placed)
         finally:
-            self._free(placed, model)
+            with self._lock:
+                copy.users -= 1
+                if copy.users == 0:
+                    self._copies.pop(id(model)).free()
 
     def prefetch(self, model: nnx.Module) -> bool:
         """Begins to copy a model that will run next, if there is room beside all that was ever in use; says whether."""
-        if not self.profile.idle_on_host or id(model) in self._prefetched:
-            return False
-        moved = sum(
-            array.nbytes
-            for name, array in named_parameters(model).items()
-            if not self.profile.on_host(name, running=True)
-        )
-        if moved > free_bytes(self._device):
-            return False
-        self._prefetched[id(model)] = self._place(model), model
-        return True
+        with self._lock:
+            if not self.profile.idle_on_host or id(model) in self._copies:
+                return False
+            parameters = named_parameters(model).items()
+            moved = sum(array.nbytes for name, array in parameters if not self.profile.on_host(name, running=True))
+            if moved > free_bytes(self._device):
+                return False
+            self._copy(model)
+            return True
 
     def drop_prefetched(self) -> None:
-        """Frees what was prefetched and never used."""
-        while self._prefetched:
-            _, (placed, model) = self._prefetched.popitem()
-            self._free(placed, model)
+        """Frees what was prefetched and is not in use. A run that still wants it copies it again."""
+        with self._lock:
+            for key in [key for key, copy in self._copies.items() if copy.users == 0]:
+                self._copies.pop(key).free()
 
-    def _place(self, model: Model) -> Model:
-        return place(
-            model,
-            {
-                name: single_device(self._device, self.profile.on_host(name, running=True))
-                for name in named_parameters(model)
-            },
-        )
-
-    def _free(self, placed: nnx.Module, model: nnx.Module) -> None:
-        kept = {id(leaf) for leaf in jax.tree.leaves(model)}
-        for leaf in jax.tree.leaves(placed):
-            if id(leaf) not in kept:
-                leaf.delete()
+    def _copy(self, model: nnx.Module) -> _Copy:
+        shardings = {
+            name: single_device(self._device, self.profile.on_host(name, running=True))
+            for name in named_parameters(model)
+        }
+        copy = self._copies[id(model)] = _Copy(model, place(model, shardings))
+        return copy
 
 
 def place(model: Model, shardings: Mapping[str, Sharding]) -> Model:
@@ -140,7 +156,7 @@ def abstract_array(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> ja
     """A shape that traces as the array will, in host memory or on the device.
 
     By its sharding alone JAX takes any shape on a single device for one in device memory. JAX 0.10 always does:
-    `models.layers.on_host` tells.
+    `models.nn.layers.on_host` tells.
     """
     array = jax.ShapeDtypeStruct(shape, dtype)
     if sharding.memory_kind == "pinned_host":
