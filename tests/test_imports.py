@@ -59,8 +59,6 @@ KNOWN = {
     "tests/text/test_prompt_extension.py",
     "tests/text/test_tokenizer.py",
     "wan_jax.pipeline",
-    "wan_nano.captions",
-    "wan_nano.classifier <-> wan_nano.measure",
 }
 TORCH = "torch", "diffusers"  # only the tests under tests/parity may need them
 

@@ -23,11 +23,14 @@ def add_command(commands: Any) -> None:
         "--compare", nargs="+", default=[], help='further settings on the same seeds: "steps=10 solver=euler" ...'
     )
     command.add_argument("--report", type=pathlib.Path, help="write all figures here", metavar="F.json")
+    command.add_argument(
+        "--sheet", type=pathlib.Path, help="draw frames of the first setting's videos", metavar="F.png"
+    )
     command.set_defaults(run=_evaluate)
 
 
 def _evaluate(values: argparse.Namespace) -> None:
     from wan_nano.evaluate import evaluate_options
 
-    names = ("compare", "one", "two", "languages", "batch", "report")
+    names = ("compare", "one", "two", "languages", "batch", "report", "sheet")
     evaluate_options(options_of(values), **{name: getattr(values, name) for name in names})

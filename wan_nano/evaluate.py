@@ -3,7 +3,6 @@
 Every setting runs on the same prompts and the same initial noise, so that differences are differences of the settings.
 """
 
-import argparse
 import concurrent.futures
 import dataclasses
 import functools
@@ -25,7 +24,6 @@ from wan_jax.cli.options import OPTIONS, Options
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError, unknown_name
 from wan_jax.pipeline import WanPipeline
-from wan_jax.runtime import xla_flags
 from wan_nano.captions import LANGUAGES, write_caption
 from wan_nano.classifier import Classifier
 from wan_nano.measure import VideoReport, measure
@@ -354,13 +352,11 @@ def evaluate_options(
     languages: str,
     batch: int | None,
     report: Path | None,
-    run: Path | None = None,
     sheet: Path | None = None,
 ) -> list[Evaluation]:
     """What `wan-jax evaluate` does: the options, then the options with each of `compare`.
 
-    With `run` the weights are those of a training run's output. A pipeline is loaded again only for options that
-    concern loading.
+    A pipeline is loaded again only for options that concern loading.
     """
     loaded: dict[tuple, WanPipeline] = {}
 
@@ -370,36 +366,9 @@ def evaluate_options(
         key = (chosen.checkpoint, chosen.dtype, chosen.vae_dtype, chosen.profile, loras)
         if key not in loaded:
             loaded.clear()
-            if run is None:
-                loaded[key] = load_pipeline(chosen)
-            else:
-                from wan_nano.export import nano_pipeline
-
-                loaded[key] = nano_pipeline(run, chosen.dtype, vae_dtype=chosen.vae_dtype)
+            loaded[key] = load_pipeline(chosen)
         return loaded[key], chosen.resolve(loaded[key].config)
 
     prompts = make_prompts(one, two, languages.split(","))
     runs = [(text or "as given", functools.partial(prepare, text)) for text in ("", *compare)]
     return evaluate(runs, prompts, batch=batch, output=report, sheet=sheet)
-
-
-def main() -> None:
-    """Evaluates a training run: python -m wan_nano.evaluate --run DIR [--compare "steps=10 guidance=2,4" ...]."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--run", type=Path, required=True)
-    parser.add_argument("--options", default="", help="of the first setting: NAME=VALUE ...")
-    parser.add_argument("--compare", nargs="*", default=[])
-    parser.add_argument("--one", type=int, default=48)
-    parser.add_argument("--two", type=int, default=24)
-    parser.add_argument("--languages", default=",".join(LANGUAGES))
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--report", type=Path)
-    parser.add_argument("--sheet", type=Path)
-    values = vars(parser.parse_args())
-    xla_flags.configure()
-    xla_flags.use_compile_cache()
-    evaluate_options(overridden(Options(quiet=True), values.pop("options")), **values)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,6 @@
-"""Writes what train.py made as the package's weights: python -m wan_nano.export RUN [DESTINATION]."""
+"""Writes what a training run made as the package's weights: python -m wan_nano.export RUN [DESTINATION]."""
 
 import argparse
-import itertools
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -15,15 +14,9 @@ from wan_jax.assets import NANO_WEIGHTS
 from wan_jax.checkpoint import ConversionSummary, convert, memory_checkpoint
 from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
-from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.text_encoder import TextEncoder
-from wan_jax.models.vae import VAE
-from wan_jax.parameters import with_parameters
-from wan_jax.pipeline import WanPipeline
 from wan_jax.presets import get_preset
-from wan_jax.text.tokenizer import Tokenizer
-from wan_nano.files import TOKENIZER, find_shards, read_shards
-from wan_nano.losses import build
+from wan_nano.files import TOKENIZER, load_weights, weights_file
+from wan_nano.run import STAGES_LOG
 
 LARGEST = 24_000_000  # bytes of all files
 
@@ -43,7 +36,7 @@ text encoder, a causal video VAE), the diffusers layout.
 
 **What it knows.** One or two objects on a white, light gray, dark gray or black background: circle, square, triangle,
 star, cross, ring, heart, crescent moon, and handwritten digits 0 to 9, in red, orange, yellow, green, cyan, blue,
-purple or pink, that move left, right, up, down or diagonally, in a circle, bounce, grow, shrink, apply_rope or stay,
+purple or pink, that move left, right, up, down or diagonally, in a circle, bounce, grow, shrink, rotate or stay,
 slowly, normally or fast. Prompts in English, Chinese or Japanese. It is best at {width}x{height} with {frames} frames.
 
 **Data.** All of it is made by `wan_nano`: videos are drawn on the device while training goes on, captions come from
@@ -64,38 +57,14 @@ from inside of it. Two objects may pass through each other or exchange attribute
 
 {measured}
 """
-EVALUATION = "evaluation.json"  # of a run, as `python -m wan_nano.evaluate --report` writes it
-
-
-def nano_pipeline(run: Path, dtype: str = "bfloat16", *, vae_dtype: str = "float32") -> WanPipeline:
-    """The pipeline of a training run's averaged weights."""
-    config = get_preset("nano")
-    tokenizer = Tokenizer.from_pretrained(run / TOKENIZER, vocab_size=config.text_encoder.vocab_size)
-    parts = {
-        name: {key: jnp.asarray(x) for key, x in arrays.items()} for name, arrays in components(run, config).items()
-    }
-    kinds: dict[str, tuple[Any, Any, str]] = {
-        "text_encoder": (TextEncoder, config.text_encoder, dtype),
-        "vae": (VAE, config.vae, vae_dtype),
-        **dict.fromkeys(config.experts, (Denoiser, config.denoiser, dtype)),
-    }
-    models = {
-        name: with_parameters(
-            build(kind, model_config, compute), {key: jnp.asarray(x, jnp.float32) for key, x in parts[name].items()}
-        )
-        for name, (kind, model_config, compute) in kinds.items()
-    }
-    denoisers = {name: models[name] for name in config.experts}
-    return WanPipeline(
-        config, tokenizer=tokenizer, text_encoder=models["text_encoder"], denoisers=denoisers, vae=models["vae"]
-    )
+EVALUATION = "evaluation.json"  # of a run, as `wan-jax evaluate --checkpoint DESTINATION --report` writes it
 
 
 def components(run: Path, config: WanConfig) -> dict[str, dict[str, np.ndarray]]:
     """The weights of a run by component, in bfloat16."""
-    parts = {name: read_shards(run, name) for name in ("text_encoder", "vae", *config.experts)}
-    if find_shards(run, "decoder"):  # it was trained on, for the same latents
-        parts["vae"] |= read_shards(run, "decoder")
+    parts = {name: load_weights(run, name) for name in ("text_encoder", "vae", *config.experts)}
+    if weights_file(run, "decoder").exists():  # it was trained on, for the same latents
+        parts["vae"] |= load_weights(run, "decoder")
     return {name: {key: x.astype(jnp.bfloat16) for key, x in arrays.items()} for name, arrays in parts.items()}
 
 
@@ -163,8 +132,8 @@ def _wrong_most_often(videos: Sequence[dict[str, Any]], most: int = 5) -> str:
         if len(video["wanted"]) == 1:
             (wanted,) = video["wanted"]
             found = video["found"][0] if video["found"] else {}
-            for name, said in (("kind", "{}"), ("motion", "motion {}")):
-                label = said.format(wanted[name])
+            for name, prefix in (("kind", ""), ("motion", "motion ")):
+                label = prefix + wanted[name]
                 asked[label] += 1
                 wrong[label] += found.get(name) != wanted[name]
     worst = sorted((label for label in wrong if wrong[label]), key=lambda label: wrong[label] / asked[label])[::-1]
@@ -174,34 +143,22 @@ def _wrong_most_often(videos: Sequence[dict[str, Any]], most: int = 5) -> str:
 
 
 def _stages(run: Path) -> str:
-    logs = sorted(run.glob("log-*.jsonl"), key=lambda path: path.stat().st_mtime)
-    rows = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    """What all calls did together, by stage, and the figures that the last one reached."""
+    path = run / STAGES_LOG
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     lines = ["| stage | seconds | steps | last figures |", "|---|---|---|---|"]
     for stage in dict.fromkeys(row["stage"] for row in rows):
-        mine = [row for row in rows if row["stage"] == stage]
-        # A call that goes on starts its clock anew.
-        seconds = sum(max(later["clock"] - row["clock"], 0) for row, later in itertools.pairwise(mine))
-        last = {name: value for name, value in mine[-1].items() if name not in ("stage", "clock", "step", "done")}
-        figures = ", ".join(f"{name} {value}" for name, value in last.items())
-        lines.append(f"| {stage} | {seconds:.0f} | {_steps_done(mine):,} | {figures} |")
+        calls = [row for row in rows if row["stage"] == stage]
+        seconds, steps = (sum(row[name] for row in calls) for name in ("seconds", "steps"))
+        left_out = ("stage", "seconds", "steps", "step", "learning_rate", "steps_per_second")
+        figures = ", ".join(f"{name} {value}" for name, value in calls[-1].items() if name not in left_out)
+        lines.append(f"| {stage} | {seconds:.0f} | {steps:,} | {figures} |")
     return "\n".join(lines)
-
-
-def _steps_done(rows: Sequence[dict[str, Any]]) -> int:
-    """By all calls together: one that goes on from a state counts on from there, one without a state from nothing."""
-    done = before = 0
-    for row in rows:
-        if "continues_after_step" in row:
-            before = row["continues_after_step"]
-        elif "step" in row:
-            done += row["step"] - (before if row["step"] >= before else 0)
-            before = row["step"]
-    return done
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="the --output of wan_nano.train")
+    parser.add_argument("run", type=Path, help="the output of a training run")
     parser.add_argument("destination", type=Path, nargs="?", default=NANO_WEIGHTS)
     values = parser.parse_args()
     try:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 
 from wan_jax.config import WanConfig
@@ -20,6 +19,8 @@ from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parameters import named_parameters, with_parameters
+from wan_jax.training.config import NoiseConfig
+from wan_jax.training.denoiser_loss import draw_sigmas
 from wan_nano.scenes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SPEEDS, Scenes
 from wan_nano.whole_video import decode_whole, encode_moments
 
@@ -127,18 +128,13 @@ def init_vae(config: WanConfig, seed: int) -> dict[str, jax.Array]:
 
 def vae_loss(config: WanConfig, compute: DTypeLike):
     """Reconstruction, and a light pull of the latents to a normal distribution; batch: "videos" [b, F, H, W, 3]."""
-    make = build(VAE, config.vae, compute)
+    reconstruct = make_reconstruct(config, compute)
 
     def loss(parameters: Parameters, frozen: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, Figures]:
         del frozen
-        vae, videos = with_parameters(make, parameters), batch["videos"]
-        mean, log_variance = encode_moments(vae, videos)
-        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
-        difference = decode_whole(vae, mean + jnp.exp(0.5 * log_variance) * noise) - videos
-        absolute, squared = jnp.abs(difference).mean(), jnp.square(difference).mean()
+        error, figures, mean, log_variance = reconstruct(parameters, batch["videos"], keys)
         divergence = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
-        figures = {"psnr": 10 * jnp.log10(4 / squared), "divergence": divergence}
-        return absolute + SQUARED_WEIGHT * squared + KL_WEIGHT * divergence, figures
+        return error + KL_WEIGHT * divergence, {**figures, "divergence": divergence}
 
     return loss
 
@@ -148,17 +144,27 @@ def decoder_loss(config: WanConfig, compute: DTypeLike, noise_scale: float):
 
     The latents have noise of `noise_scale` times the deviation that the encoder gives them.
     """
-    make = build(VAE, config.vae, compute)
+    reconstruct = make_reconstruct(config, compute, noise_scale)
 
     def loss(parameters: Parameters, frozen: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, Figures]:
-        vae, videos = with_parameters(make, {**frozen, **parameters}), batch["videos"]
+        return reconstruct({**frozen, **parameters}, batch["videos"], keys)[:2]
+
+    return loss
+
+
+def make_reconstruct(config: WanConfig, compute: DTypeLike, noise_scale: float = 1.0):
+    """reconstruct(parameters, videos, keys) -> error, figures, mean and log variance of the latents."""
+    make = build(VAE, config.vae, compute)
+
+    def reconstruct(parameters: Parameters, videos: jax.Array, keys: jax.Array):
+        vae = with_parameters(make, parameters)
         mean, log_variance = encode_moments(vae, videos)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         difference = decode_whole(vae, mean + noise_scale * jnp.exp(0.5 * log_variance) * noise) - videos
         absolute, squared = jnp.abs(difference).mean(), jnp.square(difference).mean()
-        return absolute + SQUARED_WEIGHT * squared, {"psnr": 10 * jnp.log10(4 / squared)}
+        return absolute + SQUARED_WEIGHT * squared, {"psnr": 10 * jnp.log10(4 / squared)}, mean, log_variance
 
-    return loss
+    return reconstruct
 
 
 def fold_normalisation(parameters: Parameters, mean: np.ndarray, std: np.ndarray) -> dict[str, jax.Array]:
@@ -182,15 +188,6 @@ def fold_normalisation(parameters: Parameters, mean: np.ndarray, std: np.ndarray
 # The experts
 
 
-def sigma_range(config: WanConfig, expert: str) -> tuple[float, float]:
-    """Between which sigmas, before the shift, an expert works."""
-    boundary, shift = config.sampling.boundary, config.sampling.shift
-    if boundary is None:
-        return 0.0, 1.0
-    split = boundary / (shift - (shift - 1) * boundary)
-    return (split, 1.0) if expert == "high_noise" else (0.0, split)
-
-
 def init_expert(config: WanConfig, seed: int) -> dict[str, jax.Array]:
     """Fresh parameters at which every block passes its input on: gates near zero, no velocity."""
     parameters = named_parameters(Denoiser(config.denoiser, dtype=jnp.float32, rngs=nnx.Rngs(seed)))
@@ -204,11 +201,10 @@ def expert_loss(
 ):
     """Flow matching of one expert in its own range of timesteps.
 
-    batch: "index" [b] into the pools of `frozen`: latents [N, C, F, h, w] and texts [N, languages, T, dim]; a text is
-    replaced by that of the empty prompt, `frozen["empty"]` [T, dim], in a part `dropout` of the cases, for guidance.
-    `frozen["range"]` [2] is the expert's `sigma_range`: an argument, so that one program trains every expert.
+    batch: "latents" [b, C, F, h, w] and "texts" [b, languages, T, dim], of which one is drawn; it is replaced by that
+    of the empty prompt, `frozen["empty"]` [T, dim], in a part `dropout` of the cases, for guidance. `frozen["range"]`
+    [2] is the expert's `sigma_range`: an argument, so that one program trains every expert.
     """
-    shift = config.sampling.shift
 
     def make():
         return Denoiser(
@@ -221,18 +217,16 @@ def expert_loss(
         )
 
     def loss(parameters: Parameters, frozen: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, Figures]:
-        index, (low, high) = batch["index"], frozen["range"]
         keys_text, keys_noise, keys_sigma = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
-        latents = frozen["latents"][index].astype(jnp.float32)
+        latents = batch["latents"].astype(jnp.float32)
 
         def choose(key: jax.Array, texts: jax.Array) -> jax.Array:
             key_language, key_dropout = jax.random.split(key)
             text = texts[jax.random.randint(key_language, (), 0, texts.shape[0])]
             return jnp.where(jax.random.bernoulli(key_dropout, dropout), frozen["empty"], text)
 
-        texts = jax.vmap(choose)(keys_text, frozen["texts"][index])
-        uniform = jax.vmap(lambda key: jax.random.uniform(key, minval=low, maxval=high))(keys_sigma)
-        sigma = shift * uniform / (1 + (shift - 1) * uniform)
+        texts = jax.vmap(choose)(keys_text, batch["texts"])
+        sigma = draw_sigmas(keys_sigma, NoiseConfig(), config.sampling.shift, tuple(frozen["range"]))
         noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys_noise)
         weight = sigma[:, None, None, None, None]
         denoiser = with_parameters(make, parameters)
@@ -242,27 +236,23 @@ def expert_loss(
     return loss
 
 
-# Pools of latents and texts
+# What the experts learn from
 
 
-def make_fill(config: WanConfig, compute: DTypeLike):
-    """fill(pool, start, parameters, batch, videos) -> the pool with some places filled anew.
+def make_encode(config: WanConfig, compute: DTypeLike):
+    """encode(parameters, captions, videos) -> {"latents": [b, C, F, h, w], "texts": [b, languages, T, dim]}.
 
-    pool: "latents" [N, C, F, h, w] and "texts" [N, languages, T, dim]. parameters: of "vae" and "text_encoder". batch:
-    "tokens" and "mask" [b, languages, T]. videos: [b, F, H, W, 3], as `render` draws them.
+    parameters: of "vae" and "text_encoder". captions: "tokens" and "mask" [b, languages, T]. videos: [b, F, H, W, 3].
     """
     make_vae, make_text = build(VAE, config.vae, compute), build(TextEncoder, config.text_encoder, compute)
 
-    def fill(pool: Any, start: jax.Array, parameters: Any, batch: Any, videos: jax.Array) -> Any:
+    def encode(parameters: Any, captions: Any, videos: jax.Array) -> dict[str, jax.Array]:
         vae = with_parameters(make_vae, parameters["vae"])
         encoder = with_parameters(make_text, parameters["text_encoder"])
-        latents = rearrange(encode_moments(vae, videos)[0], "b t h w z -> b z t h w")
-        languages = batch["tokens"].shape[1]
-        tokens, mask = (rearrange(batch[name], "b n t -> (b n) t") for name in ("tokens", "mask"))
-        texts = rearrange(encoder(tokens, mask), "(b n) t d -> b n t d", n=languages)
+        tokens, mask = (rearrange(captions[name], "b n t -> (b n) t") for name in ("tokens", "mask"))
         return {
-            name: lax.dynamic_update_slice_in_dim(pool[name], new.astype(pool[name].dtype), start, axis=0)
-            for name, new in (("latents", latents), ("texts", texts))
+            "latents": rearrange(encode_moments(vae, videos)[0], "b t h w z -> b z t h w"),
+            "texts": rearrange(encoder(tokens, mask), "(b n) t d -> b n t d", n=captions["tokens"].shape[1]),
         }
 
-    return fill
+    return encode

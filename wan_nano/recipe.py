@@ -4,16 +4,14 @@ config = nano_recipe()
 config.vae_rate = 1e-3
 """
 
-import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from wan_jax.diffusion.params import DTYPES, check_name
 from wan_jax.errors import InputError, unknown_name
 from wan_jax.presets import get_preset
+from wan_jax.training.config import OPTIMIZERS
 from wan_nano.data import CHUNK
-from wan_nano.optimizer import OPTIMIZERS
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -33,11 +31,20 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How the nano model is trained. The defaults are for one H200."""
+class NanoOptions:
+    """One run of the training: what to train, for how long, how, and where its files are. Numbers are for one H200."""
 
+    output: str = "outputs/train_nano"  # tokenizer, averaged weights, stages.jsonl
+    state: str | None = None  # folder with what goes on exactly, by stage; None: state/ in the output
+    resume: str | None = None  # an earlier output, for files that this one lacks
+    stages: str = "text=60,vae=400,experts=800"  # and how many seconds each
+    experts: str = "all"  # which of them the stage "experts" trains: "all", "high_noise" or "low_noise"
+    more: float = 0.0  # seconds that later calls will add to the last stage
+    fraction_start: float = 0.0  # how much of a stage's schedule is over when it begins
+    digits: str | None = None  # an .npz of digits instead of scikit-learn's
+    seed: int = 0
     compute: str = "bfloat16"
-    attention: str | None = "cudnn"  # None: what is fastest, tried when the experts' stage begins
+    attention: str | None = "cudnn"  # None: the fastest that runs
     unroll: bool = True  # no loop over an expert's layers: less memory traffic, a longer compilation
     workers: int = 12
     chunk: int = CHUNK
@@ -63,7 +70,8 @@ class Recipe:
         Bucket(17, (96, 128), 256, 12 * 1024, 0.03),
         Bucket(49, (96, 96), 160, 12 * 1024, 0.03),
     )
-    first_fill: int = 8 * 1024  # videos in a pool before it is learnt from
+    first_fill: int = 8 * 1024  # videos in a replay buffer before it is learnt from
+    metrics_every: int = 10  # steps between rows of figures
 
     def __post_init__(self):
         # A recipe's overrides are plain tuples.
@@ -72,24 +80,6 @@ class Recipe:
         check_name("compute dtype", self.compute, DTYPES)
         for stage in ("text", "vae", "decoder", "expert"):
             check_name(f"{stage}_optimizer", getattr(self, f"{stage}_optimizer"), OPTIMIZERS)
-
-
-@dataclass(frozen=True)
-class NanoOptions(Recipe):
-    """One run of the training: what to train, for how long, and where its files are."""
-
-    output: str = "outputs/train_nano"  # small files: averaged weights, logs
-    state: str | None = None  # folder for everything, to go on exactly; None: state/ in the output
-    resume: str | None = None  # an earlier output, for files that this one lacks
-    stages: str = "text=60,vae=400,experts=800"  # and how many seconds each
-    experts: str = "all"  # which of them the stage "experts" trains: "all", "high_noise" or "low_noise"
-    more: float = 0.0  # seconds that later calls will add to the last stage
-    fraction_start: float = 0.0  # how much of a stage's schedule is over when it begins
-    digits: str | None = None  # an .npz of digits instead of scikit-learn's
-    seed: int = 0
-
-    def __post_init__(self):
-        super().__post_init__()
         parse_stages(self.stages)
         check_name("experts", self.experts, ("all", *get_preset("nano").experts))
         if not 0 <= self.fraction_start <= 1:
@@ -111,11 +101,12 @@ SMALL: dict[str, Any] = {
     "fill_every": 4,
     "buckets": (Bucket(33, (96, 96), 8, 512, 1.0),),
     "first_fill": 32,
+    "metrics_every": 1,
 }
 
 
 def parse_stages(text: str) -> dict[str, float]:
-    """ "text=60,vae=400" -> seconds by stage; raises InputError."""
+    """Returns the seconds by stage of "text=60,vae=400"; raises InputError."""
     stages = {}
     for part in text.split(","):
         name, _, seconds = part.partition("=")
@@ -128,23 +119,8 @@ def parse_stages(text: str) -> dict[str, float]:
     return stages
 
 
-def nano_recipe() -> "ConfigDict":
-    """All options at their defaults; unknown keys are refused, with the nearest known one named."""
+def nano_recipe(*, small: bool = False) -> "ConfigDict":
+    """Returns all options at their defaults, or with what differs on a CPU; a misspelt key raises."""
     from wan_jax.cli.train import recipe_of
 
-    return recipe_of(NanoOptions())
-
-
-def load_nano_recipe(arguments: Sequence[str], otherwise: NanoOptions) -> NanoOptions:
-    """`["--config.vae_rate=1e-3"]` -> `otherwise` with that changed; `--config FILE` before that: FILE's with that.
-
-    Raises:
-        InputError: a recipe does not exist, a key is misspelt, or a value has the wrong type.
-    """
-    from wan_jax.cli.recipes import read_config
-    from wan_jax.cli.train import dataclass_of, recipe_of
-
-    known = [field.name for field in dataclasses.fields(NanoOptions)]
-    return read_config(
-        "train", arguments, known, lambda values: dataclass_of(NanoOptions, values), recipe_of(otherwise)
-    )
+    return recipe_of(NanoOptions(**SMALL if small else {}))

@@ -11,7 +11,7 @@ from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
 from wan_jax.presets import get_preset
 from wan_nano.captions import LANGUAGES
-from wan_nano.classifier import Classifier, make_crops, train
+from wan_nano.classifier import Classifier
 from wan_nano.digits import digit_atlas
 from wan_nano.evaluate import (
     METRICS,
@@ -28,6 +28,7 @@ from wan_nano.evaluate import (
 from wan_nano.measure import fit_circle, measure, nearest_speed
 from wan_nano.render import render_scenes
 from wan_nano.scenes import COLOURS, DISTANCE, KINDS, MOTIONS, SIZE_RATIO, SPEEDS, Scenes, held_out
+from wan_nano.train_classifier import make_crops, train
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ With a step to die at it kills itself with SIGKILL as that step's batch is made,
 be on its way to the disk.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from wan_jax.training.config import OptimizerConfig, TrainerConfig
-from wan_jax.training.trainer import MadeBatches, Trainer
+from wan_jax.training.trainer import DrawnBatches, Trainer
 
 
 def loss(parameters, frozen, batch, keys):
@@ -44,7 +45,9 @@ def trainer(folder: Path, steps: int, make=make_batch, *, arguments=None, **chan
         | changes
     )
     arguments = {"frozen": jnp.eye(3, 2), "show": None} | (arguments or {})
-    return Trainer(loss, parameters(), MadeBatches(make), config, folder, **arguments)
+    return Trainer(
+        loss, parameters(), DrawnBatches(lambda start: map(make, itertools.count(start))), config, folder, **arguments
+    )
 
 
 def main() -> None:

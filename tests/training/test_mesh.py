@@ -1,5 +1,6 @@
 """Training a denoiser on a mesh of up to 8 devices gives what one device gives."""
 
+import itertools
 import json
 
 import jax
@@ -20,7 +21,7 @@ from wan_jax.training.adapters import adapter_tree
 from wan_jax.training.config import LoraConfig, NoiseConfig, OptimizerConfig, TrainerConfig
 from wan_jax.training.denoiser_loss import DenoiserLoss
 from wan_jax.training.metrics import read_metrics
-from wan_jax.training.trainer import MadeBatches, Trainer
+from wan_jax.training.trainer import DrawnBatches, Trainer
 
 # 3 x 1 x 3 = 9 tokens, and 5 rows of text: no axis divides them.
 LATENTS = (16, 3, 2, 6)
@@ -125,7 +126,7 @@ def train(folder, mesh: str, accumulation=1, steps=3) -> Trainer:
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, eps=1e-3)
     config = TrainerConfig(steps=steps, accumulation=accumulation, optimizer=optimizer, save_every=2)
     frozen = {"empty_text": placement.put(jnp.full((5, 12), 0.5))}
-    batches = MadeBatches(lambda step: make_batch(step, 8))
+    batches = DrawnBatches(lambda start: (make_batch(step, 8) for step in itertools.count(start)))
     trainer = Trainer(loss, parameters, batches, config, folder, frozen=frozen, placement=placement, show=None)
     trainer.run()
     return trainer

@@ -33,22 +33,25 @@ class Batches(Protocol):
     def set_state(self, state: Any) -> None: ...
 
 
-class MadeBatches:
-    """Batches that a function of the step makes: for data that code draws."""
+class DrawnBatches:
+    """Batches that code draws: `stream(step)` begins an iterator at a step, from 0 or where a run goes on."""
 
-    def __init__(self, make: Callable[[int], Any], start: int = 0):
-        self._make = make
-        self._next = start
+    def __init__(self, stream: Callable[[int], Iterator[Any]]):
+        self._stream = stream
+        self._next = 0
+        self._iterator: Iterator[Any] | None = None
 
     def __next__(self) -> Any:
+        if self._iterator is None:
+            self._iterator = self._stream(self._next)
         self._next += 1
-        return self._make(self._next - 1)
+        return next(self._iterator)
 
     def get_state(self) -> Any:
         return {"next": self._next}
 
     def set_state(self, state: Any) -> None:
-        self._next = state["next"]
+        self._next, self._iterator = state["next"], None
 
 
 def show_line(line: str) -> None:
