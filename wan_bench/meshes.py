@@ -24,7 +24,7 @@ from flax import nnx
 from wan_bench.parts import device_facts, get_config, normal
 from wan_bench.trace import traced
 from wan_jax.config import WanConfig
-from wan_jax.diffusion.loop import StepReport, denoise
+from wan_jax.diffusion.loop import denoise
 from wan_jax.diffusion.params import DTYPES, SamplingParams, check_name
 from wan_jax.diffusion.schedule import make_schedule
 from wan_jax.diffusion.segments import Segment, plan_segments
@@ -36,6 +36,7 @@ from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
 from wan_jax.runtime.compiled import workspace_bytes
 from wan_jax.runtime.distributed import Watchdog
+from wan_jax.runtime.events import Event, Run, StepDone
 from wan_jax.testing.models import random_model
 
 GUIDANCE = 4.0
@@ -70,11 +71,12 @@ class MeshBench:
         """Seconds of each step, and the latents."""
         seconds: list[float] = []
 
-        def on_step(step: StepReport) -> None:
+        def on_event(step: Event) -> None:
+            assert isinstance(step, StepDone)
             seconds.append(step.seconds)
             self.beat(f"step {len(seconds)} of {steps}")
 
-        result = denoise(self.noise(expert), euler_steps(steps, guidance), lambda name: expert, on_step)
+        result = denoise(self.noise(expert), euler_steps(steps, guidance), lambda name: expert, Run(on_event))
         return seconds, result
 
     def noise(self, expert: Expert) -> jax.Array:

@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from wan_jax.checkpoint import Checkpoint, open_checkpoint
 from wan_jax.config import WanConfig
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, known_frames, stack_conditioning
-from wan_jax.diffusion.loop import StepReport, denoise
+from wan_jax.diffusion.loop import denoise
 from wan_jax.diffusion.noise import initial_noise
 from wan_jax.diffusion.params import DTYPES, PROFILE_NAMES, SamplingParams, check_name, documented, make_requests
 from wan_jax.diffusion.relay import denoise_in_relay
@@ -43,6 +43,7 @@ from wan_jax.parameters import with_parameters
 from wan_jax.planning.mesh import Mesh, choose_placement
 from wan_jax.runtime import xla_flags
 from wan_jax.runtime.compiled import CompiledFunction
+from wan_jax.runtime.events import Run
 from wan_jax.runtime.offload import Memory
 from wan_jax.runtime.progress import Bars
 from wan_jax.text.tokenizer import Tokenizer
@@ -353,7 +354,7 @@ class WanPipeline:
                 )
                 return Expert.prepare(denoiser, text, opposite, image, self._placements[name])
 
-            def on_step(step: StepReport) -> None:
+            def on_step(step: Any) -> None:
                 bar.advance(1, f"denoise ({step.expert} expert)")
                 if not in_relay:
                     self._add_seconds("denoise", step.seconds)
@@ -368,10 +369,10 @@ class WanPipeline:
                     for start in range(0, len(prompts), batch)
                 ]
                 with self._stage("denoise"):
-                    lots = denoise_in_relay(lots, segments, get_expert, lambda _, step: on_step(step), known)
+                    lots = denoise_in_relay(lots, segments, get_expert, Run(on_step), known)
                 self.latents = np.concatenate([np.asarray(lot) for lot in lots])
             else:
-                latents = denoise(latents, segments, get_expert, on_step, conditioning)
+                latents = denoise(latents, segments, get_expert, Run(on_step), conditioning)
                 self.latents = placement.gather(latents)
         if not np.isfinite(self.latents).all():
             raise InputError("the denoised latents are not finite: the weights are damaged, or need float32")

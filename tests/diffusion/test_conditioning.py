@@ -17,6 +17,7 @@ from wan_jax.diffusion.segments import plan_segments
 from wan_jax.diffusion.solvers import SOLVERS, get_solver
 from wan_jax.diffusion.step import Expert
 from wan_jax.models.denoiser import Denoiser
+from wan_jax.runtime.events import Run
 
 SHAPE = (2, 4, 3, 4, 6)  # B z T h w
 STRIDE = 4
@@ -129,9 +130,8 @@ def test_loop_equals_the_official_one(known, solver):
         image = random(1, 1, 8, *SHAPE[2:])
         expert, conditioning = make_expert(SHAPE[1] + 8), KnownFrames(image)
     noise = random(2, *SHAPE)
-    result = denoise(
-        noise, plan_segments(schedule, get_solver(solver), 3.0, None), lambda name: expert, conditioning=conditioning
-    )
+    segments = plan_segments(schedule, get_solver(solver), 3.0, None)
+    result = denoise(noise, segments, lambda name: expert, Run(), conditioning)
     expected = plain_loop(noise, schedule, get_solver(solver), 3.0, expert, known, image)
     # The same operations fused differently: float32 roundings of values around 1 over four steps.
     np.testing.assert_allclose(result, expected, atol=2e-5)
@@ -146,7 +146,7 @@ def test_another_image_and_none_compile_nothing():
     def run(conditioning: FirstFrame) -> None:
         noise = random(2, *SHAPE)
         compilations.clear()
-        denoise(noise, plan_segments(schedule, solver, 3.0, None), lambda name: expert, conditioning=conditioning)
+        denoise(noise, plan_segments(schedule, solver, 3.0, None), lambda name: expert, Run(), conditioning)
 
     images = [FirstFrame(random(seed, 1, SHAPE[1], 1, *SHAPE[3:]), KNOWN) for seed in (1, 2)]
     for conditioning in (images[0], images[1], FirstFrame.unknown(SHAPE[1], *SHAPE[3:])):

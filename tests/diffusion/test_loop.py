@@ -13,7 +13,7 @@ from flax import nnx
 from jax import lax
 
 from wan_jax.config import DenoiserConfig, PerExpert
-from wan_jax.diffusion.loop import StepReport, denoise
+from wan_jax.diffusion.loop import denoise
 from wan_jax.diffusion.schedule import make_schedule
 from wan_jax.diffusion.segments import plan_segments, plan_steps
 from wan_jax.diffusion.solvers import SOLVERS, get_solver
@@ -21,6 +21,7 @@ from wan_jax.diffusion.step import Expert, compile_step
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parameters import named_parameters, with_parameters
+from wan_jax.runtime.events import Run, StepDone
 
 SHAPE = (2, 3, 2, 4, 5)  # B C F h w
 TOKENS, TEXT_DIM = 7, 6
@@ -92,7 +93,7 @@ def noise(seed: int = 0) -> jax.Array:
 
 
 def sample(latents, schedule, solver, guidance, boundary, get_expert, on_step=None) -> jax.Array:
-    return denoise(latents, plan_segments(schedule, solver, guidance, boundary), get_expert, on_step)
+    return denoise(latents, plan_segments(schedule, solver, guidance, boundary), get_expert, Run(on_step))
 
 
 def plain_loop(latents, schedule, solver, guidance, boundary, experts, steps: int | None = None) -> jax.Array:
@@ -130,11 +131,11 @@ def test_solver_of_each_expert(low, high, experts):
     """Two solvers are two runs, the second from the latents of the first; one solver is one run."""
     schedule = make_schedule("official", (low, high), (3, 2), 5.0, 0.875)
     solvers = PerExpert(high=get_solver(high), low=get_solver(low))
-    reports: list[StepReport] = []
+    reports: list[StepDone] = []
     result = sample(noise(), schedule, solvers, (1.0, 2.0), 0.875, experts.__getitem__, reports.append)
-    assert [(report.index, report.total, report.expert) for report in reports] == [
-        *((index, 5, "high_noise") for index in range(2)),
-        *((index, 5, "low_noise") for index in range(2, 5)),
+    assert [(report.step, report.total, report.expert) for report in reports] == [
+        *((step, 5, "high_noise") for step in (1, 2)),
+        *((step, 5, "low_noise") for step in (3, 4, 5)),
     ]
     if low == high:
         expected = plain_loop(noise(), schedule, solvers.low, (1.0, 2.0), 0.875, experts)
@@ -270,10 +271,10 @@ def test_compiling_ahead_with_abstract_arrays(experts):
 
 def test_reports(experts):
     jax.clear_caches()
-    reports: list[StepReport] = []
+    reports: list[StepDone] = []
     schedule = make_schedule("official", "unipc", 6, 12.0)
     sample(noise(), schedule, get_solver("unipc"), 2.0, 0.875, experts.__getitem__, reports.append)
-    assert [report.index for report in reports] == list(range(6))
+    assert [report.step for report in reports] == [1, 2, 3, 4, 5, 6]
     assert {report.total for report in reports} == {6}
     assert [report.expert for report in reports] == plan_steps(schedule, 0.875)
     assert all(report.seconds > 0 for report in reports)
@@ -307,8 +308,8 @@ def test_interrupt_between_steps(experts):
     latents = noise()
     before = np.asarray(latents).copy()
 
-    def interrupt(report: StepReport) -> None:
-        if report.index == 1:
+    def interrupt(report: StepDone) -> None:
+        if report.step == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -347,7 +348,7 @@ def test_with_the_denoiser():
     text = jax.random.normal(jax.random.key(0), (2, 1, TOKENS, TEXT_DIM))
     denoisers = {"high_noise": build(0), "low_noise": with_parameters(build, named_parameters(build(1)))}
     experts = {name: Expert.prepare(denoiser, *text) for name, denoiser in denoisers.items()}
-    reports: list[StepReport] = []
+    reports: list[StepDone] = []
     latents = jax.random.normal(jax.random.key(1), shape)
     arguments = latents, make_schedule("official", "unipc", 6, 12.0), get_solver("unipc"), (2.0, 3.0), 0.875
     first = plan_segments(*arguments[1:])[0]

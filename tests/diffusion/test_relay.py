@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from tests.parallel.test_strategies import CONFIG, LATENTS
-from wan_jax.diffusion.loop import StepReport, denoise
+from wan_jax.diffusion.loop import denoise
 from wan_jax.diffusion.relay import denoise_in_relay
 from wan_jax.diffusion.schedule import make_schedule
 from wan_jax.diffusion.segments import plan_segments
@@ -20,6 +20,7 @@ from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import abstract_parameters
 from wan_jax.presets import get_preset
+from wan_jax.runtime.events import Run, StepDone
 from wan_jax.runtime.offload import place
 from wan_jax.testing.models import random_model
 
@@ -61,20 +62,21 @@ def test_relay_gives_the_latents_of_one_device(mesh: str, models: dict, inputs: 
         texts = (placements[name].put_batch(x) for x in text[index])
         return Expert.prepare(placed[name], *texts, placement=placements[name])
 
-    def on_step(index: int, step: StepReport) -> None:
-        reports.append((index, step.expert, step.index))
+    def on_step(step: StepDone) -> None:
+        (index,) = step.videos
+        reports.append((index, step.expert, step.step))
         if (index, step.expert) == (1, "high_noise"):
             second_is_in.set()
         if (index, step.expert) == (0, "low_noise"):
             at_once.append(second_is_in.wait(60))
 
-    relayed = denoise_in_relay(list(noise), SEGMENTS, get_expert, on_step)
+    relayed = denoise_in_relay(list(noise), SEGMENTS, get_expert, Run(on_step))
     assert all(at_once)
     assert len(reports) == VIDEOS * SCHEDULE.num_steps
     for index, video in enumerate(relayed):
         texts = [jnp.asarray(x) for x in text[index]]
         experts = {name: Expert.prepare(model, *texts) for name, model in models.items()}
-        alone = np.asarray(denoise(jnp.asarray(noise[index]), SEGMENTS, experts.__getitem__))
+        alone = np.asarray(denoise(jnp.asarray(noise[index]), SEGMENTS, experts.__getitem__, Run()))
         assert np.abs(np.asarray(video) - alone).max() < 1e-5 * np.abs(alone).max()  # sums in another order
 
 
@@ -83,7 +85,7 @@ def test_an_error_at_one_expert_ends_the_relay(inputs: tuple) -> None:
         raise InputError(f"no {name} for video {index}")
 
     with pytest.raises(InputError, match="no high_noise for video 0"):
-        denoise_in_relay(list(inputs[0]), SEGMENTS, get_expert)
+        denoise_in_relay(list(inputs[0]), SEGMENTS, get_expert, Run())
 
 
 def test_experts_of_a_model_with_one() -> None:

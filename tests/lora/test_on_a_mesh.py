@@ -18,6 +18,7 @@ from wan_jax.models.nn.layers import Adapter
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import named_parameters
+from wan_jax.runtime.events import Run
 from wan_jax.testing.models import random_model
 
 
@@ -52,7 +53,7 @@ def run(lora: ActiveLora | None, mesh: str) -> np.ndarray:
     expert = Expert.prepare(model, *inputs[1:], placement=placement)
     schedule = make_schedule("official", "unipc", 2, 5.0)
     segments = plan_segments(schedule, get_solver("unipc"), 3.0, None)
-    return np.asarray(denoise(inputs[0], segments, lambda name: expert))
+    return np.asarray(denoise(inputs[0], segments, lambda name: expert, Run()))
 
 
 @pytest.fixture(scope="module")

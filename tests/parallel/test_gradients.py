@@ -18,6 +18,7 @@ from wan_jax.parallel.collectives import MESH_AXES
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
 from wan_jax.parallel.sharding import gather_outside_layers, state_specs
+from wan_jax.runtime.events import Run
 from wan_jax.testing.models import random_model
 
 # 3 x 1 x 3 = 9 tokens: over four devices the last has none, only padding.
@@ -78,7 +79,7 @@ def test_a_mesh_with_explicit_axes() -> None:
         latents, text = placement.put_batch((latents, text))
         expert = Expert.prepare(model, text, -text, placement=placement)
         schedule = make_schedule("official", "unipc", 2, 5.0)
-        result = denoise(latents, plan_segments(schedule, get_solver("unipc"), 3.0, None), lambda name: expert)
+        result = denoise(latents, plan_segments(schedule, get_solver("unipc"), 3.0, None), lambda name: expert, Run())
         return np.asarray(result)
 
     mesh_spec = MeshSpec(data=2, ulysses=2, tensor=2)

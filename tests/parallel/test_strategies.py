@@ -17,6 +17,7 @@ from wan_jax.diffusion.step import Expert
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
+from wan_jax.runtime.events import Run
 from wan_jax.testing.models import random_model
 
 # 3 x 3 x 5 = 45 tokens: no axis divides them.
@@ -37,7 +38,9 @@ def run(config: DenoiserConfig, mesh: str, dtype: str = "float32", *, batch: int
     arrays = placement.put_batch([jnp.asarray(x, jnp.float32) for x in (latents, *text)])
     expert = Expert.prepare(model, *arrays[1:], placement=placement)
     schedule = make_schedule("official", "unipc", 2, 5.0)
-    return np.asarray(denoise(arrays[0], plan_segments(schedule, get_solver("unipc"), 3.0, None), lambda name: expert))
+    return np.asarray(
+        denoise(arrays[0], plan_segments(schedule, get_solver("unipc"), 3.0, None), lambda name: expert, Run())
+    )
 
 
 @pytest.fixture(scope="module")

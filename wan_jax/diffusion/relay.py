@@ -4,70 +4,87 @@ While the low-noise expert makes the last steps of one video, the high-noise exp
 all devices work and no weights ever move, but for the first video's high noise and the last one's low noise.
 """
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning
-from wan_jax.diffusion.loop import StepReport, run_segment
+from wan_jax.diffusion.loop import remaining, run_segment, start
 from wan_jax.diffusion.segments import Segment
+from wan_jax.diffusion.solvers import StepState
+from wan_jax.diffusion.state import Preview, SamplingState, fingerprint
 from wan_jax.diffusion.step import Expert
+from wan_jax.runtime.events import CancelToken, Event, Run, StepDone
 
 
 def denoise_in_relay(
-    videos: Sequence[jax.Array],
+    batches: Sequence[jax.Array | SamplingState],
     segments: Sequence[Segment],
     get_expert: Callable[[str, int], Expert],
-    on_step: Callable[[int, StepReport], None] | None = None,
+    run: Run,
     conditioning: Sequence[Conditioning] | None = None,
+    preview: Preview | None = None,
 ) -> list[jax.Array]:
-    """Turns noise into latents, for each video as `loop.denoise` does.
+    """Turns noise into latents, for each batch as `loop.denoise` does.
 
     Args:
-        videos: latents of each, float32 [B, C, F, h, w], on any devices; B is 1, or the size of a batch that stays
-            together.
-        segments: the plan, the same for every video; see `plan_segments`.
-        get_expert: gives the expert of a name for a video, the denoiser being the same for all. Its `placement` says
+        batches: latents of each, float32 [B, C, F, h, w], on any devices, or the state to go on from. B is the size of
+            the mesh's "data" axis.
+        segments: the plan, the same for every batch; see `plan_segments`.
+        get_expert: gives the expert of a name for a batch, the denoiser being the same for all. Its `placement` says
             where it runs; see `Placement.by_expert`. Called in threads.
-        on_step: called after each step of a video, in the thread of its expert.
-        conditioning: of each video.
+        run: is told of each step, in the thread of its expert, and may cancel after each.
+        conditioning: of each batch.
+        preview: see `denoise`.
 
     Returns:
-        The latents of each video, in order, on the devices of the last expert.
+        The latents of each batch, in order, on the devices of the last expert.
     """
-    known = [TEXT_ONLY] * len(videos) if conditioning is None else list(conditioning)
-    # A thread for each expert, which takes the videos in order.
+    plan = fingerprint(segments)
+    known = [TEXT_ONLY] * len(batches) if conditioning is None else list(conditioning)
+    # A thread for each expert, which takes the batches in order.
     threads = {segment.expert: ThreadPoolExecutor(1, thread_name_prefix=segment.expert) for segment in segments}
+    stop = CancelToken()
 
-    is_over = threading.Event()
+    def tell(event: Event) -> None:
+        if isinstance(event, StepDone):
+            run.add_seconds("compile", event.compile_seconds)
+        run.emit(event)
+        run.check()
 
-    def run(segment: Segment, index: int, before: Future | None) -> Any:
-        def after_step(report: StepReport) -> None:
-            if is_over.is_set():
-                raise CancelledError
-            if on_step is not None:
-                on_step(index, report)
+    inner = Run(tell, stop)
 
-        state = None if before is None else before.result()
+    def work(segment: Segment, index: int, before: Future[StepState] | None) -> StepState:
+        state = start(batches[index], segments, known[index]) if before is None else before.result()
         expert = get_expert(segment.expert, index)
-        placement = expert.placement
-        conditioned = placement.put(known[index])
-        if state is None:
-            state = segment.solver.init(conditioned.restore(placement.put_batch(videos[index])))
-        return run_segment(segment, expert, placement.put_batch(state), conditioned, after_step)
+        first = sum(map(_rows, batches[:index]))
+        videos = tuple(range(first, first + _rows(batches[index])))
+        try:
+            state, conditioned = expert.placement.put_batch(state), expert.placement.put(known[index])
+            return run_segment(segment, expert, state, inner, plan, conditioned, preview, videos)
+        finally:
+            del expert  # a traceback keeps this frame
 
+    results: list[jax.Array] = []
+    last: dict[int, Future[StepState] | None] = {}
     try:
-        states = []
-        for index in range(len(videos)):
-            future: Future | None = None
-            for segment in segments:
-                future = threads[segment.expert].submit(run, segment, index, future)
-            states.append(future)
-        return [state.result().latents for state in states if state is not None]
+        for index, batch in enumerate(batches):
+            last[index] = None
+            for segment in remaining(batch, segments):
+                last[index] = threads[segment.expert].submit(work, segment, index, last[index])
+        for index, batch in enumerate(batches):
+            future = last[index]
+            state = start(batch, segments, known[index]) if future is None else future.result()
+            results.append(jnp.asarray(state.latents))
+        return results
     finally:
-        is_over.set()  # an error or Ctrl-C ends the other expert's work after its step
+        stop.cancel()  # an error or Ctrl-C ends the other expert's work before its next step
         for thread in threads.values():
             thread.shutdown(cancel_futures=True)
+        last.clear()
+
+
+def _rows(batch: jax.Array | SamplingState) -> int:
+    return len(batch.arrays.latents if isinstance(batch, SamplingState) else batch)

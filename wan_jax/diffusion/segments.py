@@ -1,7 +1,7 @@
 """The plan of a run, made on the host before it starts: which expert makes which steps, with which numbers."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -68,6 +68,15 @@ class Segment:
     def is_guided(self) -> bool:
         """Whether any video needs its negative prompt's velocity."""
         return bool(np.any(self.guidance != 1))
+
+    def after(self, step: int) -> "Segment":
+        """The rest of it when so many steps of the whole run are done."""
+        done = max(0, step - self.steps.start)
+        if done == 0:
+            return self
+        timesteps, coefficients = jax.tree.map(lambda values: values[done:], (self.timesteps, self.coefficients))
+        steps = self.steps[done:]
+        return replace(self, steps=steps, starts_solver=False, timesteps=timesteps, coefficients=coefficients)
 
     def inputs(self, steps: np.ndarray) -> StepInputs:
         """The numbers of one call of the step; `steps` [B] counts each video's step from this segment's first."""
