@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from wan_jax.diffusion.schedule import GRIDS, make_schedule
 from wan_jax.diffusion.segments import plan_steps
@@ -94,19 +93,8 @@ def test_official_euler_has_the_default_grid():
     np.testing.assert_array_equal(euler.timesteps, unipc.timesteps)
 
 
-def lightx2v(steps: list[int], shift: float) -> tuple[np.ndarray, np.ndarray]:
-    """What LightX2V computes: (sigmas without the last 0, timesteps), picked from 1000 float32 sigmas."""
-    sigmas = torch.linspace(1.0, 0.0, 1001)[:-1]
-    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
-    picks = [1000 - step for step in steps]
-    return sigmas[picks].numpy(), (sigmas * 1000)[picks].numpy()
-
-
 def test_lightx2v_four_steps():
     schedule = make_schedule("lightx2v", "euler", 4, 5.0)
-    sigmas, timesteps = lightx2v([1000, 750, 500, 250], 5.0)
-    np.testing.assert_array_equal(schedule.sigmas[:-1], sigmas)
-    np.testing.assert_array_equal(schedule.timesteps, timesteps)
     np.testing.assert_array_equal(schedule.sigmas, np.float32([1, 0.9375, 5 / 6, 0.625, 0]))
     np.testing.assert_array_equal(schedule.timesteps, np.float32([1000, 937.5, 5000 / 6, 625]))
 

@@ -5,7 +5,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from wan_jax.config import WanConfig
@@ -140,32 +139,6 @@ def test_too_narrow(config, size):
 
 # Resizing
 
-SIZES = [  # from, to: width, height
-    ((53, 37), (80, 48)),
-    ((832, 480), (224, 224)),
-    ((1921, 1080), (832, 464)),
-    ((60, 100), (1280, 720)),
-    ((7, 5), (7, 5)),
-    ((1, 1), (16, 16)),
-]
-
-
-@pytest.mark.parametrize(("old", "new"), SIZES)
-def test_bicubic_is_torchs(old, new):
-    image = images.normalise(pixels(old[1], old[0]))
-    tensor = torch.from_numpy(image).permute(2, 0, 1)[None]
-    expected = torch.nn.functional.interpolate(tensor, size=new[::-1], mode="bicubic")[0].permute(1, 2, 0)
-    ours = images.bicubic(image, new)
-    assert ours.dtype == np.float32
-    # Some ten float32 roundings of values up to 2; positions computed in float64 alone would be 3e-4 away.
-    np.testing.assert_allclose(ours, expected.numpy(), rtol=0, atol=4e-6)
-
-
-def test_normalise_is_torchvisions():
-    image = pixels(16, 16)
-    expected = torch.from_numpy(image).float().div(255).sub_(0.5).div_(0.5)
-    np.testing.assert_array_equal(images.normalise(image), expected.numpy())
-
 
 @pytest.mark.parametrize("old", [(1280, 720), (500, 900), (1248, 704), (64, 48)])
 def test_cover(old):
@@ -195,14 +168,3 @@ def test_stretching_is_noticed():
     assert images.is_stretched(I2V, picture, (720, 1280))
     assert images.is_stretched(I2V, picture, (480, 480))
     assert not images.is_stretched(TI2V, picture, (480, 480))  # it is cut
-
-
-def test_clip_input():
-    image = pixels(100, 150)
-    tensor = torch.from_numpy(images.normalise(image)).permute(2, 0, 1)[None]
-    square = torch.nn.functional.interpolate(tensor, size=(224, 224), mode="bicubic").mul_(0.5).add_(0.5)
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    expected = ((square - mean) / std)[0].permute(1, 2, 0).numpy()
-    # As for bicubic; the division by 0.26 makes the roundings larger.
-    np.testing.assert_allclose(images.clip_input(image, 224), expected, rtol=0, atol=8e-6)

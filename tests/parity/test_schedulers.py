@@ -64,3 +64,18 @@ def test_every_step_agrees(name, steps, kind, record_property):
     record_property("worst_relative_error", worst)
     print(f"{name} {kind} {steps} steps: worst relative error {worst:.1e}")
     assert worst < TOLERANCE
+
+
+def lightx2v(steps: list[int], shift: float) -> tuple[np.ndarray, np.ndarray]:
+    """What LightX2V computes: (sigmas without the last 0, timesteps), picked from 1000 float32 sigmas."""
+    sigmas = torch.linspace(1.0, 0.0, 1001)[:-1]
+    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+    picks = [1000 - step for step in steps]
+    return sigmas[picks].numpy(), (sigmas * 1000)[picks].numpy()
+
+
+def test_lightx2v_four_steps():
+    schedule = make_schedule("lightx2v", "euler", 4, 5.0)
+    sigmas, timesteps = lightx2v([1000, 750, 500, 250], 5.0)
+    np.testing.assert_array_equal(schedule.sigmas[:-1], sigmas)
+    np.testing.assert_array_equal(schedule.timesteps, timesteps)
