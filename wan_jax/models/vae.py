@@ -32,7 +32,7 @@ from wan_jax.kernels.precision import matmul_precision
 from wan_jax.models.nn.causal_conv import Cache, History, overlap_add, scan_over_time, sum_float32
 from wan_jax.models.nn.layers import Linear
 from wan_jax.models.nn.pixel_shuffle import average_down, patchify, repeat_up, unpatchify
-from wan_jax.parallel.tiles import FrameCut
+from wan_jax.parallel.tiles import SpatialSharding
 
 # How many frames pass the layers of full time resolution at once: memory there is proportional to it.
 FRAMES_AT_ONCE = 1
@@ -61,14 +61,14 @@ def spatial_conv(x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, i
     return rearrange(y, "(b t) h w c -> b t h w c", b=x.shape[0])
 
 
-def time_taps(x: jax.Array, kernel: jax.Array, cut: FrameCut) -> list[jax.Array]:
+def time_taps(x: jax.Array, kernel: jax.Array, sharding: SpatialSharding) -> list[jax.Array]:
     """Convolves every frame with every time tap: [B, T, H, W, C_in], [taps, h, w, C_in, C_out] -> `taps` results.
 
     Two-dimensional convolutions are as fast as three-dimensional ones on GPUs and quicker to compile. (They cannot
     return float32: XLA:GPU has no mixed-precision convolution and would compute bfloat16 ones in float32.)
     """
     margin = kernel.shape[1] // 2  # kernels are odd
-    x, padding = cut.pad(x, (margin, margin))
+    x, padding = sharding.exchange_halos(x, (margin, margin))
     return [spatial_conv(x, tap, padding) for tap in kernel]
 
 
@@ -92,7 +92,7 @@ class CausalConv(nnx.Module):
         if self.time_stride > 1:
             frames = self.strided(x, kernel, history)
         else:
-            taps = time_taps(x, kernel, history.cut)
+            taps = time_taps(x, kernel, history.sharding)
             frames, future = overlap_add(taps, history.recall(taps[0], len(taps) - 1) if len(taps) > 1 else ())
             if future:
                 history.remember(tuple(frame.astype(self.dtype) for frame in future))
@@ -109,7 +109,7 @@ class CausalConv(nnx.Module):
         x = jnp.concatenate([*history.recall(x, frames), x], axis=1)
         history.remember(tuple(jnp.split(x[:, -frames:], frames, axis=1)))
         windows = [x[:, tap : tap + length : self.time_stride] for tap in range(kernel.shape[0])]
-        taps = [time_taps(window, kernel[tap, None], history.cut)[0] for tap, window in enumerate(windows)]
+        taps = [time_taps(window, kernel[tap, None], history.sharding)[0] for tap, window in enumerate(windows)]
         return [sum_float32(taps)]
 
 
@@ -122,10 +122,10 @@ class SpatialConv(nnx.Module):
         self.padding = (1, 1) if stride == 1 else (0, 1)
         self.dtype = options["dtype"]
 
-    def __call__(self, x: jax.Array, cut: FrameCut) -> jax.Array:
+    def __call__(self, x: jax.Array, sharding: SpatialSharding) -> jax.Array:
         """[B, T, H, W, C_in] -> [B, T, H / stride, W / stride, C_out] in `dtype`."""
         kernel = self.kernel[...].astype(self.dtype)
-        x, padding = cut.pad(x.astype(self.dtype), self.padding)
+        x, padding = sharding.exchange_halos(x.astype(self.dtype), self.padding)
         y = spatial_conv(x, kernel, padding, self.stride)
         return y + self.bias[...].astype(self.dtype)
 
@@ -183,11 +183,11 @@ class AttentionBlock(nnx.Module):
         self.qkv = Linear(channels, 3 * channels, axes=("conv_in", "conv_out"), **options)
         self.projection = Linear(channels, channels, axes=("conv_in", "conv_out"), **options)
 
-    def __call__(self, x: jax.Array, cut: FrameCut) -> jax.Array:
+    def __call__(self, x: jax.Array, sharding: SpatialSharding) -> jax.Array:
         """[B, T, H, W, C] -> the same shape."""
         batch, time, height, width, _ = x.shape
         query, key, value = jnp.split(self.qkv(self.norm(x)), 3, axis=-1)
-        key, value = (rearrange(cut.join(y), "b t h w c -> (b t) (h w) 1 c") for y in (key, value))
+        key, value = (rearrange(sharding.join(y), "b t h w c -> (b t) (h w) 1 c") for y in (key, value))
         row_bytes = 4 * batch * time * width * key.shape[1]
         rows = max(n for n in range(1, height + 1) if height % n == 0 and (n == 1 or n * row_bytes <= LOGITS_BYTES))
         y = lax.map(
@@ -208,7 +208,7 @@ class Middle(nnx.Module):
 
     def __call__(self, x: jax.Array, history: History) -> jax.Array:
         """[B, T, H, W, C] -> the same shape."""
-        return self.block_2(self.attention(self.block_1(x, history), history.cut), history)
+        return self.block_2(self.attention(self.block_1(x, history), history.sharding), history)
 
 
 class Downsample(nnx.Module):
@@ -220,7 +220,7 @@ class Downsample(nnx.Module):
 
     def __call__(self, x: jax.Array, history: History) -> jax.Array:
         """[B, T, H, W, C] -> [B, T or T / 2, H / 2, W / 2, C]; the first frame stays one frame."""
-        x = self.conv(x, history.cut)
+        x = self.conv(x, history.sharding)
         if self.time_conv is None:
             return x
         if history.is_first_frame:
@@ -245,7 +245,7 @@ class Upsample(nnx.Module):
             else:
                 x = rearrange(self.time_conv(x, history), "b t h w (two c) -> b (t two) h w c", two=2)
         x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-        return self.conv(x, history.cut)
+        return self.conv(x, history.sharding)
 
 
 class EncoderStage(nnx.Module):
@@ -369,7 +369,7 @@ class Decoder(nnx.Module):
         for stage in self.stages[: -self.full_rate_stages]:
             x = stage(x, history)
         # In tiles the device's share of the cache is smaller, and in bfloat16 there is room for two.
-        several = 4 // jnp.dtype(self.conv_in.dtype).itemsize if history.cut.tiles > 1 else 1
+        several = 4 // jnp.dtype(self.conv_in.dtype).itemsize if history.sharding.tiles > 1 else 1
         return history.in_slices(self.full_rate, x, several * FRAMES_AT_ONCE)
 
     def full_rate(self, x: jax.Array, history: History) -> jax.Array:
@@ -394,8 +394,8 @@ class VAE(nnx.Module):
     distribution is never sampled: encoding gives its mean, as in all Wan pipelines. Whatever does not fit raises
     InputError.
 
-    Inside `jax.shard_map` each device computes its tile of the frames (parallel/spatial.py): what goes in and comes out
-    is whole on all of them, a cache's arrays lie in `spatial.TILES`.
+    Inside `jax.shard_map` each device computes its tile of the frames (parallel/tiles.py): what goes in and comes out
+    is whole on all of them, a cache's arrays are in tiles (`tiles.TILES`).
     """
 
     def __init__(self, config: VAEConfig, *, dtype: DTypeLike, param_dtype: DTypeLike | None = None, rngs: nnx.Rngs):
@@ -451,22 +451,22 @@ class VAE(nnx.Module):
                 f"width divisible by {stride}"
             )
         _check_step(cache, frames, self.config.temporal_stride)
-        cut = FrameCut.of(frames, stride)
-        history = History(cache, cut)
-        moments = self.encoder(patchify(cut.split(frames), self.config.patch_size), history)
-        moments = cut.join(self.quant_conv(moments, history))
+        sharding = SpatialSharding.of(frames, stride)
+        history = History(cache, sharding)
+        moments = self.encoder(patchify(sharding.split(frames), self.config.patch_size), history)
+        moments = sharding.join(self.quant_conv(moments, history))
         latents_mean, reciprocal_std = self._normalisation
         return (moments[..., : self.config.z_dim].astype(jnp.float32) - latents_mean) * reciprocal_std, history.cache
 
     def _decode(self, cache: Cache | None, latents: jax.Array) -> tuple[jax.Array, Cache]:
         """One step, channels-last; the first where there is no cache."""
         _check_step(cache, latents, 1)
-        cut = FrameCut.of(latents)
-        history = History(cache, cut)
+        sharding = SpatialSharding.of(latents)
+        history = History(cache, sharding)
         latents_mean, reciprocal_std = self._normalisation
-        latents = cut.split(latents).astype(jnp.float32) / reciprocal_std + latents_mean
+        latents = sharding.split(latents).astype(jnp.float32) / reciprocal_std + latents_mean
         frames = self.decoder(self.post_quant_conv(latents, history), history).astype(jnp.float32)
-        return cut.join(unpatchify(frames, self.config.patch_size)), history.cache
+        return sharding.join(unpatchify(frames, self.config.patch_size)), history.cache
 
     def _channels_last(self, latents: jax.Array) -> jax.Array:
         z_dim = self.config.z_dim

@@ -1,15 +1,15 @@
-"""Collectives over mesh axes, for model code that knows nothing of meshes.
+"""Collectives over mesh axes, for model code that knows no mesh.
 
-Inside `jax.shard_map` a mesh axis has a size, and these exchange data between the devices along it. Anywhere else, and
-for an axis that the mesh does not have, they do nothing. So one model runs on one device and on any mesh.
+Inside `jax.shard_map` they exchange data between the devices along an axis. Outside it, and along axes absent from the
+mesh, they are the identity. So one model runs on one device and on any mesh.
 
-Names of mesh axes, one for each kind of parallelism:
+The mesh axes, one for each kind of parallelism, and what they split:
 
-    experts    the high-noise expert and the low-noise one, for two videos at once (diffusion/relay.py)
-    data       prompts of a batch
-    cfg        the prompt and the negative prompt
+    experts    the two experts, for two videos at once (diffusion/relay.py); sampling alone
+    data       the videos of a batch
+    cfg        the prompt and the negative prompt; sampling alone
     pipeline   layers
-    fsdp       parts of every weight at rest; tokens while computing, as "ulysses"
+    fsdp       weights at rest; while computing, tokens, as "ulysses"
     ring       tokens, in the order of the video; keys and values go around
     ulysses    tokens, and heads during attention
     tensor     heads, and features of the feed-forward layer
@@ -45,47 +45,47 @@ def _size(name: str) -> int:
 
 
 def bound(*names: str) -> tuple[str, ...]:
-    """Those of the axes along which there is more than one device."""
+    """The axes with more than one device."""
     return tuple(name for name in names if _size(name) > 1)
 
 
 def index(*names: str) -> jax.Array | int:
-    """This device's place along the axes together, the first being the slowest."""
+    """This device's index along the axes together, the first being the slowest."""
     names = bound(*names)
     return lax.axis_index(names) if names else 0
 
 
 def sum_over_contracted(y: jax.Array, axis: str | None) -> jax.Array:
-    """A product that contracts logical axis `axis`, of which each device has a part -> the whole product."""
+    """Sums a product over the devices that hold parts of its contracted logical axis."""
     return lax.psum(y, TENSOR) if axis in TENSOR_AXES and bound(TENSOR) else y
 
 
 def mean_over_shards(mean: jax.Array, axis: str | None) -> jax.Array:
-    """Means over equal parts of logical axis `axis` -> the mean over all of it."""
+    """Averages means over the devices that hold equal parts of a logical axis."""
     return lax.pmean(mean, TENSOR) if axis in TENSOR_AXES and bound(TENSOR) else mean
 
 
 def look_up(table: jax.Array, rows: jax.Array) -> jax.Array:
-    """table[rows], each device along "tensor" having as many rows of a table as the others."""
+    """table[rows], of a table whose rows are split over "tensor"."""
     if not bound(TENSOR):
         return table[rows]
-    here = rows - index(TENSOR) * len(table)
-    is_here = (here >= 0) & (here < len(table))
-    return lax.psum(jnp.where(is_here[..., None], table[jnp.where(is_here, here, 0)], 0), TENSOR)
+    local = rows - index(TENSOR) * len(table)
+    is_local = (local >= 0) & (local < len(table))
+    return lax.psum(jnp.where(is_local[..., None], table[jnp.where(is_local, local, 0)], 0), TENSOR)
 
 
 def in_parts(axes: Sequence[str | None]) -> bool:
-    """Whether devices have parts of a parameter with these logical axes: along "embed", of all but vectors ("fsdp")."""
+    """Whether "fsdp" splits a parameter with these logical axes: along "embed", all but vectors."""
     return bool(bound(FSDP)) and len(axes) > 1 and "embed" in axes
 
 
 def gather_weight(array: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """This device's part of a parameter -> the whole."""
+    """Gathers a parameter that "fsdp" splits."""
     return lax.all_gather(array, FSDP, axis=axes.index("embed"), tiled=True) if in_parts(axes) else array
 
 
 def split_axis(tree: Any, names: Sequence[str], axis: int) -> Any:
-    """This device's part of arrays that every device along the axes has whole; the last parts are padded with zeros."""
+    """Whole arrays, the same on all devices -> this device's part; the last parts are padded with zeros."""
     parts = size(*names)
     if parts == 1:
         return tree
@@ -102,7 +102,7 @@ def split_axis(tree: Any, names: Sequence[str], axis: int) -> Any:
 
 
 def join_axis(array: jax.Array, names: Sequence[str], axis: int, length: int) -> jax.Array:
-    """The inverse of `split_axis`: all parts in order, without the padding behind `length`."""
+    """The inverse of `split_axis`: all parts in order, without the padding after `length`."""
     names = bound(*names)
     if not names:
         return array

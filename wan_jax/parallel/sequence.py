@@ -1,12 +1,12 @@
-"""Sequence parallelism: every device holds some of the video's tokens, and attention sees all of them.
+"""Sequence parallelism: each device holds a part of the video's tokens, and attention sees all of them.
 
-    Ulysses   before attention an all-to-all exchange turns "some tokens, all heads" into "all tokens, some heads", and
-              back after it (Jacobs et al. 2023, arXiv:2309.14509)
-    ring      keys and values go around the devices, each of which attends to one part after the other and merges the
+    Ulysses   an all-to-all exchange before attention turns a part of the tokens with all heads into all tokens with a
+              part of the heads; another one after attention turns it back (Jacobs et al. 2023, arXiv:2309.14509)
+    ring      keys and values go around the devices; each device attends to one part after the other and merges the
               results by their log-sum-exp (Liu et al. 2023, arXiv:2310.01889)
 
-Both together: Ulysses within groups of neighbours, the ring between the groups. Any number of tokens: the last parts
-are padded, and nothing attends to padding.
+Both combine: Ulysses within groups of neighbours, the ring between the groups. Any number of tokens works: the last
+parts are padded, and nothing attends to padding.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,9 @@ from wan_jax.parallel.collectives import FSDP, RING, ULYSSES
 
 HEAD_AXES = (FSDP, ULYSSES)  # along these heads are exchanged for tokens
 TOKEN_AXES = (RING, *HEAD_AXES)
-# In so many lots of heads, so that one is on its way while another is attended.
-ULYSSES_LOTS = 2
+ULYSSES_CHUNKS = 2  # of the heads: one is exchanged while another is attended
 
-Partial = tuple[jax.Array, jax.Array]  # attention to some keys: float32 output [B, S, H, D], log-sum-exp [B, H, S]
+Partial = tuple[jax.Array, jax.Array]  # attention to a part of the keys: output [B, S, H, D], log-sum-exp [B, H, S]
 
 
 def is_split() -> bool:
@@ -65,36 +64,35 @@ def sequence_parallel_attention(
         return attend(query, key, value)
     group, heads = collectives.size(*names), query.shape[2]
     in_group = min(tokens, group * query.shape[1]) if collectives.size(RING) == 1 else group * query.shape[1]
-    lots = ULYSSES_LOTS if heads // group % ULYSSES_LOTS == 0 else 1
+    chunks = ULYSSES_CHUNKS if heads // group % ULYSSES_CHUNKS == 0 else 1
     exchange = partial(lax.all_to_all, axis_name=names, tiled=True)
     outputs = []
-    for lot in range(lots):
-        part = slice(lot * heads // lots, (lot + 1) * heads // lots)
+    for chunk in range(chunks):
+        part = slice(chunk * heads // chunks, (chunk + 1) * heads // chunks)
         q, k, v = (exchange(x[:, :, part], split_axis=2, concat_axis=1) for x in (query, key, value))
         y = attend(q, k[:, :in_group], v[:, :in_group])
         outputs.append(exchange(y, split_axis=1, concat_axis=2))
-    return outputs[0] if lots == 1 else jnp.concatenate(outputs, axis=2)
+    return outputs[0] if chunks == 1 else jnp.concatenate(outputs, axis=2)
 
 
 def _ring(query: jax.Array, key: jax.Array, value: jax.Array, *, tokens: int, implementation: str | None) -> jax.Array:
-    """query, key, value [B, S / ring, H, D] -> attention to the keys of all devices along the ring, of which `tokens`
-    are real."""
-    devices, here, part = collectives.size(RING), collectives.index(RING), key.shape[1]
-    # How many keys of each device are real: all, but for the last devices. A branch for each number that occurs.
-    lengths = [min(max(tokens - device * part, 0), part) for device in range(devices)]
+    """Attention of query [B, S / ring, H, D] to the keys of all devices along the ring, `tokens` without padding."""
+    devices, device, part = collectives.size(RING), collectives.index(RING), key.shape[1]
+    # The number of keys without padding differs on the last devices alone. There is a branch for each number.
+    lengths = [min(max(tokens - start * part, 0), part) for start in range(devices)]
     kinds = sorted(set(lengths))
     branches = [_partial_attention(length, implementation) for length in kinds]
     kind_of = jnp.array([kinds.index(length) for length in lengths])
 
     partials = []
-    following = [(device, (device + 1) % devices) for device in range(devices)]
-    for turn in range(devices):
+    neighbours = [(source, (source + 1) % devices) for source in range(devices)]
+    for hop in range(devices):
         # Sent before the kernel starts, so that the next keys arrive while these are attended.
-        coming = None if turn == devices - 1 else lax.ppermute((key, value), RING, following)
-        kind = kind_of[(here - turn) % devices]
+        arriving = None if hop == devices - 1 else lax.ppermute((key, value), RING, neighbours)
+        kind = kind_of[(device - hop) % devices]
         partials.append(lax.switch(kind, branches, query, key, value))
-        if coming is not None:
-            key, value = coming
+        if arriving is not None:
+            key, value = arriving
     output, _ = reduce(_merge, partials)
     return output.astype(query.dtype)
 
@@ -118,13 +116,13 @@ def _no_keys(query: jax.Array) -> Partial:
     return jnp.zeros(query.shape, jnp.float32), jnp.full((batch, heads, rows), -jnp.inf)
 
 
-def _merge(some: Partial, others: Partial) -> Partial:
-    """Attention to two sets of keys -> attention to both."""
-    (output, lse), (other, other_lse) = some, others
-    both = jnp.logaddexp(lse, other_lse)
+def _merge(left: Partial, right: Partial) -> Partial:
+    """Attention to two sets of keys -> attention to their union."""
+    (left_output, left_lse), (right_output, right_lse) = left, right
+    lse = jnp.logaddexp(left_lse, right_lse)
 
-    def weight(one: jax.Array) -> jax.Array:
-        part = jnp.where(jnp.isneginf(one), 0.0, jnp.exp(one - both))  # both may be without any key
-        return part.swapaxes(1, 2)[..., None]  # [B, S, H, 1]
+    def weight(part: jax.Array) -> jax.Array:
+        share = jnp.where(jnp.isneginf(part), 0.0, jnp.exp(part - lse))  # both sets may be empty
+        return share.swapaxes(1, 2)[..., None]  # [B, S, H, 1]
 
-    return output * weight(lse) + other * weight(other_lse), both
+    return left_output * weight(left_lse) + right_output * weight(right_lse), lse

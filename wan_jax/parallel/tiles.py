@@ -1,10 +1,10 @@
-"""Frames cut into tiles, one on each device, for models of convolutions: what is computed is what one device computes.
+"""Spatial sharding: frames in tiles, one on each device, for convolutional models. Results are those of one device.
 
-A convolution reads a little beyond its tile: those borders come from the neighbours, just before it runs. At the edge
-of the picture nothing arrives, which leaves the zeros that padding would put there. Heights and widths need not divide:
-the last tiles reach beyond the picture, and what is there is set to zero before every convolution.
+Before a convolution each tile gets its neighbours' borders (a halo exchange). At the edges of the frame nothing
+arrives, which leaves zeros, as padding would. Heights and widths need not divide: the last tiles reach beyond the
+frame, and what is there is set to zero before every convolution.
 
-Outside `jax.shard_map` frames stay whole and nothing here does anything.
+Outside `jax.shard_map` frames stay whole, and everything is the identity.
 """
 
 import math
@@ -20,39 +20,39 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from wan_jax.parallel import collectives
 
 HEIGHT, WIDTH = "height", "width"
-# The mesh axis over which each axis of an activation [B, T, H, W, C] is cut.
+# The mesh axis that splits each axis of an activation [B, T, H, W, C].
 FRAME_AXES = {2: HEIGHT, 3: WIDTH}
-# Where such an activation lies.
+# The spec of such an activation.
 TILES = PartitionSpec(None, None, HEIGHT, WIDTH, None)
 
 
 def frame_mesh(devices: Sequence[jax.Device], height: int, width: int) -> Mesh:
     """The devices as a row or a column of tiles, whichever has the smaller tiles for latents of that size."""
     count = len(devices)
-    rows, columns = min(((count, 1), (1, count)), key=lambda cut: -(-height // cut[0]) * -(-width // cut[1]))
+    rows, columns = min(((count, 1), (1, count)), key=lambda grid: -(-height // grid[0]) * -(-width // grid[1]))
     return Mesh(np.asarray(devices).reshape(rows, columns), (HEIGHT, WIDTH), axis_types=(AxisType.Auto,) * 2)
 
 
 @dataclass(frozen=True)
-class FrameCut:
-    """How frames are cut, at every resolution that a network has them in: tiles all shrink and grow by the same."""
+class SpatialSharding:
+    """How the frames of one pass are split, at every resolution of a network: tiles scale as the frames do."""
 
-    whole: tuple[int, int]  # height and width of frames as they were cut
-    tile: tuple[int, int]  # and of a tile then
+    frame: tuple[int, int]  # height and width of frames when they are split
+    tile: tuple[int, int]  # height and width of a tile then
 
     @classmethod
-    def of(cls, frames: jax.Array, multiple: int = 1) -> "FrameCut":
-        """Of frames [B, T, H, W, C] into tiles whose sides are multiples of `multiple`, which H and W must be."""
+    def of(cls, frames: jax.Array, multiple: int = 1) -> "SpatialSharding":
+        """Splits frames [B, T, H, W, C] into tiles whose sides are multiples of `multiple`, as H and W are."""
         height, width = frames.shape[2:4]
-        counts = [collectives.size(name) for name in FRAME_AXES.values()]
         rows, columns = (
-            multiple * math.ceil(side / (multiple * count)) for side, count in zip((height, width), counts, strict=True)
+            multiple * math.ceil(side / (multiple * collectives.size(name)))
+            for side, name in zip((height, width), FRAME_AXES.values(), strict=True)
         )
         return cls((height, width), (rows, columns))
 
     @property
     def tiles(self) -> int:
-        """In how many parts a frame is cut."""
+        """The number of tiles."""
         return collectives.size(*FRAME_AXES.values())
 
     def split(self, x: jax.Array) -> jax.Array:
@@ -71,21 +71,25 @@ class FrameCut:
             x = collectives.join_axis(x, [name], axis, self._length(axis, x))
         return x
 
-    def pad(self, x: jax.Array, padding: tuple[int, int]) -> tuple[jax.Array, tuple[tuple[int, int], tuple[int, int]]]:
-        """x and the zero padding, (before, after) of height and width, to convolve it with.
+    def exchange_halos(
+        self, x: jax.Array, padding: tuple[int, int]
+    ) -> tuple[jax.Array, tuple[tuple[int, int], tuple[int, int]]]:
+        """Prepares x for a convolution with zero padding (before, after) along height and width.
 
-        Along an axis that is cut x has grown by its neighbours' borders instead, which are zeros outside the picture.
+        Returns:
+          x, with its neighbours' borders along the axes that are split, and the padding that is still due, of height
+          and of width.
         """
-        paddings = [padding, padding]
+        due = [padding, padding]
         for axis, name in FRAME_AXES.items():
             if collectives.bound(name) and any(padding):
-                x = self._with_borders(self._zero_outside(x, axis, name), axis, name, *padding)
-                paddings[axis - 2] = 0, 0
-        return x, (paddings[0], paddings[1])
+                x = _with_halos(self._zero_outside(x, axis, name), axis, name, *padding)
+                due[axis - 2] = 0, 0
+        return x, (due[0], due[1])
 
     def _length(self, axis: int, x: jax.Array) -> int:
-        """Of whole frames at the resolution of the tile x."""
-        return self.whole[axis - 2] * x.shape[axis] // self.tile[axis - 2]
+        """The length of whole frames at the resolution of the tile x."""
+        return self.frame[axis - 2] * x.shape[axis] // self.tile[axis - 2]
 
     def _zero_outside(self, x: jax.Array, axis: int, name: str) -> jax.Array:
         length, side = self._length(axis, x), x.shape[axis]
@@ -94,13 +98,13 @@ class FrameCut:
         place = lax.broadcasted_iota(jnp.int32, (*[1] * axis, side, *[1] * (x.ndim - axis - 1)), axis)
         return jnp.where(place + side * collectives.index(name) < length, x, jnp.zeros((), x.dtype))
 
-    @staticmethod
-    def _with_borders(x: jax.Array, axis: int, name: str, before: int, after: int) -> jax.Array:
-        parts, side, last = [x], x.shape[axis], collectives.size(name) - 1
-        if before:
-            border = lax.slice_in_dim(x, side - before, side, axis=axis)
-            parts.insert(0, lax.ppermute(border, name, [(tile, tile + 1) for tile in range(last)]))
-        if after:
-            border = lax.slice_in_dim(x, 0, after, axis=axis)
-            parts.append(lax.ppermute(border, name, [(tile + 1, tile) for tile in range(last)]))
-        return jnp.concatenate(parts, axis)
+
+def _with_halos(x: jax.Array, axis: int, name: str, before: int, after: int) -> jax.Array:
+    parts, side, last = [x], x.shape[axis], collectives.size(name) - 1
+    if before:
+        border = lax.slice_in_dim(x, side - before, side, axis=axis)
+        parts.insert(0, lax.ppermute(border, name, [(tile, tile + 1) for tile in range(last)]))
+    if after:
+        border = lax.slice_in_dim(x, 0, after, axis=axis)
+        parts.append(lax.ppermute(border, name, [(tile + 1, tile) for tile in range(last)]))
+    return jnp.concatenate(parts, axis)

@@ -10,7 +10,7 @@ from einops import rearrange
 from jax import lax
 
 from wan_jax.errors import InputError
-from wan_jax.parallel.tiles import FrameCut
+from wan_jax.parallel.tiles import SpatialSharding
 
 # Nested tuples of frames [B, 1, H, W, C]: what each temporal convolution left behind, in the order of the network.
 # One array a frame, so that a step can put the new ones into the old one's memory.
@@ -20,12 +20,12 @@ Cache = tuple[Any, ...]
 class History:
     """Hands each temporal convolution what its past left for it, and collects what it leaves for the next call.
 
-    It lives for one pass through the network. Without a cache the input is the first frame, preceded by zeros. `cut` is
-    how the frames of this pass are cut over a mesh.
+    It lives for one pass through the network. Without a cache the input is the first frame, preceded by zeros.
+    `sharding` says how the frames of this pass are split over a mesh.
     """
 
-    def __init__(self, cache: Cache | None, cut: FrameCut):
-        self.cut = cut
+    def __init__(self, cache: Cache | None, sharding: SpatialSharding):
+        self.sharding = sharding
         self.is_first_frame = cache is None
         self.previous: Iterator[Any] = iter(cache or ())
         self.collected: list[Any] = []
@@ -50,19 +50,19 @@ class History:
     def in_slices(self, function: Callable[[jax.Array, "History"], jax.Array], x: jax.Array, frames: int) -> jax.Array:
         """function(x, history), run on few frames of x [B, T, ...] at a time, to hold less at once.
 
-        `frames` is how many where frames are whole; where they are cut, as many more as there are tiles, so that a
-        device holds the same, and neighbours exchange borders less often.
+        `frames` counts whole frames. Of frames in tiles a slice has as many more as there are tiles: a device holds the
+        same, and neighbours exchange halos less often.
         """
-        frames = max(count for count in range(1, frames * self.cut.tiles + 1) if x.shape[1] % count == 0)
+        frames = max(count for count in range(1, frames * self.sharding.tiles + 1) if x.shape[1] % count == 0)
         cache: Any = None if self.is_first_frame else next(self.previous)
         if x.shape[1] <= frames:
-            history = History(cache, self.cut)
+            history = History(cache, self.sharding)
             y = function(x, history)
             self.collected.append(history.cache)
             return y
 
         def step(cache: Cache, x: jax.Array) -> tuple[Cache, jax.Array]:
-            history = History(cache, self.cut)
+            history = History(cache, self.sharding)
             y = function(x, history)
             return history.cache, y
 
