@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 
@@ -9,7 +10,7 @@ from wan_jax.cli.main import main
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
 from wan_jax.parallel.mesh_spec import MeshSpec
-from wan_jax.planning.mesh import choose_mesh, resolve
+from wan_jax.planning.mesh import MeshPlan, choose_mesh, resolve
 from wan_jax.presets import get_preset
 
 A14B = get_preset("t2v-a14b")  # 40 heads, 40 layers
@@ -65,13 +66,17 @@ def test_five_heads_go_in_a_ring():
 def test_streaming_is_refused():
     settings = SamplingParams().resolve(A14B)
     with pytest.raises(InputError, match="profile swap: on a mesh weights stay on the devices"):
-        resolve("ring2", A14B, settings, "bfloat16", "float32", "swap")
+        resolve("ring2", "swap", plan_of(A14B, settings))
+
+
+def plan_of(config, settings):
+    return partial(MeshPlan, config, settings, "bfloat16", "float32")
 
 
 def auto(devices: int, gib: float | None = None, guidance: float | None = None, config=A14B) -> str:
     settings = SamplingParams(size=(1280, 720), frames=81, guidance=guidance).resolve(config)
     memory = None if gib is None else int(gib * GIB)
-    return str(choose_mesh(config, settings, "bfloat16", devices=devices, memory=memory)[0])
+    return str(choose_mesh(plan_of(config, settings), devices, memory)[0].mesh_spec)
 
 
 def test_auto():
@@ -94,11 +99,11 @@ def test_a_plan_says_why(capsys):
 def test_auto_cuts_weights_that_do_not_fit():
     assert auto(4, gib=60) == "cfg2-fsdp2"
     assert auto(4, gib=34) == "fsdp4"
-    _, reason = choose_mesh(A14B, SamplingParams().resolve(A14B), "bfloat16", devices=4, memory=24 * GIB)
+    _, reason = choose_mesh(plan_of(A14B, SamplingParams().resolve(A14B)), 4, 24 * GIB)
     assert reason.startswith("mesh fsdp4 for 4 devices")  # both experts and the text encoder fit
     settings = SamplingParams(size=(1280, 720), frames=81).resolve(A14B)
-    spec, reason = choose_mesh(A14B, settings, "bfloat16", devices=4, memory=4 * GIB)
-    assert (str(spec), "no mesh of 4 devices fits into 4.0 GiB" in reason) == ("fsdp4", True)
-    _, reason = choose_mesh(A14B, settings, "bfloat16", devices=4, memory=60 * GIB)
+    plan, reason = choose_mesh(plan_of(A14B, settings), 4, 4 * GIB)
+    assert (str(plan.mesh_spec), "no mesh of 4 devices fits into 4.0 GiB" in reason) == ("fsdp4", True)
+    _, reason = choose_mesh(plan_of(A14B, settings), 4, 60 * GIB)
     assert "weights and 40 heads over 2, since they do not fit whole" in reason
     assert "\n" not in reason

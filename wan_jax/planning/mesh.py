@@ -11,6 +11,7 @@ the formula's. Seconds are those of one device over the devices that share the w
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import jax
 
@@ -21,7 +22,7 @@ from wan_jax.errors import InputError
 from wan_jax.models.build import abstract_model
 from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.nn.causal_conv import Cache
-from wan_jax.parallel.mesh_spec import MeshSpec
+from wan_jax.parallel.mesh_spec import ONE_DEVICE, MeshSpec
 from wan_jax.parallel.placement import Placement
 from wan_jax.planning.memory import Plan, Prediction, choose_profile, memory_limit
 from wan_jax.planning.report import Report
@@ -42,9 +43,9 @@ class MeshPlan(Plan):
         config: WanConfig,
         settings: SamplingParams,
         dtype: str,
-        vae_dtype: str = "float32",
-        *,
+        vae_dtype: str,
         mesh_spec: MeshSpec,
+        *,
         device: jax.Device | None = None,
         adapter_bytes: int = 0,
     ):
@@ -55,17 +56,12 @@ class MeshPlan(Plan):
         self.compiled = False
         self.mesh_spec = mesh_spec
         placement = Placement.planned(mesh_spec)
-        for name, model, parts in (
-            ("denoiser", config.denoiser, placement),
-            ("text_encoder", config.text_encoder, placement.for_text(config.text_encoder)),
-        ):
+        for name, model in (("denoiser", config.denoiser), ("text_encoder", config.text_encoder)):
             tree = abstract_model(model)
-            places = parts.parameter_shardings(tree)
-            itemsize = {
-                path: size // math.prod(tree[path].shape) for path, size in self._weights[name].items() if path in tree
-            }
+            shardings = placement.model_shardings(model, tree)
             self._weights[name] |= {
-                path: itemsize[path] * math.prod(places[path].shard_shape(info.shape)) for path, info in tree.items()
+                path: self.dtype.itemsize * math.prod(shardings[path].shard_shape(info.shape))
+                for path, info in tree.items()
             }
         self.token_parts = mesh_spec.ring * mesh_spec.fsdp * mesh_spec.ulysses
 
@@ -77,22 +73,17 @@ class MeshPlan(Plan):
     def estimated_workspace(self, profile: Profile) -> dict[str, int]:
         """The formula of one device, with a part of the tokens, heads, features and pixels.
 
-        Two layers whose parts were gathered come on top (fsdp), and the inputs and outputs of all videos in a pipeline.
+        Two gathered layers come on top (fsdp), and the inputs and outputs of all videos in a pipeline.
         """
         mesh_spec, denoiser, item = self.mesh_spec, self.config.denoiser, self.dtype.itemsize
         sizes = super().estimated_workspace(profile)
         tokens, features = -(-self.tokens // self.token_parts), denoiser.ffn_dim // mesh_spec.tensor
         denoise = tokens * (4 * denoiser.dim + item * (denoiser.dim + 2 * features))
         denoise += item * 2 * denoiser.dim * features + self._context_bytes()
-        if mesh_spec.ring > 1:  # float32 partial results of two turns, and keys and values that arrive
+        if mesh_spec.ring > 1:  # float32 partial results of two hops, and keys and values that arrive
             denoise += tokens * denoiser.dim * (8 + 2 * item) // (mesh_spec.ulysses * mesh_spec.fsdp * mesh_spec.tensor)
         if mesh_spec.fsdp > 1:
-            denoise += (
-                2
-                * mesh_spec.fsdp
-                * sum(size for path, size in self._weights["denoiser"].items() if path.startswith("blocks."))
-                // (denoiser.num_layers // mesh_spec.pipeline)
-            )
+            denoise += 2 * mesh_spec.fsdp * self._layer_bytes
         if mesh_spec.pipeline > 1:
             denoise += 2 * 2 * tokens * denoiser.dim * 4
         sizes["denoise"] = denoise
@@ -105,12 +96,18 @@ class MeshPlan(Plan):
             sizes["encode"] = encode_workspace(self.config.vae, self.vae_dtype, *tile, self._encoded_frames)
         return sizes
 
+    @property
+    def _layer_bytes(self) -> int:
+        """A device's part of a layer's weights."""
+        layers = self.config.denoiser.num_layers // self.mesh_spec.pipeline
+        return sum(size for path, size in self._weights["denoiser"].items() if path.startswith("blocks.")) // layers
+
     def _context_bytes(self) -> int:
-        """A context's keys and values are cut by layers and heads."""
+        """A context's keys and values are split by layers and heads."""
         return super()._context_bytes() // (self.mesh_spec.pipeline * self.mesh_spec.tensor)
 
     def _cache_bytes(self, cache: Cache) -> int:
-        """The VAE's cache lies in tiles."""
+        """The VAE's cache is in tiles."""
         return super()._cache_bytes(cache) // self.mesh_spec.devices
 
     def _seconds(self, profile: Profile) -> dict[str, float]:
@@ -128,9 +125,7 @@ class MeshPlan(Plan):
         exchanged += 4 * tokens * config.dim / mesh_spec.tensor * (group - 1) / group  # queries, keys, values, results
         exchanged += 3 * tokens * config.dim * 2 * (mesh_spec.tensor - 1) / mesh_spec.tensor  # three sums a layer
         around = 2 * tokens * config.dim / mesh_spec.tensor * (mesh_spec.ring - 1)
-        layer = sum(size for path, size in self._weights["denoiser"].items() if path.startswith("blocks."))
-        layer //= config.num_layers // mesh_spec.pipeline
-        gathered = layer * (mesh_spec.fsdp - 1)
+        gathered = self._layer_bytes * (mesh_spec.fsdp - 1)
         work = forward / shared / config.num_layers
         attention = work / 2
         per_layer = work + exchanged * item / LINK
@@ -141,17 +136,11 @@ class MeshPlan(Plan):
             one *= (in_flight + mesh_spec.pipeline - 1) / (in_flight * mesh_spec.pipeline)
         guided = forwards - steps  # steps with two forwards
         denoise = one * (steps + (0 if mesh_spec.cfg > 1 else guided))
-        parts = {
-            "text": mesh_spec.devices // self._text_copies(),
-            "decode": mesh_spec.devices,
-            "encode": mesh_spec.devices,
-        }
+        text = Placement.planned(mesh_spec).for_text(self.config.text_encoder).mesh_spec
+        parts = {"text": text.tensor, "decode": mesh_spec.devices, "encode": mesh_spec.devices}
         stages = {name: alone[name] / parts.get(name, 1) for name in self.stages if name in alone}
         stages["denoise"] = denoise
         return stages | {"step": denoise / steps, "total": sum(stages.values())}
-
-    def _text_copies(self) -> int:
-        return Placement.planned(self.mesh_spec).for_text(self.config.text_encoder).mesh_spec.data
 
     def predict(self, profile: Profile = PROFILES["resident"]) -> Prediction:
         return super().predict(profile)
@@ -178,87 +167,67 @@ def candidates(config: WanConfig, devices: int, guided: bool) -> Iterator[MeshSp
 
 
 def choose_mesh(
-    config: WanConfig,
-    settings: SamplingParams,
-    dtype: str,
-    vae_dtype: str = "float32",
-    *,
-    devices: int | None = None,
-    memory: int | None = None,
-    adapter_bytes: int = 0,
-) -> tuple[MeshSpec, str]:
-    """What "auto" takes, and one line that says why.
+    plan_of: Callable[[MeshSpec], MeshPlan], devices: int | None = None, memory: int | None = None
+) -> tuple[MeshPlan, str]:
+    """Chooses the mesh that "auto" takes; returns its plan, and one line that says why.
 
     Args:
-      devices: how many there are; those of the machine if None.
+      plan_of: makes the plan of a run on a mesh: a `MeshPlan` that lacks its last argument.
+      devices: the number of devices; those of the machine if None.
       memory: bytes of each; the device's own limit if None. Where that is not known, everything is taken to fit.
     """
     devices = jax.device_count() if devices is None else devices
     memory = memory_limit(jax.local_devices()[0]) if memory is None else memory
-    guided = any(scale != 1 for scale in as_pair(settings.guidance))
-    tried: list[tuple[int, MeshSpec]] = []
-    for mesh_spec in candidates(config, devices, guided):
-        plan = MeshPlan(config, settings, dtype, vae_dtype, mesh_spec=mesh_spec, adapter_bytes=adapter_bytes)
-        prediction = plan.predict()
+    single = plan_of(ONE_DEVICE)
+    guided = any(scale != 1 for scale in as_pair(single.settings.guidance))
+    plans = []
+    for mesh_spec in candidates(single.config, devices, guided):
+        plans.append(plan_of(mesh_spec))
+        prediction = plans[-1].predict()
         if memory is None or prediction.fits(memory):
-            return mesh_spec, _reason(config, mesh_spec, devices, prediction, memory, tried)
-        tried.append((prediction.peak_bytes, mesh_spec))
-    assert memory is not None  # nothing was too large otherwise
-    least, mesh_spec = min(tried, key=lambda each: each[0])
-    return mesh_spec, (
-        f"mesh {mesh_spec}: no mesh of {devices} devices fits into {memory / 2**30:.1f} GiB; this one needs the least, "
-        f"{least / 2**30:.1f} GiB"
+            return plans[-1], _reason(plans[-1], prediction, memory)
+    assert memory is not None
+    least = min(plans, key=lambda plan: plan.predict().peak_bytes)
+    return least, (
+        f"mesh {least.mesh_spec}: no mesh of {devices} devices fits into {memory / 2**30:.1f} GiB; this one needs the "
+        f"least, {least.predict().peak_bytes / 2**30:.1f} GiB"
     )
 
 
-def _reason(
-    config: WanConfig,
-    mesh_spec: MeshSpec,
-    devices: int,
-    prediction: Prediction,
-    memory: int | None,
-    tried: list[tuple[int, MeshSpec]],
-) -> str:
-    why = []
-    if mesh_spec.cfg > 1:
-        why.append("the prompt and the negative prompt apart")
-    if mesh_spec.ulysses > 1:
-        why.append(f"{config.denoiser.num_heads} heads over {mesh_spec.ulysses}")
-    if mesh_spec.fsdp > 1:
-        why.append(f"weights and {config.denoiser.num_heads} heads over {mesh_spec.fsdp}, since they do not fit whole")
-    if mesh_spec.ring > 1:
-        why.append(f"tokens around {mesh_spec.ring}")
+def _reason(plan: MeshPlan, prediction: Prediction, memory: int | None) -> str:
+    mesh_spec, heads = plan.mesh_spec, f"{plan.config.denoiser.num_heads} heads"
+    reasons = {
+        "cfg": "the prompt and the negative prompt apart",
+        "ulysses": f"{heads} over {mesh_spec.ulysses}",
+        "fsdp": f"weights and {heads} over {mesh_spec.fsdp}, since they do not fit whole",
+        "ring": f"tokens around {mesh_spec.ring}",
+    }
+    why = ", ".join(reason for axis, reason in reasons.items() if axis in mesh_spec.axes) or "nothing to share"
     room = "" if memory is None else f" of {memory / 2**30:.1f}"
-    needs = f"{prediction.peak_bytes / 2**30:.1f}{room} GiB a device"
-    return (
-        f"mesh {mesh_spec} for {devices} device{'s' * (devices > 1)}: {', '.join(why) or 'nothing to share'}; {needs}"
-    )
+    count = f"{mesh_spec.devices} device{'s' * (mesh_spec.devices > 1)}"
+    return f"mesh {mesh_spec} for {count}: {why}; {prediction.peak_bytes / 2**30:.1f}{room} GiB a device"
 
 
 def resolve(
     mesh: str | Mapping[str, int] | MeshSpec,
-    config: WanConfig,
-    settings: SamplingParams,
-    dtype: str,
-    vae_dtype: str,
-    profile: str = "auto",
-    *,
+    profile: str,
+    plan_of: Callable[[MeshSpec], MeshPlan],
     devices: int | None = None,
     memory: int | None = None,
-    adapter_bytes: int = 0,
-) -> tuple[MeshSpec, str | None]:
-    """The mesh that a user asks for, and why if it was chosen. Raises InputError for one that cannot be used."""
+) -> tuple[MeshPlan, str | None]:
+    """The plan of a run on the mesh that a user asks for, and why that mesh, if it was chosen.
+
+    Raises InputError for a mesh or profile that cannot be used; arguments as of `choose_mesh`.
+    """
     if profile not in ("auto", "resident"):
         raise InputError(
-            f"profile {profile}: on a mesh weights stay on the devices; use resident, and fsdp to cut them"
+            f"profile {profile}: on a mesh weights stay on the devices; use resident, and fsdp to split them"
         )
     if mesh == "auto":
-        return choose_mesh(
-            config, settings, dtype, vae_dtype, devices=devices, memory=memory, adapter_bytes=adapter_bytes
-        )
-    mesh_spec = MeshSpec.parse(mesh)
-    mesh_spec.check(config)
-    return mesh_spec, None
+        return choose_mesh(plan_of, devices, memory)
+    plan = plan_of(MeshSpec.parse(mesh))
+    plan.mesh_spec.check(plan.config)
+    return plan, None
 
 
 def choose_placement(
@@ -282,29 +251,33 @@ def choose_placement(
     Raises:
       InputError: a mesh or profile that cannot be used.
     """
-    mesh_spec, exact = MeshSpec(), dtype == "float32"
+    mesh_spec = ONE_DEVICE
     if mesh is not None:
-        mesh_spec, reason = resolve(mesh, config, settings, dtype, vae_dtype, profile, adapter_bytes=adapter_bytes)
+        plan_of = partial(MeshPlan, config, settings, dtype, vae_dtype, adapter_bytes=adapter_bytes)
+        plan, reason = resolve(mesh, profile, plan_of)
+        mesh_spec = plan.mesh_spec
         if reason is not None:
             note(reason)
-    if jax.process_count() > 1 and mesh is not None:
-        if mesh_spec.devices != jax.device_count():
-            raise InputError(
-                f"mesh {mesh_spec}: has {mesh_spec.devices} devices; with several processes it must have all "
-                f"{jax.device_count()}"
-            )
-        if mesh_spec.experts > 1:
-            raise InputError(
-                f"mesh {mesh_spec}: experts need one process; start one for all devices, or leave them out"
-            )
+        if jax.process_count() > 1:
+            _check_processes(mesh_spec)
     placement = Placement.over(mesh_spec)
-    programs = CompiledModels(exact, placement)
+    programs = CompiledModels(dtype == "float32", placement)
     if not placement.is_single:
         return placement, programs
     offload = PROFILES.get(profile) or choose_profile(config, settings, dtype, vae_dtype, programs, adapter_bytes)
     if profile == "auto" and offload.idle_on_host:
         note(f"memory profile {offload.name}: the device has no room for more")
     return replace(placement, offload=offload), programs
+
+
+def _check_processes(mesh_spec: MeshSpec) -> None:
+    if mesh_spec.devices != jax.device_count():
+        raise InputError(
+            f"mesh {mesh_spec}: has {mesh_spec.devices} devices; with several processes it must have all "
+            f"{jax.device_count()}"
+        )
+    if mesh_spec.experts > 1:
+        raise InputError(f"mesh {mesh_spec}: experts need one process; start one for all devices, or leave them out")
 
 
 def report_mesh(
@@ -321,6 +294,5 @@ def report_mesh(
     if devices is not None and devices < 1:
         raise InputError(f"devices {devices}: give at least 1")
     memory = memory_limit(jax.local_devices()[0]) if device_memory is None else int(device_memory * 2**30)
-    mesh_spec, reason = resolve(mesh, config, settings, dtype, vae_dtype, profile, devices=devices, memory=memory)
-    plan = MeshPlan(config, settings, dtype, vae_dtype, mesh_spec=mesh_spec)
+    plan, reason = resolve(mesh, profile, partial(MeshPlan, config, settings, dtype, vae_dtype), devices, memory)
     return Report(plan, (plan.predict(),), memory, reason)
