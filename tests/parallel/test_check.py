@@ -23,7 +23,7 @@ GIB = 2**30
     [
         ("ulises4", "ulysses"),
         ("ulysses", "write axes and sizes like cfg2-ulysses2, or auto"),
-        ("cfg2-cfg2", "cfg is there twice"),
+        ("cfg2-cfg2", "cfg is named twice"),
         ({"ring": 0}, "whole number"),
         ("experts3", "t2v-a14b has 2 experts; use experts2, or none"),
         ("cfg3", "cfg can be 1 or 2"),
@@ -54,6 +54,12 @@ def test_prompts_and_devices():
     MeshSpec(data=3).check(A14B, prompts=3)
     with pytest.raises(InputError, match="needs 16 devices and there are 8; use a smaller one, or auto"):
         MeshSpec(ring=16).make_mesh()
+
+
+def test_the_devices_that_are_left():
+    assert MeshSpec.parse({"data": -1, "fsdp": 2}) == MeshSpec(data=4, fsdp=2)
+    with pytest.raises(InputError, match="data has size -1"):
+        MeshSpec.parse({"data": -1, "fsdp": -1})
 
 
 def test_five_heads_go_in_a_ring():

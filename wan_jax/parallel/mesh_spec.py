@@ -28,11 +28,16 @@ class MeshSpec:
 
     @classmethod
     def parse(cls, text: "str | Mapping[str, int] | MeshSpec") -> "MeshSpec":
-        """ "cfg2-ulysses2", or a dict of axis sizes; "single" is one device. Raises InputError."""
+        """ "cfg2-ulysses2", or a dict of axis sizes, of which one may be -1 for all devices that are left.
+
+        "single" is one device. Raises InputError for unknown axes and impossible sizes.
+        """
         if isinstance(text, MeshSpec):
             return text
         if isinstance(text, Mapping):
             sizes = dict(text)
+            if list(sizes.values()).count(-1) == 1 and (known := -math.prod(sizes.values())) > 0:
+                sizes = {name: jax.device_count() // known if size == -1 else size for name, size in sizes.items()}
         else:
             sizes = {}
             for part in [] if text == "single" else text.split("-"):
@@ -40,7 +45,7 @@ class MeshSpec:
                 if not match:
                     raise InputError(f"mesh {text!r}: write axes and sizes like cfg2-ulysses2, or auto")
                 if match[1] in sizes:
-                    raise InputError(f"mesh {text!r}: {match[1]} is there twice")
+                    raise InputError(f"mesh {text!r}: {match[1]} is named twice")
                 sizes[match[1]] = int(match[2])
         for name, size in sizes.items():
             if name not in MESH_AXES:

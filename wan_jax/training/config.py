@@ -155,7 +155,7 @@ class TrainOptions:
     experts: str = "all"  # "all", or of a model with two: "high_noise" or "low_noise"
     dtype: str = "bfloat16"  # of products; parameters that are trained are float32
     remat: str | None = "attention"  # "layer", "attention" (faster, a little more memory), or None
-    mesh: str = "single"  # devices to spread over, such as data2-fsdp4
+    mesh: str = "single"  # devices to train on, such as data2-fsdp4; any axes but cfg and experts
     export_only: bool = False  # do not train: export the last checkpoint
     quiet: bool = False
     data: DataConfig = field(default_factory=DataConfig)
@@ -178,9 +178,9 @@ class TrainOptions:
             raise InputError("samples.every is set and samples.prompts is empty; give prompts")
 
 
-# May differ when a run goes on: they change what is shown and kept, not what is trained.
+# May differ when a run goes on: they change where it runs and what is shown and kept, not what is trained.
 CHANGEABLE = (
-    *("output", "quiet", "export_only", "samples", "export", "data.cache"),
+    *("output", "quiet", "export_only", "mesh", "samples", "export", "data.cache"),
     *("trainer.log_every", "trainer.save_every", "trainer.keep_last", "trainer.keep_every"),
 )
 
