@@ -13,7 +13,6 @@ import jax
 import pytest
 
 CACHE = pathlib.Path(os.environ.get("WAN_JAX_TEST_CACHE", pathlib.Path.home() / ".cache" / "wan_jax" / "tests"))
-jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_num_cpu_devices", 8)  # for the tests of meshes; all others use the first
@@ -23,6 +22,13 @@ COMPILED: list[str] = []
 jax.monitoring.register_event_duration_secs_listener(
     lambda event, _, **more: COMPILED.append(str(more.get("fun_name"))) if "backend_compile" in event else None
 )
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
+    """With `-m quick` only files that have quick tests are imported: importing all takes longer than those tests."""
+    if config.option.markexpr == "quick" and collection_path.name.startswith("test_"):
+        return "mark.quick" not in collection_path.read_text() or None
+    return None
 
 
 @pytest.fixture

@@ -144,7 +144,7 @@ def too_long() -> set[str]:
 
 
 def too_large() -> set[str]:
-    """ "engine" and "core", those with too many lines."""
+    """Which of "engine" and "core" have too many lines."""
     lines = {module: len(source.splitlines()) for module, source in sources().items() if module.startswith("wan_jax")}
     sizes = {
         "engine": sum(lines.values()),

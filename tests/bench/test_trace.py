@@ -8,6 +8,8 @@ from jax.profiler import ProfileData
 from wan_bench import trace
 from wan_bench.trace import alone, exchange_times, is_exchange, length, traced, union
 
+pytestmark = pytest.mark.quick
+
 # Names as in NCCL 2.29's symbols, demangled.
 SEND = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)"
 GATHER = "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)"

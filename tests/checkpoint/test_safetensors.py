@@ -15,6 +15,8 @@ from wan_jax.checkpoint.formats.safetensors import SafetensorsFile, open_safeten
 from wan_jax.checkpoint.formats.tensors import TensorInfo
 from wan_jax.errors import InputError
 
+pytestmark = pytest.mark.quick
+
 TENSORS = {
     "matrix": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
     "odd": torch.randn(7).to(torch.bfloat16),

@@ -15,6 +15,8 @@ from wan_jax.checkpoint.formats.tensors import TensorInfo
 from wan_jax.checkpoint.formats.torch_pickle import TorchPickleFile, write_torch_pickle
 from wan_jax.errors import InputError
 
+pytestmark = pytest.mark.quick
+
 BASE = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 STATE = {
     "plain": BASE,

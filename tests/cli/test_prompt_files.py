@@ -42,12 +42,14 @@ def read(tmp_path, monkeypatch):
     return read
 
 
+@pytest.mark.quick
 def test_one_prompt():
     options = Options(prompt="a")
     (item,) = read_items(options)
     assert (item.options, item.where) == (options, "")
 
 
+@pytest.mark.quick
 def test_text(read):
     items = read("p.txt", "\ufeffa red circle\r\n\r\n  一个蓝色的方块  \n", seed=5, save_latents="x.npy")
     assert [item.options.prompt for item in items] == ["a red circle", "一个蓝色的方块"]
@@ -57,6 +59,7 @@ def test_text(read):
     assert {(item.options.seed, item.options.prompts) for item in items} == {(5, None)}
 
 
+@pytest.mark.quick
 def test_json_lines(read):
     first, second = read("p.jsonl", JSON_LINES, output="videos/v.mp4", seed=7, negative_prompt="blurry")
     assert first.options == Options(
@@ -74,6 +77,7 @@ def test_json_lines(read):
     assert (second.options.seed, second.options.negative_prompt) == (7, "blurry")
 
 
+@pytest.mark.quick
 def test_csv(read):
     first, second = read("p.csv", CSV, shift=12.0)
     assert first.options.prompt == "a red circle, and a\nblue square"
@@ -84,6 +88,7 @@ def test_csv(read):
     assert (second.options.seed, second.options.shift, second.options.output) == (0, 2.5, "dog.gif")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -122,6 +122,7 @@ def test_loras_of_the_hub(tmp_path, monkeypatch):
             local_lora(name)
 
 
+@pytest.mark.quick
 def test_defaults_are_those_of_the_options():
     assert Options(**recipe().to_dict()) == Options()
 

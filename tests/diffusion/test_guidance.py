@@ -5,6 +5,8 @@ import pytest
 from wan_jax.diffusion.guidance import classifier_free_guidance, guidance_by_expert
 from wan_jax.errors import InputError
 
+pytestmark = pytest.mark.quick
+
 
 def test_guide():
     conditional, unconditional = np.float32([1.0, -2.0]), np.float32([0.5, 3.0])

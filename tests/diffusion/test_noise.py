@@ -7,6 +7,8 @@ import pytest
 from wan_jax.diffusion.noise import initial_noise
 from wan_jax.errors import InputError
 
+pytestmark = pytest.mark.quick
+
 
 def test_torch_noise_golden_values():
     """Values recorded from torch.randn on a CPU for the latents of an 81-frame 832x480 video."""

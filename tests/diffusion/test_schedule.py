@@ -7,6 +7,8 @@ from wan_jax.diffusion.schedule import GRIDS, make_schedule
 from wan_jax.diffusion.segments import plan_steps
 from wan_jax.errors import InputError
 
+pytestmark = pytest.mark.quick
+
 
 def ints(text: str) -> list[int]:
     return [int(word) for word in text.split()]

@@ -9,6 +9,8 @@ from wan_jax.diffusion.segments import plan_segments, plan_steps
 from wan_jax.diffusion.solvers import get_solver
 from wan_jax.errors import InputError
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("kind", "solver", "shift", "boundary", "high", "low"),

@@ -9,6 +9,8 @@ from wan_jax.diffusion.schedule import GRIDS, make_schedule
 from wan_jax.diffusion.solvers import SOLVERS, Euler, UniPC, get_solver
 from wan_jax.errors import InputError
 
+pytestmark = pytest.mark.quick
+
 
 def at(coefficients, index):
     return jax.tree.map(lambda values: values[index], coefficients)

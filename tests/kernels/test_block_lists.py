@@ -5,6 +5,8 @@ import pytest
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention.block_lists import BlockLists, along_time, from_key_ranges, temporal_window
 
+pytestmark = pytest.mark.quick
+
 SHAPE = (5, 7, 9)  # 63 tokens a frame: no edge of a frame or a place falls on a block
 LENGTH = 5 * 7 * 9
 

@@ -1,12 +1,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from wan_jax.kernels import precision
 from wan_jax.models.denoiser import FeedForward
 from wan_jax.testing.models import DEMO
+
+pytestmark = pytest.mark.quick
 
 
 def arithmetic(function, *args) -> set[str]:

@@ -68,6 +68,7 @@ def test_a_model_with_adapters_is_the_merged_model(dtype):
     assert error < (1e-5 if dtype == "float32" else 3e-3)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_merged_kernel_is_rounded_once(dtype):
     linear = Linear(40, 24, axes=(None, None), dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
@@ -123,6 +124,7 @@ def test_other_values_of_the_same_rank_compile_nothing():
     assert step._cache_size() == 1
 
 
+@pytest.mark.quick
 def test_a_name_that_is_no_linear():
     model = random_model(Denoiser, CONFIG, "float32")
     with pytest.raises(ValueError, match="is a RMSNorm, not a Linear"):

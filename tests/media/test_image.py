@@ -12,6 +12,8 @@ from wan_jax.errors import InputError
 from wan_jax.media import image as images
 from wan_jax.presets import get_preset
 
+pytestmark = pytest.mark.quick
+
 I2V, TI2V = get_preset("i2v-a14b"), get_preset("ti2v-5b")
 
 

@@ -35,6 +35,7 @@ def test_the_last_block_is_not_read():
     np.testing.assert_array_equal(run(1.0), run(3.0))
 
 
+@pytest.mark.quick
 def test_full_size():
     tree = abstract_parameters(lambda: ImageEncoder(ImageEncoderConfig(), dtype=jnp.float32, rngs=nnx.Rngs(0)))
     # ViT-H/14: 632.08 million with its projection of 1280 x 1024, which Wan does not use.

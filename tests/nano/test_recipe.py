@@ -10,6 +10,8 @@ from wan_jax.errors import InputError
 from wan_jax.training.config import TrainOptions
 from wan_nano.recipe import SMALL, Bucket, NanoOptions, nano_recipe, parse_stages
 
+pytestmark = pytest.mark.quick
+
 CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
 CONFIG = str(CONFIGS / "train_nano.py")
 KINDS = (TrainOptions, NanoOptions)

@@ -7,11 +7,12 @@ import pytest
 
 from wan_jax.errors import InputError
 from wan_jax.text.tokenizer import Tokenizer
-from wan_nano.captions import FRAMES, LANGUAGES, write_captions
+from wan_nano.captions import LANGUAGES, write_captions
 from wan_nano.data import chunks, make_chunk, train_tokenizer
 from wan_nano.digits import digit_atlas, digit_textures, load_digits, save_digits
 from wan_nano.render import DISTANCES, draw_opacities, draw_paths, render_batch, render_scenes
 from wan_nano.scenes import COLOURS, KINDS, MOTIONS, NEVER_ROTATE, SHAPES, draw_scenes, held_out
+from wan_nano.vocab import FRAMES
 
 
 @pytest.fixture(scope="module")

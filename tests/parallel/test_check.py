@@ -13,6 +13,8 @@ from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.planning.mesh import MeshPlan, choose_mesh, resolve
 from wan_jax.presets import get_preset
 
+pytestmark = pytest.mark.quick
+
 A14B = get_preset("t2v-a14b")  # 40 heads, 40 layers
 FIVE_HEADS = dataclasses.replace(A14B, denoiser=dataclasses.replace(A14B.denoiser, num_heads=5, dim=640))
 GIB = 2**30

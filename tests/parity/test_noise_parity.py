@@ -6,6 +6,8 @@ import torch
 
 from wan_jax.diffusion.noise import initial_noise
 
+pytestmark = pytest.mark.quick
+
 
 def torch_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32).numpy()

@@ -114,17 +114,20 @@ def test_presets_with_images(preset, stages, capsys):
     assert capsys.readouterr().out.splitlines()[1].split()[3 : 3 + len(stages)] == stages
 
 
+@pytest.mark.quick
 def test_full_size_weights():
     # 2 x 14.29e9 + 5.68e9 parameters in bfloat16, 0.127e9 in float32.
     assert plan_of("480p").weight_bytes() == pytest.approx(69.0e9, rel=0.005)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("size", "flops"), [("480p", 1.68e15), ("720p", 6.52e15)])
 def test_flops(size, flops):
     # Embeddings and head are not counted: 0.1 %.
     assert denoiser_flops(A14B.denoiser, plan_of(size).tokens) == pytest.approx(flops, rel=0.005)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("size", "profile", "gib"),
     # memory_analysis() of the step as jax 0.11.2 compiles it for an H200.
@@ -135,6 +138,7 @@ def test_formula_for_denoising_is_a_little_above_what_is_compiled(size, profile,
     assert gib <= workspace <= 1.15 * gib
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("preset", "size", "vae_dtype", "decode", "encode"),
     # memory_analysis() of decode_next and encode_next as jax 0.11.2 compiles them for an H200.
@@ -189,6 +193,7 @@ def test_flops_of_the_vae(monkeypatch, preset, direction):
     assert lowered.cost_analysis()["flops"] == pytest.approx(flops, rel=0.1)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("size", "forward", "decode"), [("480p", 2.46, 1.52), ("720p", 9.21, 3.70)])
 def test_seconds_on_an_h200(size, forward, decode):
     """Within a tenth of denoiser_h200_parts.json and generate_full_size_h200.json in benchmarks/results."""
@@ -210,6 +215,7 @@ def test_seconds_of_a_bfloat16_vae_on_an_h200(size, decode):
     assert plan.predict(PROFILES["resident"]).seconds["decode"] == pytest.approx(decode, rel=0.1)
 
 
+@pytest.mark.quick
 def test_guidance_of_one_halves_a_step():
     settings = SamplingParams(guidance=1.0).resolve(A14B)
     plan = Plan(A14B, settings, "bfloat16", device=device())
@@ -288,6 +294,7 @@ def test_only_streaming_has_programs_of_its_own():
     assert resident is not stream
 
 
+@pytest.mark.quick
 def test_choice():
     settings = SamplingParams(size=SIZES["480p"]).resolve(A14B)
     assert choose_profile(A14B, settings, "bfloat16").name == "resident"  # a CPU does not say what it has
@@ -308,6 +315,7 @@ def test_some_memory_stays_in_reserve():
     assert prediction.fits(1050)
 
 
+@pytest.mark.quick
 def test_report():
     text = str(report(A14B, SamplingParams(size=SIZES["480p"]).resolve(A14B), "bfloat16", device_memory=46))
     lines = text.splitlines()
@@ -337,6 +345,7 @@ def test_command(capsys):
     assert "17 frames" in capsys.readouterr().out
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

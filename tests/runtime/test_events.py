@@ -10,6 +10,8 @@ from wan_jax.errors import Cancelled
 from wan_jax.runtime.compiled import CompiledFunction
 from wan_jax.runtime.events import CancelToken, Note, Run, StageDone, StageStarted, listeners
 
+pytestmark = pytest.mark.quick
+
 
 def test_a_stage_is_reported_and_timed():
     first, second = [], []

@@ -18,6 +18,8 @@ from wan_jax.text.prompt_extension import (
     system_prompt,
 )
 
+pytestmark = pytest.mark.quick
+
 
 class Server(http.server.ThreadingHTTPServer):
     """Answers each request with the next of `answers`, the last one for ever: (status, body), or None for silence."""

@@ -73,6 +73,7 @@ CLEANED = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("text", "cleaned"), CLEANED)
 def test_clean_prompt(text, cleaned):
     assert clean_prompt(text) == cleaned
@@ -85,6 +86,7 @@ def test_negative_prompt_has_ascii_commas():
     assert OFFICIAL_NEGATIVE_PROMPT.count("\uff0c") == cleaned.count(",") > 20
 
 
+@pytest.mark.quick
 def test_pads_and_masks(small_tokenizer):
     tokens, mask = Tokenizer.from_pretrained(small_tokenizer)(["Two cats", "", "海边"])
     assert tokens.shape == mask.shape == (3, 512)

@@ -10,6 +10,8 @@ from wan_jax.cli.train import dataclass_of, load_train_recipe, train_recipe
 from wan_jax.errors import InputError
 from wan_jax.training.config import TrainOptions, check_same_run
 
+pytestmark = pytest.mark.quick
+
 CONFIGS = pathlib.Path(__file__).parent.parent.parent / "configs"
 DEMO = ["--config", str(CONFIGS / "train_demo.py")]
 
