@@ -228,25 +228,18 @@ def benches(run: Run, preset: str, group: str, sizes: list[str] | None = None, *
         yield Bench(config, settings, on_row=on_row, **{"repeats": RUNS, **choices})
 
 
-_models: dict[str | None, Any] = {}
+_models: list[Any] = []
 
 
 def denoiser(bench: Any, implementation: str | None = None) -> Any:
     """With random weights, the same for all parts."""
-    import jax.numpy as jnp
-    from flax import nnx
-
+    from wan_jax.kernels.attention import AttentionOptions
     from wan_jax.models.denoiser import Denoiser
     from wan_jax.testing.models import random_model
 
-    config = bench.config.denoiser
-    if None not in _models:
-        _models[None] = random_model(Denoiser, config, "bfloat16")
-    if implementation not in _models:
-        make = partial(Denoiser, config, dtype=jnp.bfloat16, attention_implementation=implementation)
-        graphdef, _ = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
-        _models[implementation] = nnx.merge(graphdef, nnx.state(_models[None]))
-    return _models[implementation]
+    if not _models:
+        _models.append(random_model(Denoiser, bench.config.denoiser, "bfloat16"))
+    return _models[0].with_attention(AttentionOptions(implementation))
 
 
 def time_forward(

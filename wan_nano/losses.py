@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from wan_jax.config import WanConfig
+from wan_jax.kernels.attention import AttentionOptions
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
@@ -211,7 +212,6 @@ def expert_loss(
             config.denoiser,
             dtype=compute,
             param_dtype=jnp.float32,
-            attention_implementation=attention,
             unroll=unroll,
             rngs=nnx.Rngs(0),
         )
@@ -229,7 +229,7 @@ def expert_loss(
         sigma = draw_sigmas(keys_sigma, NoiseConfig(), config.sampling.shift, tuple(frozen["range"]))
         noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys_noise)
         weight = sigma[:, None, None, None, None]
-        denoiser = with_parameters(make, parameters)
+        denoiser = with_parameters(make, parameters).with_attention(AttentionOptions(attention))
         velocity = denoiser((1 - weight) * latents + weight * noise, 1000 * sigma, denoiser.encode_context(texts))
         return jnp.square(velocity - (noise - latents)).mean(), {}
 

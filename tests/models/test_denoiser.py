@@ -8,6 +8,7 @@ from flax import nnx
 
 from wan_jax.config import DenoiserConfig
 from wan_jax.errors import InputError
+from wan_jax.kernels.attention import AttentionOptions
 from wan_jax.models.denoiser import (
     Context,
     Denoiser,
@@ -301,7 +302,7 @@ def test_padding_of_the_text_is_attended():
 
 def test_attention_implementation_is_passed_on():
     latents, text = random_inputs(TINY)
-    denoiser = Denoiser(TINY, dtype=jnp.float32, attention_implementation="flash", rngs=nnx.Rngs(0))
+    denoiser = random_denoiser(TINY, jnp.float32).with_attention(AttentionOptions("flash"))
     with pytest.raises(InputError, match="unknown attention implementation 'flash'"):
         forward(denoiser, latents, jnp.asarray([937.0, 12.0]), text)
 

@@ -21,6 +21,7 @@ from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning
 from wan_jax.diffusion.guidance import classifier_free_guidance, per_video
 from wan_jax.diffusion.segments import Segment
 from wan_jax.diffusion.solvers import StepState
+from wan_jax.kernels.attention import fastest
 from wan_jax.kernels.precision import gelu_in_epilogue
 from wan_jax.models.nn.layers import on_host
 from wan_jax.parallel import collectives, sharding, stages
@@ -51,6 +52,19 @@ class Expert:
         graphdef, parameters = nnx.split(denoiser)
         encode = partial(_encode_context, graphdef, placement, parameters, image=image)
         return cls(denoiser, encode(positive), None if negative is None else encode(negative), placement)
+
+    def attention_used(self, latents: tuple[int, ...]) -> str:
+        """The implementation of self-attention that the step runs for latents of shape [B, C, F, h, w]."""
+        options, config, spec = self.denoiser.attention, self.denoiser.config, self.placement.mesh_spec
+        if options.implementation is not None:
+            return options.implementation
+        grid = tuple(size // patch for size, patch in zip(latents[2:], config.patch_size, strict=True))
+        heads = config.num_heads // (spec.tensor * spec.ulysses * spec.fsdp)
+        videos = 1 if spec.pipeline > 1 else latents[0] // spec.data
+        shape = videos, math.prod(grid) // spec.ring, heads, config.head_dim
+        query: Any = jax.ShapeDtypeStruct(shape, self.denoiser.dtype)
+        lists = None if options.block_lists is None else jax.eval_shape(lambda: options.block_lists(grid))
+        return fastest(query, query, query, block_lists=lists, return_lse=spec.ring > 1)
 
 
 class PipelineState(NamedTuple):

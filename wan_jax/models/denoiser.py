@@ -24,7 +24,8 @@ from jax.typing import DTypeLike
 
 from wan_jax.config import DenoiserConfig
 from wan_jax.errors import InputError
-from wan_jax.kernels.attention import attention
+from wan_jax.kernels.attention import AttentionOptions, attention
+from wan_jax.kernels.attention.block_lists import BlockLists
 from wan_jax.kernels.precision import gelu
 from wan_jax.models.nn.layers import LayerNorm, Linear, RMSNorm, gelu_erf, layer_norm, scan_layers, stack_layers
 from wan_jax.parallel import sequence, stages
@@ -58,6 +59,8 @@ class Conditions:
     modulation: jax.Array  # [B, n, 6, dim] float32
     rotary: tuple[jax.Array, jax.Array]  # cos, sin [S, 1, head_dim / 2] float32
     tokens: int  # of the whole video
+    attention: AttentionOptions
+    block_lists: BlockLists | None  # of self-attention; None: every token sees every token
 
 
 class Denoiser(nnx.Module):
@@ -66,7 +69,6 @@ class Denoiser(nnx.Module):
     Args:
       dtype: of matrix products and attention, bfloat16 or float32.
       param_dtype: in which parameters are stored; `dtype` if None.
-      attention_implementation: see wan_jax.kernels.attention; None takes the fastest.
       remat: for training, what the backward pass computes again; see `layers.scan_layers`.
       unroll: for training small models, no loop over the layers; see there.
     """
@@ -77,7 +79,6 @@ class Denoiser(nnx.Module):
         *,
         dtype: DTypeLike,
         param_dtype: DTypeLike | None = None,
-        attention_implementation: str | None = None,
         remat: str | None = None,
         unroll: bool = False,
         rngs: nnx.Rngs,
@@ -93,15 +94,20 @@ class Denoiser(nnx.Module):
         self.image_embedding = None if config.image_dim is None else image_embedding(config.image_dim)
         self.time_projection = linear(config.dim, 6 * config.dim, axes=("embed", None), dtype=jnp.float32)
         self.blocks = stack_layers(
-            lambda rngs: DenoiserBlock(config, dtype, param_dtype, attention_implementation, rngs),
-            config.num_layers,
-            rngs,
+            lambda rngs: DenoiserBlock(config, dtype, param_dtype, rngs), config.num_layers, rngs
         )
         self.head = Head(config, param_dtype, rngs)
         self.config = config
         self.dtype = dtype
+        self.attention = AttentionOptions()
         self.remat = remat
         self.unroll = unroll
+
+    def with_attention(self, attention: AttentionOptions) -> "Denoiser":
+        """The same parameters in a model that computes attention so."""
+        other = nnx.merge(*nnx.split(self))
+        other.attention = attention
+        return other
 
     def encode_context(self, text: jax.Array, image: jax.Array | None = None) -> Context:
         """Projects text and image for the cross-attention of every layer; neither latents nor timestep matter to it.
@@ -166,7 +172,9 @@ class Denoiser(nnx.Module):
             places = sequence.split_tokens(jnp.arange(tokens) // (tokens // time.shape[1]), axis=0)
             time, modulation = time[:, places], modulation[:, places]
         rotary = sequence.split_tokens(rope_tables(grid, self.config.head_dim), axis=0)
-        return Conditions(time, modulation, rotary, tokens)
+        make_lists = self.attention.block_lists
+        block_lists = None if make_lists is None else make_lists(grid)
+        return Conditions(time, modulation, rotary, tokens, self.attention, block_lists)
 
     def run_blocks(self, x: jax.Array, conditions: "Conditions", context: Context) -> jax.Array:
         """Tokens [B, S, dim] through all layers."""
@@ -268,13 +276,12 @@ class DenoiserBlock(nnx.Module):
         config: DenoiserConfig,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
-        implementation: str | None,
         rngs: nnx.Rngs,
     ):
         self.modulation = scale_shift_table(6, config.dim, param_dtype, rngs)
-        self.self_attention = SelfAttention(config, dtype, param_dtype, implementation, rngs)
+        self.self_attention = SelfAttention(config, dtype, param_dtype, rngs)
         self.cross_attention_norm = LayerNorm(config.dim, axis="embed", eps=config.eps, param_dtype=param_dtype)
-        self.cross_attention = CrossAttention(config, dtype, param_dtype, implementation, rngs)
+        self.cross_attention = CrossAttention(config, dtype, param_dtype, rngs)
         self.feed_forward = FeedForward(config, dtype, param_dtype, rngs)
         self.eps = config.eps
 
@@ -284,7 +291,7 @@ class DenoiserBlock(nnx.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors
         y = layer_norm(x, self.eps) * (1 + scale_1) + shift_1
         x = x + gate_1 * self.self_attention(y, conditions)
-        x = x + self.cross_attention(self.cross_attention_norm(x), context)
+        x = x + self.cross_attention(self.cross_attention_norm(x), context, conditions.attention.implementation)
         y = layer_norm(x, self.eps) * (1 + scale_2) + shift_2
         return x + gate_2 * self.feed_forward(y)
 
@@ -297,7 +304,6 @@ class MultiHeadAttention(nnx.Module):
         config: DenoiserConfig,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
-        implementation: str | None,
         rngs: nnx.Rngs,
     ):
         dim = config.dim
@@ -310,7 +316,6 @@ class MultiHeadAttention(nnx.Module):
         self.query_norm = norm()
         self.key_norm = norm()
         self.head_dim = config.head_dim
-        self.implementation = implementation
 
     def project_query(self, x: jax.Array) -> jax.Array:
         """[B, S, dim] -> [B, S, heads, head_dim]."""
@@ -323,11 +328,6 @@ class MultiHeadAttention(nnx.Module):
     def split_heads(self, x: jax.Array) -> jax.Array:
         return rearrange(x, "b s (h d) -> b s h d", d=self.head_dim)
 
-    def attend(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        """Heads in, [B, S, dim] out, before the output projection."""
-        y = attention(query, key, value, implementation=self.implementation)
-        return rearrange(y, "b s h d -> b s (h d)")
-
 
 class SelfAttention(MultiHeadAttention):
     """Every token of the video attends to every token, at rotary positions."""
@@ -336,7 +336,12 @@ class SelfAttention(MultiHeadAttention):
         query, (key, value) = self.project_query(x), self.project_key_value(x)
         query, key = apply_rope(query, conditions.rotary), apply_rope(key, conditions.rotary)
         y = sequence.sequence_parallel_attention(
-            query, key, value, tokens=conditions.tokens, implementation=self.implementation
+            query,
+            key,
+            value,
+            tokens=conditions.tokens,
+            implementation=conditions.attention.implementation,
+            block_lists=conditions.block_lists,
         )
         return self.output(rearrange(y, "b s h d -> b s (h d)"))
 
@@ -349,10 +354,9 @@ class CrossAttention(MultiHeadAttention):
         config: DenoiserConfig,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
-        implementation: str | None,
         rngs: nnx.Rngs,
     ):
-        super().__init__(config, dtype, param_dtype, implementation, rngs)
+        super().__init__(config, dtype, param_dtype, rngs)
         self.image = None if config.image_dim is None else ImageKeyValue(config, dtype, param_dtype, rngs)
 
     def project_context(self, text: jax.Array, image: jax.Array | None) -> Context:
@@ -363,12 +367,12 @@ class CrossAttention(MultiHeadAttention):
         keys, values = map(self.split_heads, self.image(image))
         return replace(context, image_keys=keys, image_values=values)
 
-    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        query = self.project_query(x)
-        y = self.attend(query, context.keys, context.values)
+    def __call__(self, x: jax.Array, context: Context, implementation: str | None) -> jax.Array:
+        attend = partial(attention, self.project_query(x), implementation=implementation)
+        y = attend(context.keys, context.values)
         if context.image_keys is not None and context.image_values is not None:
-            y = y + self.attend(query, context.image_keys, context.image_values)
-        return self.output(y)
+            y = y + attend(context.image_keys, context.image_values)
+        return self.output(rearrange(y, "b s h d -> b s (h d)"))
 
 
 class ImageKeyValue(nnx.Module):

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from wan_jax.kernels.attention import attention
+from wan_jax.kernels.attention.block_lists import BlockLists
 from wan_jax.parallel import collectives
 from wan_jax.parallel.collectives import FSDP, RING, ULYSSES
 
@@ -44,20 +45,31 @@ def join_tokens(array: jax.Array, axis: int, tokens: int) -> jax.Array:
 
 
 def sequence_parallel_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, tokens: int, implementation: str | None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    tokens: int,
+    implementation: str | None = None,
+    block_lists: BlockLists | None = None,
 ) -> jax.Array:
     """Attention of this device's tokens to all tokens of the video.
 
     Args:
       query, key, value: [B, S / devices, H, D], this device's part of padded tokens.
       tokens: how many there are in all, without padding.
-      implementation: see wan_jax.kernels.attention.
+      implementation, block_lists: see wan_jax.kernels.attention; the lists are for all heads and all tokens.
 
     Returns:
       [B, S / devices, H, D]; rows of padding hold anything finite.
+
+    Raises:
+      ValueError: block lists on a ring, whose devices see a part of the keys at a time.
     """
-    attend = partial(attention, implementation=implementation)
+    attend = partial(attention, implementation=implementation, block_lists=block_lists)
     if collectives.size(RING) > 1:
+        if block_lists is not None:
+            raise ValueError("block lists do not work with ring attention; use another mesh axis, such as ulysses")
         attend = partial(_ring, tokens=tokens, implementation=implementation)
     names = collectives.bound(*HEAD_AXES)
     if not names:
@@ -70,7 +82,10 @@ def sequence_parallel_attention(
     for chunk in range(chunks):
         part = slice(chunk * heads // chunks, (chunk + 1) * heads // chunks)
         q, k, v = (exchange(x[:, :, part], split_axis=2, concat_axis=1) for x in (query, key, value))
-        y = attend(q, k[:, :in_group], v[:, :in_group])
+        rows = q.shape[1] if block_lists is None else tokens  # block lists have no rows for padding
+        y = attend(q[:, :rows], k[:, :in_group], v[:, :in_group])
+        if rows < q.shape[1]:
+            y = jnp.pad(y, [(0, 0), (0, q.shape[1] - rows), (0, 0), (0, 0)])
         outputs.append(exchange(y, split_axis=1, concat_axis=2))
     return outputs[0] if chunks == 1 else jnp.concatenate(outputs, axis=2)
 

@@ -25,6 +25,7 @@ from wan_jax.diffusion.params import SamplingParams
 from wan_jax.diffusion.segments import Segment, plan_segments
 from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.diffusion.step import Expert, compile_step
+from wan_jax.kernels.attention import AttentionOptions
 from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import Context, Denoiser
 from wan_jax.models.image_encoder import ImageEncoder
@@ -215,9 +216,9 @@ class Plan:
         text = self._programs.encode_text.workspace_bytes(text_encoder, tokens, tokens)
 
         context = self._context(here)
-        denoise = 0
+        denoise, attention = 0, AttentionOptions(self.settings.attention)
         for segment in self._segments:
-            expert = Expert(denoiser, context, context if segment.is_guided else None)
+            expert = Expert(denoiser.with_attention(attention), context, context if segment.is_guided else None)
             state = jax.eval_shape(segment.solver.init, self._latents())
             step = compile_step(expert, segment, state, self._conditioning())
             denoise = max(denoise, workspace_bytes(step))

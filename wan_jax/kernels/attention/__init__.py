@@ -100,6 +100,21 @@ BACKENDS: dict[str, Backend] = {
     "chunked": chunked,
 }
 
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """How a model's attention is computed; by default exactly, with the fastest implementation. Hashable.
+
+    Attributes:
+      implementation: a name in BACKENDS; None takes the fastest that supports the call.
+      block_lists: makes the lists for self-attention from the number of tokens (frames, height, width): a hashable
+        function, such as block_lists.TemporalWindow(4). None: every token sees every token.
+    """
+
+    implementation: str | None = None
+    block_lists: Callable[[tuple[int, int, int]], BlockLists] | None = None
+
+
 # Above this many bytes of logits the reference is no longer the fastest, and soon does not fit.
 REFERENCE_LOGITS_BYTES = 4 * 2**20
 

@@ -142,6 +142,16 @@ def temporal_window(
     return from_key_ranges(ranges, frames * height * width, query_tile=query_tile, key_block=key_block)
 
 
+@dataclass(frozen=True)
+class TemporalWindow:
+    """`temporal_window` as a value, for `AttentionOptions`."""
+
+    window: int
+
+    def __call__(self, shape: tuple[int, int, int]) -> BlockLists:
+        return temporal_window(shape, self.window)
+
+
 def along_time(shape: tuple[int, int, int], *, query_tile: int = QUERY_TILE, key_block: int = KEY_BLOCK) -> BlockLists:
     """Every token sees its own place in all frames, and nothing else.
 
