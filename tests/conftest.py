@@ -41,7 +41,7 @@ def compiled() -> list[str]:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory) -> pathlib.Path:
     """A small Unigram tokenizer for English and Chinese, as T5's."""
-    from tests.originals import PROMPTS
+    from tests.prompts import PROMPTS
     from wan_jax.testing.tokenizer import train_small_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -51,9 +51,17 @@ def tokenizer_folder(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def diffusers_tree(tokenizer_folder, tmp_path_factory) -> pathlib.Path:
-    """A two-expert checkpoint as diffusers saves it, float32, with diffusers' own flow_shift."""
-    from tests import originals
+    """A two-expert checkpoint in the diffusers layout, float32, of awkward dims, with a flow_shift of its own."""
+    from wan_jax.config import DenoiserConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig
+    from wan_jax.testing.models import write_demo
 
-    folder = tmp_path_factory.mktemp("diffusers")
-    originals.pipeline(tokenizer_folder).save_pretrained(folder)
+    config = WanConfig(
+        name="custom",
+        denoiser=DenoiserConfig(num_layers=2, dim=60, num_heads=3, ffn_dim=52, text_dim=28, freq_dim=64),
+        text_encoder=TextEncoderConfig(vocab_size=303, dim=28, num_layers=2, num_heads=5, head_dim=6, ffn_dim=44),
+        vae=VAEConfig(base_dim=6, dim_mult=(1, 1, 2, 2), num_res_blocks=1),
+        sampling=SamplingConfig(shift=3.0),
+    )
+    folder = tmp_path_factory.mktemp("diffusers") / "tree"
+    write_demo(folder, "diffusers", config, dtype="float32", tokenizer_folder=tokenizer_folder)
     return folder

@@ -41,17 +41,6 @@ CORE = "models", "kernels", "diffusion", "parallel"
 # What is still to be mended. A line goes when its import, circle or length does.
 KNOWN = {
     "core",
-    "tests/checkpoint/test_convert.py",
-    "tests/checkpoint/test_family.py",
-    "tests/checkpoint/test_layouts.py",
-    "tests/checkpoint/test_open.py",
-    "tests/checkpoint/test_safetensors.py",
-    "tests/checkpoint/test_torch_pickle.py",
-    "tests/checkpoint/trees.py",
-    "tests/lora/lora_files.py",
-    "tests/lora/test_apply.py",
-    "tests/lora/test_files.py",
-    "tests/originals.py",
     "wan_jax.pipeline",
 }
 TORCH = "torch", "diffusers"  # only the tests under tests/parity may need them

@@ -11,7 +11,7 @@ def official_tree(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def saved_by_diffusers(tmp_path_factory):
+def diffusers_layout_tree(tmp_path_factory):
     return write_diffusers(tmp_path_factory.mktemp("diffusers"))
 
 

@@ -9,10 +9,7 @@ import struct
 
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 
-from tests import originals
 from tests.checkpoint import trees
 from tests.checkpoint.trees import assert_same_state, bits, state_dict
 from wan_jax.checkpoint import convert, open_checkpoint
@@ -69,7 +66,7 @@ def states(config: WanConfig, naming: str) -> dict[str, dict]:
     return {name: state_dict(name, naming, dtypes.get(name, "float32"), config) for name in components(config)}
 
 
-def released_clip(config: WanConfig) -> dict[str, torch.Tensor]:
+def released_clip(config: WanConfig) -> dict[str, np.ndarray]:
     """The official file: both towers, one projection to queries, keys and values, and axes of size 1."""
     state = {}
     for name, tensor in states(config, "diffusers")["image_encoder"].items():
@@ -81,7 +78,7 @@ def released_clip(config: WanConfig) -> dict[str, torch.Tensor]:
             stored = states(config, "diffusers")["image_encoder"]
             original = name.replace("visual.transformer", "vision_model.encoder.layers")
             parts = [stored[original.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
-            state[f"{module.removesuffix('.self_attn.q_proj')}.attn.to_qkv.{kind}"] = torch.cat(parts)
+            state[f"{module.removesuffix('.self_attn.q_proj')}.attn.to_qkv.{kind}"] = np.concatenate(parts)
             continue
         for theirs, ours in (
             ("vision_model.embeddings.class_embedding", "visual.cls_embedding"),
@@ -101,10 +98,10 @@ def released_clip(config: WanConfig) -> dict[str, torch.Tensor]:
 
 
 TEXT_TOWER = {
-    "log_scale": torch.tensor(2.6592),
-    "visual.head": torch.ones(CLIP.dim, 6),
-    "textual.token_embedding.weight": torch.ones(7, 5),
-    "textual.blocks.0.attn.q.weight": torch.ones(5, 5),
+    "log_scale": np.float32(2.6592),
+    "visual.head": np.ones((CLIP.dim, 6), np.float32),
+    "textual.token_embedding.weight": np.ones((7, 5), np.float32),
+    "textual.blocks.0.attn.q.weight": np.ones((5, 5), np.float32),
 }
 
 
@@ -113,10 +110,10 @@ def write_official(folder: pathlib.Path, config: WanConfig) -> pathlib.Path:
     for expert in config.experts:
         place = folder if expert == "denoiser" else folder / f"{expert}_model"
         trees.write_official_expert(place, held[expert], config=config)
-    torch.save(held["text_encoder"], folder / "models_t5_umt5-xxl-enc-bf16.pth")
-    torch.save(held["vae"], folder / official_vae(config.vae))
+    trees.save_pickle(folder / "models_t5_umt5-xxl-enc-bf16.pth", held["text_encoder"])
+    trees.save_pickle(folder / official_vae(config.vae), held["vae"])
     if config.image_encoder:
-        torch.save(released_clip(config) | TEXT_TOWER, folder / OFFICIAL_IMAGE_ENCODER)
+        trees.save_pickle(folder / OFFICIAL_IMAGE_ENCODER, released_clip(config) | TEXT_TOWER)
     trees.write_tokenizer(folder / "google" / "umt5-xxl")
     return folder
 
@@ -134,7 +131,8 @@ def assert_loads(checkpoint, component: str, config: WanConfig) -> None:
     for mapping in parameter_table(model):
         layers = range(num_layers(model)) if mapping.per_layer else [0]
         parts = [
-            mapping.at(layer).from_torch(stored[mapping.at(layer).names.diffusers].float().numpy()) for layer in layers
+            mapping.at(layer).from_torch(stored[mapping.at(layer).names.diffusers].astype(np.float32))
+            for layer in layers
         ]
         expected = np.stack(parts) if mapping.per_layer else parts[0]
         assert loaded[mapping.stacked_name].dtype == np.float32
@@ -164,66 +162,18 @@ def test_official_trees_come_back_bit_by_bit(official_trees, tmp_path, name):
     held = states(config, "official")
     for expert in config.experts:
         folder = tree if expert == "denoiser" else tree / f"{expert}_model"
-        files = [safetensors.torch.load_file(file) for file in folder.glob("*.safetensors")]
-        assert_same_state({name: tensor for file in files for name, tensor in file.items()}, held[expert])
+        assert_same_state(trees.load(folder), held[expert])
         assert json.loads((folder / "config.json").read_text())["model_type"] == official_model_type(config)
-    assert_same_state(torch.load(tree / official_vae(config.vae), weights_only=True), held["vae"])
+    assert_same_state(trees.load_pickle(tree / official_vae(config.vae)), held["vae"])
     if name in WITH_CLIP:
-        assert_same_state(torch.load(tree / OFFICIAL_IMAGE_ENCODER, weights_only=True), released_clip(config))
+        assert_same_state(trees.load_pickle(tree / OFFICIAL_IMAGE_ENCODER), released_clip(config))
         assert any("without CLIP's text tower" in note for note in summary.notes)
-
-
-def stored_tensors(folder: pathlib.Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in folder.glob("*.safetensors") for name, t in safetensors.torch.load_file(file).items()}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_diffusers_trees_come_back_bit_by_bit(tokenizer_folder, tmp_path, name):
-    """Saved by diffusers, through our format, read by diffusers."""
-    from diffusers import WanImageToVideoPipeline
-
-    original = originals.image_pipeline(tokenizer_folder, name)
-    original.save_pretrained(tmp_path / "source")
-    checkpoint = open_checkpoint(tmp_path / "source")
-    release = {"i2v-14b": "i2v-14b-720p", "flf2v-14b": "flf2v-14b-720p"}.get(name, name)
-    assert checkpoint.config.sampling == PRESETS[release].sampling
-    assert checkpoint.config.conditioning == PRESETS[release].conditioning
-    assert checkpoint.config.denoiser.image_position_length == {"flf2v-14b": 34}.get(name)
-    assert (checkpoint.config.image_encoder is not None) == (name in WITH_CLIP)
-
-    convert(checkpoint, tmp_path / "ours")
-    assert open_checkpoint(tmp_path / "ours").config == checkpoint.config
-    convert(tmp_path / "ours", tmp_path / "back", to="diffusers")
-    back = WanImageToVideoPipeline.from_pretrained(tmp_path / "back")
-    assert back.config.expand_timesteps == (name == "ti2v-5b")
-    assert back.config.boundary_ratio == (0.9 if name == "i2v-a14b" else None)
-    for component in ("transformer", "transformer_2", "vae", "image_encoder"):
-        model, expected = getattr(back, component), getattr(original, component)
-        assert (model is None) == (expected is None), component
-        if expected is not None:
-            assert_same_state(model.state_dict(), expected.state_dict())
-    for component in ("transformer", "transformer_2", "vae"):
-        source, back_again = (stored_tensors(tmp_path / tree / component) for tree in ("source", "back"))
-        assert_same_state(back_again, source)
-    if name in WITH_CLIP:
-        assert back.image_encoder.config.hidden_act == "gelu"
-        assert back.image_processor.crop_size == {"height": 56, "width": 56}
-        with pytest.raises(InputError, match="no place for image_encoder's num_heads"):
-            convert(checkpoint, tmp_path / "official", to="official")
-
-
-def test_a_first_frame_may_come_with_the_text_pipeline(tokenizer_folder, tmp_path):
-    """As TI2V-5B is published."""
-    originals.image_pipeline(tokenizer_folder, "ti2v-5b").save_pretrained(tmp_path)
-    index = tmp_path / "model_index.json"
-    index.write_text(index.read_text().replace("WanImageToVideoPipeline", "WanPipeline"))
-    assert open_checkpoint(tmp_path).config.conditioning == "first_frame"
 
 
 # ComfyUI
 
 
-def write_comfyui(folder: pathlib.Path, config: WanConfig, clip: dict[str, torch.Tensor]) -> pathlib.Path:
+def write_comfyui(folder: pathlib.Path, config: WanConfig, clip: dict[str, np.ndarray]) -> pathlib.Path:
     held = states(config, "official")
     for expert in config.experts:
         trees.save(folder / "diffusion_models" / f"wan_i2v_{expert}.safetensors", held[expert])
@@ -232,14 +182,17 @@ def write_comfyui(folder: pathlib.Path, config: WanConfig, clip: dict[str, torch
     return folder
 
 
-def clip_files() -> dict[str, dict[str, torch.Tensor]]:
+def clip_files() -> dict[str, dict[str, np.ndarray]]:
     """CLIP as ComfyUI, transformers 5 and the official release name its tensors, with what they hold beside it."""
     prefixed = states(CONFIGS["i2v-14b"], "diffusers")["image_encoder"]
     bare = {name.removeprefix("vision_model."): tensor for name, tensor in prefixed.items()}
-    positions = torch.arange(5)[None]
+    positions = np.arange(5)[None]
     return {
         "comfyui": prefixed
-        | {"visual_projection.weight": torch.ones(6, 160), "vision_model.embeddings.position_ids": positions},
+        | {
+            "visual_projection.weight": np.ones((6, 160), np.float32),
+            "vision_model.embeddings.position_ids": positions,
+        },
         "transformers": bare,
         "official": released_clip(CONFIGS["i2v-14b"]) | TEXT_TOWER,
     }
@@ -395,18 +348,21 @@ QKV = "visual.transformer.1.attn.to_qkv.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({QKV: torch.zeros(481, 160)}, "3 tensors are missing"),
-        ({QKV: torch.zeros(483, 160)}, rf"{QKV}\[query\] has \[161, 160\] and needs \[160, 160\]"),
-        ({"visual.cls_embedding": torch.zeros(1, 2, 160)}, r"visual.cls_embedding has \[1, 2, 160\] and needs \[160\]"),
+        ({QKV: np.zeros((481, 160), np.float32)}, "3 tensors are missing"),
+        ({QKV: np.zeros((483, 160), np.float32)}, rf"{QKV}\[query\] has \[161, 160\] and needs \[160, 160\]"),
+        (
+            {"visual.cls_embedding": np.zeros((1, 2, 160), np.float32)},
+            r"visual.cls_embedding has \[1, 2, 160\] and needs \[160\]",
+        ),
         ({"visual.pre_norm.bias": None}, "1 tensor is missing: visual.pre_norm.bias"),
-        ({"visual.extra": torch.zeros(1)}, "1 tensor is unexpected: visual.extra"),
-        ({"visual.patch_embedding.weight": torch.zeros(80, 3, 14, 14)}, "51 tensors are of the wrong shape"),
+        ({"visual.extra": np.zeros(1, np.float32)}, "1 tensor is unexpected: visual.extra"),
+        ({"visual.patch_embedding.weight": np.zeros((80, 3, 14, 14), np.float32)}, "51 tensors are of the wrong shape"),
     ],
 )
 def test_clip_that_does_not_fit(official_trees, tmp_path, change, message):
     tree = shutil.copytree(official_trees["i2v-14b"], tmp_path / "tree")
     state = {name: t for name, t in (released_clip(CONFIGS["i2v-14b"]) | change).items() if t is not None}
-    torch.save(state, tree / OFFICIAL_IMAGE_ENCODER)
+    trees.save_pickle(tree / OFFICIAL_IMAGE_ENCODER, state)
     with pytest.raises(InputError, match=message) as error:
         open_checkpoint(tree)
     assert "\n" not in str(error.value)

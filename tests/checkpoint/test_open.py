@@ -3,13 +3,14 @@
 import dataclasses
 import json
 import pathlib
+import pickle
 import shutil
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-import torch
 
 from tests.checkpoint import trees
 from tests.checkpoint.trees import CONFIG, bits, state_dict
@@ -38,7 +39,7 @@ def stacked(component: str, tensors, naming: str, dtype=np.float32) -> dict[str,
     for mapping in parameter_table(config):
         layers = range(num_layers(config)) if mapping.per_layer else [0]
         parts = [
-            mapping.at(layer).from_torch(tensors[mapping.at(layer).stored_name(naming)].float().numpy())
+            mapping.at(layer).from_torch(tensors[mapping.at(layer).stored_name(naming)].astype(np.float32))
             for layer in layers
         ]
         result[mapping.stacked_name] = (np.stack(parts) if mapping.per_layer else parts[0]).astype(dtype)
@@ -74,31 +75,30 @@ def test_official(official_tree, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_diffusers(saved_by_diffusers, dtype):
-    checkpoint = open_checkpoint(str(saved_by_diffusers))
+def test_diffusers(diffusers_layout_tree, dtype):
+    checkpoint = open_checkpoint(str(diffusers_layout_tree))
     assert checkpoint.layout == "diffusers"
     assert checkpoint.config == CONFIG
-    assert checkpoint.tokenizer_folder == saved_by_diffusers / "tokenizer"
-    assert len(list((saved_by_diffusers / "transformer").glob("*.safetensors"))) > 1
+    assert checkpoint.tokenizer_folder == diffusers_layout_tree / "tokenizer"
     assert_loads(checkpoint, "diffusers", dtype)
 
 
-def test_the_flow_shift_of_a_saved_by_diffusers_loses_and_is_reported(saved_by_diffusers):
-    checkpoint = open_checkpoint(saved_by_diffusers)
+def test_the_flow_shift_of_a_diffusers_tree_loses_and_is_reported(diffusers_layout_tree):
+    checkpoint = open_checkpoint(diffusers_layout_tree)
     assert checkpoint.config.sampling.shift == 12.0
     (note,) = checkpoint.notes
     assert "flow_shift 3 is not used" in note
     assert "12" in note
 
 
-def test_the_boundary_of_a_saved_by_diffusers_counts(saved_by_diffusers, tmp_path):
-    tree = shutil.copytree(saved_by_diffusers, tmp_path / "tree")
+def test_the_boundary_of_a_diffusers_tree_counts(diffusers_layout_tree, tmp_path):
+    tree = shutil.copytree(diffusers_layout_tree, tmp_path / "tree")
     change_json(tree / "model_index.json", boundary_ratio=0.9)
     assert open_checkpoint(tree).config.sampling.boundary == 0.9
 
 
 @pytest.mark.parametrize(("naming", "shift"), [("official", 5.0), ("diffusers", 5.0)])
-def test_one_expert(official_tree, saved_by_diffusers, tmp_path, naming, shift):
+def test_one_expert(official_tree, diffusers_layout_tree, tmp_path, naming, shift):
     """Wan2.1: one denoiser, at the top of the official tree."""
     tree = tmp_path / "tree"
     if naming == "official":
@@ -106,7 +106,7 @@ def test_one_expert(official_tree, saved_by_diffusers, tmp_path, naming, shift):
         for file in official_tree.glob("*.pth"):
             shutil.copy(file, tree)
     else:
-        shutil.copytree(saved_by_diffusers, tree)
+        shutil.copytree(diffusers_layout_tree, tree)
         shutil.rmtree(tree / "transformer_2")
         change_json(tree / "model_index.json", transformer_2=[None, None], boundary_ratio=None)
     checkpoint = open_checkpoint(tree)
@@ -175,7 +175,9 @@ def test_comfyui_fp8_scaled(tmp_path, spelling, per_row, prefix):
             layer = name.removesuffix(".weight")
             scale = quantized.get(f"{layer}.{spelling}", quantized.get(f"{layer}.scale_weight"))
             expected[name] = (
-                tensor.float() * scale.float() if tensor.dtype == torch.float8_e4m3fn and scale is not None else tensor
+                tensor.astype(np.float32) * scale.astype(np.float32)
+                if tensor.dtype == trees.FLOAT8 and scale is not None
+                else tensor
             )
         for dtype in ("float32", "bfloat16"):  # rounded once, from the product in float32
             plain = stacked(component, expected, naming, jnp.dtype(dtype))
@@ -198,14 +200,16 @@ def test_comfyui_files_given_as_a_pair(comfyui_tree):
 def test_comfyui_with_a_tokenizer_beside(comfyui_tree, tmp_path, folder):
     tree = shutil.copytree(comfyui_tree, tmp_path / "tree")
     trees.write_tokenizer(tree / folder)
-    trees.save(tree / "vae" / "taew2_1.safetensors", {"decoder.1.weight": torch.zeros(3)})
+    trees.save(tree / "vae" / "taew2_1.safetensors", {"decoder.1.weight": np.zeros(3, np.float32)})
     checkpoint = open_checkpoint(tree)
     assert checkpoint.tokenizer_folder == tree / folder
     assert any("taew2_1.safetensors: ignored" in note for note in checkpoint.notes)
 
 
 def test_plain_fp8_without_any_scale(tmp_path):
-    tensors = {name: tensor.to(torch.float8_e5m2) for name, tensor in state_dict("denoiser", "official").items()}
+    tensors = {
+        name: tensor.astype(ml_dtypes.float8_e5m2) for name, tensor in state_dict("denoiser", "official").items()
+    }
     trees.save(tmp_path / "wan2.1_t2v.safetensors", tensors)
     checkpoint = open_checkpoint(tmp_path / "wan2.1_t2v.safetensors")
     expected = stacked("denoiser", tensors, "official")
@@ -219,9 +223,9 @@ def test_other_names_of_the_embedding(comfyui_tree, tmp_path, held):
     tensors = state_dict("text_encoder", "diffusers", "bfloat16")
     embedding = tensors.pop("shared.weight")
     path = tree / "text_encoders" / "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
-    trees.save(path, tensors | {name: embedding.clone() for name in held})
+    trees.save(path, tensors | {name: embedding.copy() for name in held})
     loaded = open_checkpoint(tree).load("text_encoder", "float32")
-    np.testing.assert_array_equal(loaded["embedding.table"], embedding.float())
+    np.testing.assert_array_equal(loaded["embedding.table"], embedding.astype(np.float32))
     if len(held) == 2:  # a copy that some versions of transformers leave at random values
         trees.save(path, tensors | {"shared.weight": embedding, "encoder.embed_tokens.weight": embedding + 1})
         with pytest.raises(InputError, match=r"shared\.weight and encoder\.embed_tokens\.weight must be equal"):
@@ -249,7 +253,7 @@ def test_info(official_tree):
     sizes = {component.name: component for component in info.components}
     assert sizes["vae"].dtypes == {"float32": sizes["vae"].tensors}
     assert sizes["text_encoder"].dtypes == {"bfloat16": sizes["text_encoder"].tensors}
-    expected = sum(tensor.numel() for tensor in state_dict("vae", "official").values())
+    expected = sum(tensor.size for tensor in state_dict("vae", "official").values())
     assert sizes["vae"].parameters == expected
     assert sizes["vae"].nbytes == 4 * expected
     text = str(info)
@@ -278,8 +282,8 @@ def official(official_tree, tmp_path):
 
 
 @pytest.fixture
-def diffusers(saved_by_diffusers, tmp_path):
-    return shutil.copytree(saved_by_diffusers, tmp_path / "diffusers")
+def diffusers(diffusers_layout_tree, tmp_path):
+    return shutil.copytree(diffusers_layout_tree, tmp_path / "diffusers")
 
 
 def rewrite_expert(folder: pathlib.Path, change) -> None:
@@ -294,15 +298,15 @@ def remove_two(tensors):
 
 
 def add_one(tensors):
-    tensors["blocks.0.extra.weight"] = torch.zeros(2)
+    tensors["blocks.0.extra.weight"] = np.zeros(2, np.float32)
 
 
 def transpose_one(tensors):
-    tensors["blocks.1.ffn.0.weight"] = tensors["blocks.1.ffn.0.weight"].T.contiguous()
+    tensors["blocks.1.ffn.0.weight"] = tensors["blocks.1.ffn.0.weight"].T
 
 
 def make_integer(tensors):
-    tensors["blocks.1.ffn.0.weight"] = tensors["blocks.1.ffn.0.weight"].to(torch.int8)
+    tensors["blocks.1.ffn.0.weight"] = tensors["blocks.1.ffn.0.weight"].astype(np.int8)
 
 
 def remove_layer(tensors):
@@ -353,7 +357,7 @@ def test_a_pickle_with_code_in_an_official_tree(official):
         def __reduce__(self):
             return print, ("executed",)
 
-    torch.save({"conv1.weight": Code()}, official / "Wan2.1_VAE.pth")
+    trees.archive(official / "Wan2.1_VAE.pth", pickle.dumps({"conv1.weight": Code()}, 2), {})
     assert "refused: the pickle wants to call" in refusal(official)
 
 
@@ -413,17 +417,17 @@ def test_damaged_configs(diffusers):
 def with_channels(count: int):
     def change(tensors):
         weight = tensors["patch_embedding.weight"]
-        tensors["patch_embedding.weight"] = torch.zeros(weight.shape[0], count, *weight.shape[2:])
+        tensors["patch_embedding.weight"] = np.zeros((weight.shape[0], count, *weight.shape[2:]), np.float32)
 
     return change
 
 
 def image_embedder(tensors):
-    tensors["img_emb.proj.0.weight"] = torch.zeros(1280)
+    tensors["img_emb.proj.0.weight"] = np.zeros(1280, np.float32)
 
 
 def vace(tensors):
-    tensors["vace_blocks.0.after_proj.weight"] = torch.zeros(2)
+    tensors["vace_blocks.0.after_proj.weight"] = np.zeros(2, np.float32)
 
 
 @pytest.mark.parametrize(
@@ -470,13 +474,13 @@ def test_two_vaes(official):
 
 
 def vae_of_48_channels(tensors):
-    tensors["conv2.weight"] = torch.zeros(48, 48, 1, 1, 1)
+    tensors["conv2.weight"] = np.zeros((48, 48, 1, 1, 1), np.float32)
 
 
 def test_a_vae_of_another_family(official):
     tensors = state_dict("vae", "official")
     vae_of_48_channels(tensors)
-    torch.save(tensors, official / "Wan2.1_VAE.pth")
+    trees.save_pickle(official / "Wan2.1_VAE.pth", tensors)
     assert "its VAE has 48 latent channels" in refusal(official)
 
 
@@ -507,12 +511,12 @@ LAYER = "blocks.0.ffn.0"
     ("changes", "message"),
     [
         ({f"{LAYER}.scale_weight": None}, f"{LAYER}.weight is float8_e4m3fn and its scale is missing"),
-        ({f"{LAYER}.scale_weight": torch.ones(3)}, f"the scale of {LAYER}.weight has shape [3]"),
-        ({f"{LAYER}.scale_weight": torch.ones(1, 52)}, f"the scale of {LAYER}.weight has shape [1, 52]"),
-        ({f"{LAYER}.weight_scale": torch.ones(1)}, f"{LAYER}.weight has two scales"),
-        ({f"{LAYER}.weight": torch.ones(52, 256)}, f"{LAYER}.weight is float32 with a scale"),
-        ({"blocks.9.ffn.scale_weight": torch.ones(1)}, "1 tensor is unexpected: blocks.9.ffn.scale_weight"),
-        ({f"diffusion_model.{LAYER}.weight": torch.ones(1)}, f"{LAYER}.weight is there twice"),
+        ({f"{LAYER}.scale_weight": np.ones(3, np.float32)}, f"the scale of {LAYER}.weight has shape [3]"),
+        ({f"{LAYER}.scale_weight": np.ones((1, 52), np.float32)}, f"the scale of {LAYER}.weight has shape [1, 52]"),
+        ({f"{LAYER}.weight_scale": np.ones(1, np.float32)}, f"{LAYER}.weight has two scales"),
+        ({f"{LAYER}.weight": np.ones((52, 256), np.float32)}, f"{LAYER}.weight is float32 with a scale"),
+        ({"blocks.9.ffn.scale_weight": np.ones(1, np.float32)}, "1 tensor is unexpected: blocks.9.ffn.scale_weight"),
+        ({f"diffusion_model.{LAYER}.weight": np.ones(1, np.float32)}, f"{LAYER}.weight is there twice"),
     ],
 )
 def test_scales_that_do_not_fit(tmp_path, changes, message):

@@ -1,4 +1,4 @@
-"""Our safetensors reader and writer against the safetensors library, and every way a file can be broken."""
+"""The safetensors reader and writer, and every way a file can be broken. tests/parity has the safetensors library."""
 
 import json
 import os
@@ -6,48 +6,46 @@ import os
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors
-import safetensors.torch
-import torch
 
-from tests.checkpoint.trees import bits
+from tests.checkpoint.trees import bits, save
 from wan_jax.checkpoint.formats.safetensors import SafetensorsFile, open_safetensors_folder, write_safetensors
 from wan_jax.checkpoint.formats.tensors import TensorInfo
 from wan_jax.errors import InputError
 
 pytestmark = pytest.mark.quick
 
+RANDOM = np.random.default_rng(0)
 TENSORS = {
-    "matrix": torch.randn(3, 5, generator=torch.Generator().manual_seed(0)),
-    "odd": torch.randn(7).to(torch.bfloat16),
-    "half": torch.randn(2, 2, 2).half(),
-    "eight": torch.randn(9).to(torch.float8_e4m3fn),
-    "five": torch.randn(9).to(torch.float8_e5m2),
-    "scalar": torch.tensor(2.5),
-    "empty": torch.zeros(0, 4),
-    "double": torch.randn(2).double(),
-    "bytes": torch.arange(5, dtype=torch.uint8),
-    "long": torch.arange(4),
-    "flag": torch.tensor([True, False]),
+    "matrix": RANDOM.standard_normal((3, 5), np.float32),
+    "odd": RANDOM.standard_normal(7, np.float32).astype(ml_dtypes.bfloat16),
+    "half": RANDOM.standard_normal((2, 2, 2), np.float32).astype(np.float16),
+    "eight": RANDOM.standard_normal(9, np.float32).astype(ml_dtypes.float8_e4m3fn),
+    "five": RANDOM.standard_normal(9, np.float32).astype(ml_dtypes.float8_e5m2),
+    "scalar": np.asarray(2.5, np.float32),
+    "empty": np.zeros((0, 4), np.float32),
+    "double": RANDOM.standard_normal(2),
+    "bytes": np.arange(5, dtype=np.uint8),
+    "long": np.arange(4),
+    "flag": np.array([True, False]),
 }
 
 
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "model.safetensors"
-    safetensors.torch.save_file(TENSORS, path, {"format": "pt", "note": "kept out of the tensors"})
+    save(path, TENSORS, {"note": "kept out of the tensors"})
     return path
 
 
 def test_reads_every_dtype(path):
     file = SafetensorsFile(path)
     assert file.tensors.keys() == TENSORS.keys()
-    for name, tensor in TENSORS.items():
-        array = file.read(name)
-        assert array.shape == tuple(tensor.shape) == file.tensors[name].shape
-        assert array.tobytes() == tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    assert file.read("eight").dtype == ml_dtypes.float8_e4m3fn
-    assert file.read("five").dtype == ml_dtypes.float8_e5m2
+    assert file.metadata["note"] == "kept out of the tensors"
+    for name, array in TENSORS.items():
+        read = file.read(name)
+        assert read.shape == array.shape == file.tensors[name].shape
+        assert read.dtype == array.dtype
+        assert read.tobytes() == array.tobytes()
 
 
 def test_reads_what_the_system_gives_in_pieces(path, monkeypatch):
@@ -60,14 +58,13 @@ def test_reads_what_the_system_gives_in_pieces(path, monkeypatch):
 def test_a_file_that_shrinks_while_open(path):
     file = SafetensorsFile(path)
     os.truncate(path, path.stat().st_size - 1)
-    last = max(file.tensors, key=lambda name: file._offsets[name])
-    with pytest.raises(InputError, match="ends 1 bytes early"):
-        file.read(last)
+    with pytest.raises(InputError, match="1 bytes early"):
+        list(file.read_many(list(file.tensors)))
 
 
-def test_reads_into_another_dtype_as_torch_rounds(path):
+def test_reads_into_another_dtype(path):
     array = SafetensorsFile(path).read("matrix", np.dtype(ml_dtypes.bfloat16))
-    np.testing.assert_array_equal(bits(array), bits(TENSORS["matrix"].bfloat16()))
+    np.testing.assert_array_equal(bits(array), bits(TENSORS["matrix"].astype(ml_dtypes.bfloat16)))
 
 
 def save_by_us(folder, tensors: dict[str, np.ndarray], shard_bytes: int):
@@ -87,20 +84,11 @@ OURS = {
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 100, 1])
-def test_the_library_reads_what_we_write(tmp_path, shard_bytes):
+def test_reads_what_it_writes(tmp_path, shard_bytes):
     save_by_us(tmp_path, OURS, shard_bytes)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert len(files) == {10**9: 1, 100: 3, 1: 5}[shard_bytes]
     assert sorted(tmp_path.iterdir()) == sorted([*files, *tmp_path.glob("*.index.json")])
-    read: dict = {}
-    for file in files:
-        with safetensors.safe_open(file, "pt") as opened:
-            assert opened.metadata() == {"format": "pt"}
-        read |= safetensors.torch.load_file(file)
-    assert read.keys() == OURS.keys()
-    for name, array in OURS.items():
-        assert tuple(read[name].shape) == array.shape
-        np.testing.assert_array_equal(bits(read[name]), bits(array).reshape(array.shape), err_msg=name)
     if len(files) > 1:
         index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == sum(array.nbytes for array in OURS.values())
@@ -189,7 +177,7 @@ def test_shards_without_an_index(sharded):
 
 def test_a_tensor_in_two_shards(sharded):
     (sharded / "model.safetensors.index.json").unlink()
-    safetensors.torch.save_file({"odd": torch.ones(2)}, sharded / "another.safetensors")
+    save(sharded / "another.safetensors", {"odd": np.ones(2, np.float32)})
     with pytest.raises(InputError) as error:
         open_safetensors_folder(sharded)
     assert "odd is twice" in one_line(error)

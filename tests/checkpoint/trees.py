@@ -1,17 +1,19 @@
 """Small random checkpoints in every published layout, made from the tables of names."""
 
+import dataclasses
 import json
 import pathlib
+import zipfile
 from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
-import safetensors.torch
-import torch
 
-from tests import originals
-from wan_jax.checkpoint.layouts.diffusers import FOLDERS as DIFFUSERS_FOLDERS
-from wan_jax.checkpoint.layouts.official import model_type as official_model_type
+from wan_jax.checkpoint.formats.safetensors import SafetensorsFile, write_safetensors_file
+from wan_jax.checkpoint.formats.tensors import TensorInfo
+from wan_jax.checkpoint.formats.torch_pickle import TorchPickleFile, write_torch_pickle
+from wan_jax.checkpoint.layouts import WRITABLE
+from wan_jax.checkpoint.layouts.official import model_type
 from wan_jax.checkpoint.tables import Naming, expanded_table
 from wan_jax.config import DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig
 
@@ -23,20 +25,22 @@ CONFIG = WanConfig(
     vae=VAEConfig(base_dim=6, dim_mult=(1, 1, 2), num_res_blocks=1, temporal_downsample=(False, True)),
 )
 COMPONENTS = ("text_encoder", "vae", "high_noise", "low_noise")
-TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = {"tokenizer.json": '{"version": "1.0"}', "spiece.model": "pieces"}
 
-StateDict = Mapping[str, torch.Tensor]
+StateDict = Mapping[str, np.ndarray]
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
 
-def state_dict(component: str, naming: Naming, dtype: str = "float32", config: WanConfig = CONFIG) -> dict:
-    """A random PyTorch state dict; the values depend on the component and the tensor alone."""
+def state_dict(
+    component: str, naming: Naming, dtype: str = "float32", config: WanConfig = CONFIG
+) -> dict[str, np.ndarray]:
+    """A random state dict; the values depend on the component and the tensor alone."""
     model = config.model(component)
     tensors = {}
     for mapping in expanded_table(model):
         seed = int.from_bytes(f"{component} {mapping.name}".encode()[-8:], "little") % 2**63
         values = np.random.default_rng(seed).standard_normal(mapping.torch_shape, np.float32)
-        tensors[mapping.stored_name(naming)] = torch.from_numpy(values).to(TORCH_DTYPES[dtype])
+        tensors[mapping.stored_name(naming)] = values.astype(np.dtype(dtype))
     return tensors
 
 
@@ -56,7 +60,7 @@ def write_official_expert(
         content = {
             "_class_name": "WanModel",
             "_diffusers_version": "0.33.0",
-            "model_type": official_model_type(config),
+            "model_type": model_type(config),
             "text_len": 512,
             "in_dim": denoiser.in_channels,
             "out_dim": denoiser.out_channels,
@@ -73,7 +77,7 @@ def write_official_expert(
     for shard in range(shards):
         file = f"diffusion_pytorch_model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         held = names[shard::shards]
-        safetensors.torch.save_file({name: tensors[name] for name in held}, folder / file, {"format": "pt"})
+        save(folder / file, {name: tensors[name] for name in held})
         weight_map |= dict.fromkeys(held, file)
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -84,87 +88,41 @@ def write_official(folder: pathlib.Path, dtype: str = "float32") -> pathlib.Path
     for expert in ("high_noise", "low_noise"):
         write_official_expert(folder / f"{expert}_model", state_dict(expert, "official", dtype))
     text_encoder = state_dict("text_encoder", "official", "bfloat16")
-    torch.save(text_encoder, folder / "models_t5_umt5-xxl-enc-bf16.pth")
-    torch.save(state_dict("vae", "official"), folder / "Wan2.1_VAE.pth")
+    save_pickle(folder / "models_t5_umt5-xxl-enc-bf16.pth", text_encoder)
+    save_pickle(folder / "Wan2.1_VAE.pth", state_dict("vae", "official"))
     write_tokenizer(folder / "google" / "umt5-xxl")
     return folder
 
 
-def diffusers_models(dtype: str = "float32") -> dict:
-    """The four models of CONFIG in diffusers and transformers, with the values of `state_dict`."""
-    text, vae, denoiser = CONFIG.text_encoder, CONFIG.vae, CONFIG.denoiser
-    models = {
-        expert: originals.denoiser(
-            0,
-            num_layers=denoiser.num_layers,
-            num_attention_heads=denoiser.num_heads,
-            attention_head_dim=denoiser.head_dim,
-            ffn_dim=denoiser.ffn_dim,
-            text_dim=denoiser.text_dim,
-            freq_dim=denoiser.freq_dim,
-            rope_max_seq_len=1024,
+def write_diffusers(folder: pathlib.Path, dtype: str = "float32") -> pathlib.Path:
+    """A diffusers tree, with the wrong flow_shift of the published ones."""
+    layout = WRITABLE["diffusers"]
+    for component in COMPONENTS:
+        tensors = state_dict(component, "diffusers", "float32" if component == "vae" else dtype)
+        layout.write_component(
+            folder, component, CONFIG, infos(tensors), lambda names, held=tensors: map(held.__getitem__, names)
         )
-        for expert in ("high_noise", "low_noise")
-    }
-    models["vae"] = originals.vae(
-        0,
-        base_dim=vae.base_dim,
-        dim_mult=list(vae.dim_mult),
-        num_res_blocks=vae.num_res_blocks,
-        temperal_downsample=list(vae.temporal_downsample),
-        scale_factor_temporal=vae.temporal_stride,
-        scale_factor_spatial=vae.spatial_stride,
-    )
-    models["text_encoder"] = originals.text_encoder(
-        0,
-        text.vocab_size,
-        d_model=text.dim,
-        d_kv=text.head_dim,
-        d_ff=text.ffn_dim,
-        num_layers=text.num_layers,
-        num_heads=text.num_heads,
-        tie_word_embeddings=True,
-    )
-    for component, model in models.items():
-        stored = "float32" if component == "vae" else dtype
-        tensors = state_dict(component, "diffusers", stored)
-        if component == "text_encoder":
-            tensors["encoder.embed_tokens.weight"] = tensors["shared.weight"]
-        for name, parameter in model.named_parameters():
-            parameter.data = tensors.pop(name)
-        assert not tensors.keys() - {"encoder.embed_tokens.weight"}
-    return models
-
-
-def write_diffusers(folder: pathlib.Path, dtype: str = "float32", max_shard_size: str = "1MB") -> pathlib.Path:
-    """The tree that diffusers and transformers themselves save, with their wrong flow_shift."""
-    index = {"_class_name": "WanPipeline", "boundary_ratio": 0.875, "tokenizer": ["transformers", "T5TokenizerFast"]}
-    for component, model in diffusers_models(dtype).items():
-        name = DIFFUSERS_FOLDERS[component]
-        model.save_pretrained(folder / name, max_shard_size=max_shard_size)
-        library = "transformers" if component == "text_encoder" else "diffusers"
-        index[name] = [library, type(model).__name__]
-    originals.scheduler("unipc", 3.0).save_pretrained(folder / "scheduler")
-    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
-    (folder / "model_index.json").write_text(json.dumps(index))
+    wrong = dataclasses.replace(CONFIG, sampling=dataclasses.replace(CONFIG.sampling, shift=3.0))
+    layout.finish(folder, wrong, {component: {} for component in COMPONENTS}, tokenizer=True)
     write_tokenizer(folder / "tokenizer")
     return folder
 
 
-def quantize(tensors: StateDict, spelling: str, per_row: bool) -> dict[str, torch.Tensor]:
+def quantize(tensors: StateDict, spelling: str, per_row: bool) -> dict[str, np.ndarray]:
     """fp8_scaled: float8 weights of Linears beside a scale, and the marker tensors that come with them."""
-    result = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    result = {"scaled_fp8": np.zeros(2, FLOAT8)}
     for name, tensor in tensors.items():
         linear = name.endswith(".weight") and tensor.ndim == 2 and "embedding.weight" not in name
         if not linear or "relative" in name or "shared" in name:
             result[name] = tensor
             continue
-        weight = tensor.float()
-        scale = weight.abs().amax(dim=1, keepdim=True) / 448 if per_row else weight.abs().max() / 448
+        weight = tensor.astype(np.float32)
+        scale = np.abs(weight).max(axis=1, keepdims=True) / 448 if per_row else np.asarray(np.abs(weight).max() / 448)
         layer = name.removesuffix(".weight")
-        result[name] = (weight / scale).to(torch.float8_e4m3fn)
-        result[f"{layer}.{spelling}"] = scale
-        result[f"{layer}.scale_input" if spelling == "scale_weight" else f"{layer}.comfy_quant"] = torch.ones(1)
+        result[name] = (weight / scale).astype(FLOAT8)
+        result[f"{layer}.{spelling}"] = scale.astype(np.float32)
+        marker = "scale_input" if spelling == "scale_weight" else "comfy_quant"
+        result[f"{layer}.{marker}"] = np.ones(1, np.float32)
     return result
 
 
@@ -179,24 +137,55 @@ def write_comfyui(
         tensors = {prefix + name: tensor for name, tensor in tensors.items()}
         save(folder / "diffusion_models" / f"wan2.2_t2v_{noise}_14B_fp8_scaled.safetensors", tensors)
     text_encoder = quantize(state_dict("text_encoder", "diffusers", "bfloat16"), "scale_weight", per_row=False)
-    text_encoder["spiece_model"] = torch.zeros(5, dtype=torch.uint8)
+    text_encoder["spiece_model"] = np.zeros(5, np.uint8)
     save(folder / "text_encoders" / "umt5_xxl_fp8_e4m3fn_scaled.safetensors", text_encoder)
     save(folder / "vae" / "wan_2.1_vae.safetensors", state_dict("vae", "official"))
     return folder
 
 
-def save(path: pathlib.Path, tensors: StateDict) -> None:
+def infos(tensors: StateDict) -> dict[str, TensorInfo]:
+    return {name: TensorInfo(array.shape, array.dtype, "") for name, array in tensors.items()}
+
+
+def save(path: pathlib.Path, tensors: StateDict, metadata: Mapping[str, str] | None = None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(dict(tensors), path, {"format": "pt"})
+    write_safetensors_file(path, infos(tensors), lambda names: map(tensors.__getitem__, names), metadata)
+
+
+def save_pickle(path: pathlib.Path, tensors: StateDict) -> None:
+    write_torch_pickle(path, infos(tensors), lambda names: map(tensors.__getitem__, names))
+
+
+def archive(path: pathlib.Path, pickled: bytes, storages: Mapping[str, bytes], compression=zipfile.ZIP_STORED) -> None:
+    """A file as torch.save lays it out, of any pickle."""
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.writestr("archive/data.pkl", pickled)
+        for key, data in storages.items():
+            file.writestr(f"archive/data/{key}", data)
+
+
+def load(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """All tensors of the safetensors files of a folder."""
+    found: dict[str, np.ndarray] = {}
+    for path in folder.glob("*.safetensors"):
+        held = load_file(path)
+        assert not held.keys() & found.keys()
+        found |= held
+    return found
+
+
+def load_file(path: pathlib.Path) -> dict[str, np.ndarray]:
+    file = SafetensorsFile(path)
+    return {name: file.read(name) for name in file.tensors}
+
+
+def load_pickle(path: pathlib.Path) -> dict[str, np.ndarray]:
+    file = TorchPickleFile(path)
+    return {name: file.read(name) for name in file.tensors}
 
 
 def bits(array) -> np.ndarray:
-    """The bits of a torch, NumPy or JAX array of floats, for exact comparisons."""
-    if isinstance(array, torch.Tensor):
-        array = array.detach().contiguous()
-        if array.dtype == torch.bfloat16:
-            return array.view(torch.int16).numpy().view(np.uint16)
-        array = array.numpy()
+    """The bits of an array of floats, for exact comparisons."""
     array = np.ascontiguousarray(array)
     assert array.dtype in (np.float32, np.float16, ml_dtypes.bfloat16)
     return array.view(f"u{array.dtype.itemsize}")

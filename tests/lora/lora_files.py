@@ -5,9 +5,8 @@ import pathlib
 from collections.abc import Mapping
 
 import numpy as np
-import safetensors.torch
-import torch
 
+from tests.checkpoint import trees
 from wan_jax.config import DenoiserConfig
 
 CONFIG = DenoiserConfig(num_layers=2, dim=36, num_heads=3, ffn_dim=52, text_dim=28, text_length=7, freq_dim=22)
@@ -78,25 +77,25 @@ def pairs(rank: int = 3, seed: int = 0, modules=MODULES) -> dict[str, tuple[np.n
     return found
 
 
-def tensors(dialect: str, content: Pairs, alpha: float | None = None, dtype=torch.float32) -> dict[str, torch.Tensor]:
+def tensors(dialect: str, content: Pairs, alpha: float | None = None, dtype=np.float32) -> dict[str, np.ndarray]:
     prefix, column, underscores, endings, alpha_tensor = DIALECTS[dialect]
     found = {}
     for ours, factors in content.items():
         module = MODULES[ours][column]
         stem = prefix + (module.replace(".", "_") if underscores else module)
         for ending, factor in zip(PAIRS[endings], factors, strict=True):
-            found[stem + ending] = torch.from_numpy(factor).to(dtype)
+            found[stem + ending] = factor.astype(dtype)
         if alpha is not None and alpha_tensor:
-            found[f"{stem}.alpha"] = torch.tensor(alpha)
+            found[f"{stem}.alpha"] = np.float32(alpha)
     return found
 
 
-def save(path: pathlib.Path, content: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    safetensors.torch.save_file(dict(content), path, {"format": "pt", **(metadata or {})})
+def save(path: pathlib.Path, content: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> str:
+    trees.save(path, content, metadata)
     return str(path)
 
 
-def write(path: pathlib.Path, dialect: str, content: Pairs, alpha: float | None = None, dtype=torch.float32) -> str:
+def write(path: pathlib.Path, dialect: str, content: Pairs, alpha: float | None = None, dtype=np.float32) -> str:
     """A file of a dialect; alpha is a tensor, or PEFT's metadata, as the dialect has it."""
     metadata = {}
     if alpha is not None and dialect == "diffusers":
@@ -108,14 +107,14 @@ def write(path: pathlib.Path, dialect: str, content: Pairs, alpha: float | None 
 
 
 def formula(content: Pairs, alpha: float | None = None) -> dict[str, np.ndarray]:
-    """Our kernel -> its change at strength 1, float64 [inputs, outputs]."""
+    """Our kernel -> its change at scale 1, float64 [inputs, outputs]."""
     return {
         f"{ours}.kernel": (np.float64(up) @ np.float64(down)).T * (1 if alpha is None else alpha / len(down))
         for ours, (down, up) in content.items()
     }
 
 
-def wholes(seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray]]:
+def wholes(seed: int = 0) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Whole changes by LightX2V's names, and the same by ours, as our parameters are shaped."""
     random = np.random.default_rng((seed, 7))
     shapes = {
@@ -135,7 +134,7 @@ def wholes(seed: int = 0) -> tuple[dict[str, torch.Tensor], dict[str, np.ndarray
     theirs, expected = {}, {}
     for name, (ours, shape) in shapes.items():
         value = 0.1 * random.standard_normal(shape, np.float32)
-        theirs[f"diffusion_model.{name}"] = torch.from_numpy(value)
+        theirs[f"diffusion_model.{name}"] = value
         if ours.endswith("kernel"):
             value = value.reshape(shape[0], -1).T
         expected[ours] = np.float64(value[0] if ours.endswith("modulation") else value)

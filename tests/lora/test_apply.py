@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.torch
-import torch
 
+from tests.checkpoint.trees import load_file, save
 from wan_jax import Lora, WanPipeline, read_video
 from wan_jax.checkpoint import convert, open_checkpoint
 from wan_jax.cli.main import main
@@ -54,9 +53,9 @@ def write(path: pathlib.Path, seed: int, rank: int, config: DenoiserConfig, *, d
     }
     save_lora(path, adapters, config, "comfyui")
     if bias:
-        tensors = safetensors.torch.load_file(path)
-        change = torch.from_numpy(random.standard_normal(dim, np.float32))
-        safetensors.torch.save_file(tensors | {"diffusion_model.blocks.1.self_attn.v.diff_b": change}, path)
+        tensors = load_file(path)
+        change = random.standard_normal(dim, np.float32)
+        save(path, tensors | {"diffusion_model.blocks.1.self_attn.v.diff_b": change})
     return str(path)
 
 
@@ -175,7 +174,7 @@ def test_a_bad_file_leaves_the_loras_as_they_are(pipe, files, tmp_path):
 
 
 def save_small(path: pathlib.Path) -> str:
-    safetensors.torch.save_file({"diffusion_model.blocks.0.attn.lora_A.weight": torch.zeros(2, 3)}, path)
+    save(path, {"diffusion_model.blocks.0.attn.lora_A.weight": np.zeros((2, 3), np.float32)})
     return str(path)
 
 

@@ -1,13 +1,13 @@
-"""LoRA files: every dialect by the formula and by diffusers' own converters, adversarial files, writing."""
+"""LoRA files: every dialect by the formula, adversarial files, writing."""
 
 import dataclasses
 import json
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 
 from tests.lora import lora_files
@@ -110,11 +110,10 @@ def test_every_dialect_is_the_formula(base, dialect, tmp_path):
     assert not report["ignored"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_factors_in_half_precision_multiply_exactly(base, dtype, tmp_path):
     content = {
-        name: tuple(torch.from_numpy(factor).to(dtype).float().numpy() for factor in factors)
-        for name, factors in pairs().items()
+        name: tuple(factor.astype(dtype).astype(np.float32) for factor in factors) for name, factors in pairs().items()
     }
     path = write(tmp_path / "x.safetensors", "comfyui", content, dtype=dtype)
     assert_changed(adapted(base, active(path)), base, lora_files.formula(content))
@@ -138,15 +137,15 @@ def _stacked(ours: str) -> str:
     return ".".join(part for part in ours.split(".") if not part.isdigit())
 
 
-def test_several_loras_add_up_and_strengths_change_without_reading(base, tmp_path, monkeypatch):
+def test_several_loras_add_up_and_scales_change_without_reading(base, tmp_path):
     first, second = pairs(rank=3, seed=1), pairs(rank=17, seed=2, modules=BLOCK_MODULES)
     wholes, whole_changes = lora_files.wholes()
     wholes, whole_changes = (
         {name: value for name, value in each.items() if "head" not in name} for each in (wholes, whole_changes)
     )
     one = write(tmp_path / "1.safetensors", "diffusers", first, alpha=1.5)
-    two = save(tmp_path / "2.safetensors", tensors("kohya", second, dtype=torch.bfloat16) | wholes)
-    second = {name: tuple(torch.from_numpy(f).bfloat16().float().numpy() for f in fs) for name, fs in second.items()}
+    two = save(tmp_path / "2.safetensors", tensors("kohya", second, dtype=ml_dtypes.bfloat16) | wholes)
+    second = {name: tuple(f.astype(ml_dtypes.bfloat16).astype(np.float32) for f in fs) for name, fs in second.items()}
     changes = lora_files.formula(first, 1.5), added(lora_files.formula(second), whole_changes)
     holder = AdaptedDenoiser(base, HERE)
     model = holder.with_loras([active(one, 0.7), active(two, -0.4)])
@@ -155,7 +154,6 @@ def test_several_loras_add_up_and_strengths_change_without_reading(base, tmp_pat
     assert model.blocks.self_attention.query.adapter.down.shape == (2, 36, 32)
     assert model.head.linear.adapter.down.shape == (36, 16)
 
-    monkeypatch.setattr(AdaptedDenoiser, "_load", None)
     again = holder.with_loras([active(one, 0.1), active(two, 0.0)])
     assert_changed(again, base, scaled(changes[0], 0.1))
     assert again.head.linear.adapter.down[...] is model.head.linear.adapter.down[...]
@@ -179,7 +177,7 @@ def test_peft_bias_patterns_and_rslora(tmp_path):
     bias = np.linspace(-1, 1, 36, dtype=np.float32)
     config = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"blocks.1.attn1.to_q": 2, "^head": 5}, "use_rslora": True}
     metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{name}": value for name, value in config.items()})}
-    stored = tensors("diffusers", content) | {"transformer.blocks.0.attn1.to_q.lora_B.bias": torch.from_numpy(bias)}
+    stored = tensors("diffusers", content) | {"transformer.blocks.0.attn1.to_q.lora_B.bias": bias}
     path = save(tmp_path / "x.safetensors", stored, metadata)
     scales = {name: alpha / len(content[name][0]) ** 0.5 for name, alpha in zip(names, (8, 2, 8), strict=True)}
     changes = {f"{name}.kernel": (np.float64(up) @ down).T * scales[name] for name, (down, up) in content.items()}
@@ -191,36 +189,6 @@ def test_an_alpha_of_zero_is_none(tmp_path):
     base = random_model(Denoiser, CONFIG, "float32")
     path = write(tmp_path / "x.safetensors", "kohya", pairs(modules=BLOCK_MODULES), alpha=0.0)
     assert_changed(adapted(base, active(path)), base, lora_files.formula(pairs(modules=BLOCK_MODULES)))
-
-
-@pytest.mark.parametrize("dialect", ["comfyui", "comfyui A B", "kohya"])
-def test_diffusers_converts_the_same_changes(dialect, tmp_path):
-    """diffusers' converters from the other dialects, as an oracle for names and scales of what they keep."""
-    from diffusers.loaders import lora_conversion_utils as theirs
-
-    content = pairs(modules=BLOCK_MODULES if dialect == "kohya" else MODULES)
-    # Their converters take an alpha for blocks only.
-    stored = {
-        name: tensor
-        for name, tensor in tensors(dialect, content, 2.0).items()
-        if "blocks" in name or not name.endswith("alpha")
-    }
-    if dialect != "kohya":
-        biases = [name for name in lora_files.wholes()[0] if name.endswith("diff_b") and "norm" not in name]
-        stored |= {name: tensor for name, tensor in lora_files.wholes()[0].items() if name in biases[:2]}
-    convert = (
-        theirs._convert_musubi_wan_lora_to_diffusers
-        if dialect == "kohya"
-        else theirs._convert_non_diffusers_wan_lora_to_diffusers
-    )
-    converted = convert({name: tensor.clone() for name, tensor in stored.items()})  # they write into them
-    ours = open_lora(save(tmp_path / "ours.safetensors", stored), CONFIG)
-    back = open_lora(save(tmp_path / "theirs.safetensors", converted), CONFIG)
-    assert ours.changes["both"].keys() == back.changes["both"].keys()
-    assert len(ours.changes["both"]) >= len(content)
-    for name, change in ours.changes["both"].items():
-        # They fold the scale into both factors, which rounds; the head's differs in nothing.
-        np.testing.assert_allclose(ours.delta(change), back.delta(back.changes["both"][name]), rtol=2e-6, atol=1e-6)
 
 
 # Which expert.
@@ -319,10 +287,10 @@ def test_missing_damaged_and_empty_files(tmp_path):
 
 def test_unknown_keys_name_the_nearest(tmp_path):
     stored = tensors("comfyui", pairs())
-    stored["diffusion_model.blocks.0.self_atn.q.lora_down.weight"] = torch.zeros(3, 36)
-    stored["diffusion_model.blocks.1.norm1.diff"] = torch.zeros(36)  # a norm without a weight
-    stored["lora_te_encoder_q.alpha"] = torch.zeros(())
-    stored["diffusion_model.blocks.0.self_attn.norm_q.diff_b"] = torch.zeros(36)  # a norm without a bias
+    stored["diffusion_model.blocks.0.self_atn.q.lora_down.weight"] = np.zeros((3, 36), np.float32)
+    stored["diffusion_model.blocks.1.norm1.diff"] = np.zeros(36, np.float32)  # a norm without a weight
+    stored["lora_te_encoder_q.alpha"] = np.zeros((), np.float32)
+    stored["diffusion_model.blocks.0.self_attn.norm_q.diff_b"] = np.zeros(36, np.float32)  # a norm without a bias
     message = refusal(save(tmp_path / "x.safetensors", stored))
     assert f"4 of its {len(stored)} keys match nothing in this model: " in message
     assert "blocks.0.self_atn.q.lora_down.weight (nearest: blocks.0.self_attn.q" in message
@@ -334,7 +302,7 @@ def test_unknown_keys_name_the_nearest(tmp_path):
     [("hada_w1_a", "LoHa"), ("lokr_w1", "LoKr"), ("dora_scale", "DoRA"), ("lora_magnitude_vector.weight", "DoRA")],
 )
 def test_other_methods_are_named(name, method, tmp_path):
-    stored = tensors("comfyui", pairs()) | {f"diffusion_model.blocks.0.ffn.0.{name}": torch.zeros(3, 3)}
+    stored = tensors("comfyui", pairs()) | {f"diffusion_model.blocks.0.ffn.0.{name}": np.zeros((3, 3), np.float32)}
     assert f"belongs to a {method}, which is not supported" in refusal(save(tmp_path / "x.safetensors", stored))
 
 
@@ -350,15 +318,18 @@ def test_half_pairs_doubles_and_bad_alphas(tmp_path):
     assert "stands without its down factor" in message(**{"lora_down.weight": None})
     lonely = {"lora_down.weight": None, "lora_up.weight": None}
     assert f"{query}.alpha stands without its down factor" in message(**lonely)
-    twice = message(**{"lora_A.weight": torch.zeros(3, 36)})
-    assert f"{query}.lora_A.weight and {query}.lora_down.weight are for one parameter; remove one" in twice
-    assert "must be one finite number" in message(alpha=torch.tensor(float("nan")))
-    assert "must be one finite number" in message(alpha=torch.ones(2))
-    assert "[3, 36] and" in message(**{"lora_up.weight": torch.zeros(36, 4)})
-    assert "do not multiply" in message(**{"lora_up.weight": torch.zeros(36, 4)})
-    assert "do not multiply" in message(**{"lora_down.weight": torch.zeros(36)})
-    assert "which is no dtype of weights" in message(**{"lora_down.weight": torch.zeros(3, 36, dtype=torch.int8)})
-    norm = {"norm_q.lora_down.weight": torch.zeros(3, 36), "norm_q.lora_up.weight": torch.zeros(36, 3)}
+    twice = message(**{"lora_A.weight": np.zeros((3, 36), np.float32)})
+    assert all(name in twice for name in (f"{query}.lora_A.weight", f"{query}.lora_down.weight", "one parameter"))
+    assert "must be one finite number" in message(alpha=np.float32("nan"))
+    assert "must be one finite number" in message(alpha=np.ones(2, np.float32))
+    assert "[3, 36] and" in message(**{"lora_up.weight": np.zeros((36, 4), np.float32)})
+    assert "do not multiply" in message(**{"lora_up.weight": np.zeros((36, 4), np.float32)})
+    assert "do not multiply" in message(**{"lora_down.weight": np.zeros(36, np.float32)})
+    assert "which is no dtype of weights" in message(**{"lora_down.weight": np.zeros((3, 36), np.int8)})
+    norm = {
+        "norm_q.lora_down.weight": np.zeros((3, 36), np.float32),
+        "norm_q.lora_up.weight": np.zeros((36, 3), np.float32),
+    }
     changed = stored | {f"diffusion_model.blocks.0.self_attn.{name}": tensor for name, tensor in norm.items()}
     assert "norm_q.weight is a vector" in refusal(save(path, changed))
 
@@ -368,17 +339,17 @@ def test_wrong_shapes_and_wrong_models(tmp_path):
     name = "diffusion_model.blocks.0.ffn.0.lora_up.weight"
     wrong = stored | {name: stored[name][:50]}
     assert f"does not fit this model: {name} is [50, 5] and must be [52, 5]" in refusal(save(path, wrong))
-    wrong = stored | {"diffusion_model.blocks.0.diff_m": torch.zeros(6, 35)}
+    wrong = stored | {"diffusion_model.blocks.0.diff_m": np.zeros((6, 35), np.float32)}
     assert "blocks.0.diff_m is [6, 35] and must be [1, 6, 36]" in refusal(save(path, wrong))
     save(path, stored)
     assert refusal(path, dataclasses.replace(CONFIG, dim=60)).endswith("it is for a model of width 36")
     assert "changes layer 1, and this model has 1 layers" in refusal(path, dataclasses.replace(CONFIG, num_layers=1))
     small = {
-        f"diffusion_model.blocks.0.self_attn.q.lora_{name}.weight": torch.zeros(shape)
+        f"diffusion_model.blocks.0.self_attn.q.lora_{name}.weight": np.zeros(shape, np.float32)
         for name, shape in (("down", (4, 1536)), ("up", (1536, 4)))
     }
     assert refusal(save(path, small)).endswith("it is for a model of width 1536 (t2v-1.3b)")
-    whole = {mapping.names.official: torch.zeros(mapping.torch_shape) for mapping in expanded_table(CONFIG)}
+    whole = {mapping.names.official: np.zeros(mapping.torch_shape, np.float32) for mapping in expanded_table(CONFIG)}
     assert "is it a checkpoint?" in refusal(save(path, whole))
 
 
@@ -391,12 +362,12 @@ def test_bad_adapter_metadata(tmp_path):
 def test_image_keys_are_ignored_where_there_are_no_images(tmp_path):
     stored = tensors("comfyui", pairs())
     images = {
-        "blocks.0.cross_attn.k_img.lora_down.weight": torch.zeros(3, 36),
-        "blocks.0.cross_attn.k_img.lora_up.weight": torch.zeros(36, 3),
-        "blocks.1.cross_attn.v_img.diff_b": torch.zeros(36),
-        "blocks.1.cross_attn.norm_k_img.diff": torch.zeros(36),
-        "img_emb.proj.1.lora_down.weight": torch.zeros(3, 1280),
-        "img_emb.proj.4.diff": torch.zeros(36),
+        "blocks.0.cross_attn.k_img.lora_down.weight": np.zeros((3, 36), np.float32),
+        "blocks.0.cross_attn.k_img.lora_up.weight": np.zeros((36, 3), np.float32),
+        "blocks.1.cross_attn.v_img.diff_b": np.zeros(36, np.float32),
+        "blocks.1.cross_attn.norm_k_img.diff": np.zeros(36, np.float32),
+        "img_emb.proj.1.lora_down.weight": np.zeros((3, 1280), np.float32),
+        "img_emb.proj.4.diff": np.zeros(36, np.float32),
     }
     path = save(tmp_path / "x.safetensors", stored | {f"diffusion_model.{n}": t for n, t in images.items()})
     file = open_lora(path, CONFIG)
@@ -405,8 +376,7 @@ def test_image_keys_are_ignored_where_there_are_no_images(tmp_path):
     assert file.as_json()["matched"] == len(stored)
     kohya = save(
         tmp_path / "y.safetensors",
-        tensors("kohya", pairs(modules=BLOCK_MODULES))
-        | {"lora_unet_blocks_0_cross_attn_k_img.alpha": torch.tensor(1.0)},
+        tensors("kohya", pairs(modules=BLOCK_MODULES)) | {"lora_unet_blocks_0_cross_attn_k_img.alpha": np.float32(1.0)},
     )
     assert len(open_lora(kohya, CONFIG).ignored) == 1
 
@@ -468,11 +438,11 @@ def test_attention_to_images_and_convolution_factors(tmp_path):
         "img_emb.proj.3": (36, 20),
     }
     for module, (outputs, inputs) in modules.items():
-        stored[f"diffusion_model.{module}.lora_down.weight"] = torch.from_numpy(random.random((2, inputs), np.float32))
-        stored[f"diffusion_model.{module}.lora_up.weight"] = torch.from_numpy(random.random((outputs, 2), np.float32))
+        stored[f"diffusion_model.{module}.lora_down.weight"] = random.random((2, inputs), np.float32)
+        stored[f"diffusion_model.{module}.lora_up.weight"] = random.random((outputs, 2), np.float32)
     down, up = random.random((3, 36, 1, 2, 2), np.float32), random.random((36, 3, 1, 1, 1), np.float32)
-    stored["diffusion_model.patch_embedding.lora_down.weight"] = torch.from_numpy(down)
-    stored["diffusion_model.patch_embedding.lora_up.weight"] = torch.from_numpy(up)
+    stored["diffusion_model.patch_embedding.lora_down.weight"] = down
+    stored["diffusion_model.patch_embedding.lora_up.weight"] = up
     changes["patch_embedding.kernel"] = (up.reshape(36, 3) @ down.reshape(3, -1)).T
     file = open_lora(save(tmp_path / "x.safetensors", stored), config)
     assert not file.ignored
@@ -482,7 +452,7 @@ def test_attention_to_images_and_convolution_factors(tmp_path):
     for module in modules:
         (mapping,) = (mapping for mapping in expanded_table(config) if mapping.names.official == f"{module}.weight")
         name = f"diffusion_model.{module}"
-        factors = (stored[f"{name}.lora_up.weight"] @ stored[f"{name}.lora_down.weight"]).numpy()
+        factors = stored[f"{name}.lora_up.weight"] @ stored[f"{name}.lora_down.weight"]
         changes[mapping.name] = factors.T
     for name, array in after.items():
         np.testing.assert_allclose(array, before[name] + changes.get(name, 0), atol=1e-5)  # sums in another order

@@ -9,7 +9,7 @@ import pytest
 import torch
 from flax import nnx
 
-from tests import originals
+from tests.parity import originals
 from wan_jax.checkpoint.tables.image_encoder import image_encoder_table
 from wan_jax.config import ImageEncoderConfig
 from wan_jax.models.image_encoder import ImageEncoder

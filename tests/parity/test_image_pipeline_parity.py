@@ -11,7 +11,8 @@ from diffusers import WanPipeline as DiffusersWanPipeline
 from PIL import Image
 from transformers import BatchFeature
 
-from tests import originals
+from tests.parity import originals
+from tests.prompts import PROMPTS
 from wan_jax import WanPipeline
 
 # Not square, an odd number of latent frames, sizes that are multiples of a token's 16 (TI2V: 32) and nothing more.
@@ -64,7 +65,7 @@ def arguments(model: str, pipe: WanPipeline, solver: str) -> tuple[dict, dict]:
     if model == "flf2v-14b":
         images["last_image"] = picture(2, size)
     theirs = {
-        "prompt": originals.PROMPTS[0],
+        "prompt": PROMPTS[0],
         "negative_prompt": NEGATIVE,
         "width": size[0],
         "height": size[1],
@@ -75,7 +76,7 @@ def arguments(model: str, pipe: WanPipeline, solver: str) -> tuple[dict, dict]:
         "latents": torch.from_numpy(noise)[None],
     }
     ours = {
-        "prompt": originals.PROMPTS[0],
+        "prompt": PROMPTS[0],
         "negative_prompt": NEGATIVE,
         "size": size,
         "frames": FRAMES,

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import originals
+from tests.parity import originals
+from tests.prompts import PROMPTS
 from wan_jax import WanPipeline
 
 # Not square, an odd number of latent frames, sizes that are multiples of 16 and of nothing more.
@@ -29,7 +30,7 @@ def initial_latents():
     return np.random.default_rng(7).standard_normal(LATENTS).astype(np.float32)
 
 
-def run_original(original, initial_latents, output_type, *, prompt=originals.PROMPTS[0], steps=7, **changes):
+def run_original(original, initial_latents, output_type, *, prompt=PROMPTS[0], steps=7, **changes):
     arguments = {
         "prompt": prompt,
         "negative_prompt": NEGATIVE,
@@ -46,7 +47,7 @@ def run_original(original, initial_latents, output_type, *, prompt=originals.PRO
     return original(**(arguments | changes)).frames
 
 
-def run_ours(pipe, initial_latents, *, prompt=originals.PROMPTS[0], steps=7, **changes):
+def run_ours(pipe, initial_latents, *, prompt=PROMPTS[0], steps=7, **changes):
     arguments = {
         "negative_prompt": NEGATIVE,
         "size": SIZE,
@@ -99,8 +100,8 @@ def test_torch_noise_gives_the_video_of_a_diffusers_seed(pipe, original):
 
 
 def test_batch_is_the_same_as_one_by_one(pipe, initial_latents):
-    batch = run_ours(pipe, initial_latents, prompt=list(originals.PROMPTS), steps=2)
-    for prompt, video in zip(originals.PROMPTS, batch, strict=True):
+    batch = run_ours(pipe, initial_latents, prompt=list(PROMPTS), steps=2)
+    for prompt, video in zip(PROMPTS, batch, strict=True):
         alone = run_ours(pipe, initial_latents, prompt=prompt, steps=2)
         # Products of another batch size may add in another order.
         np.testing.assert_allclose(video.latents, alone.latents, rtol=0, atol=1e-4)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,19 +82,36 @@ def random_pipeline(
     )
 
 
-def write_demo(destination: Path, layout: Literal["orbax", "diffusers"], config: WanConfig = DEMO) -> None:
+def write_demo(
+    destination: Path,
+    layout: str,
+    config: WanConfig = DEMO,
+    *,
+    dtype: str = "bfloat16",
+    tokenizer_folder: Path | None = None,
+) -> None:
     """Writes the demo model, or another with random weights, as a checkpoint.
 
-    Raises InputError where `destination` exists.
+    Args:
+        destination: the folder to make.
+        layout: "orbax", "diffusers" or "official".
+        config: the model's.
+        dtype: of the text encoder and the denoisers; the VAE and the image encoder are float32.
+        tokenizer_folder: a tokenizer to copy; None for one that is trained on PROMPT.
+
+    Raises:
+        InputError: `destination` exists.
     """
     with tempfile.TemporaryDirectory() as folder:
-        train_small_tokenizer([PROMPT], config.text_encoder.vocab_size, Path(folder))
-        pipeline = random_pipeline(config, Tokenizer.from_pretrained(folder))
+        if tokenizer_folder is None:
+            tokenizer_folder = Path(folder)
+            train_small_tokenizer([PROMPT], config.text_encoder.vocab_size, tokenizer_folder)
+        pipeline = random_pipeline(config, Tokenizer.from_pretrained(tokenizer_folder), dtype)
         models = {"text_encoder": pipeline.text_encoder, "vae": pipeline.vae, **pipeline.denoisers}
         if pipeline.image_encoder is not None:
             models["image_encoder"] = pipeline.image_encoder
         components = {name: named_parameters(model) for name, model in models.items()}
-        convert(memory_checkpoint(config, components, Path(folder)), destination, to=layout)
+        convert(memory_checkpoint(config, components, tokenizer_folder), destination, to=layout)
 
 
 LARGE = 2**24

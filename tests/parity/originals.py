@@ -5,8 +5,6 @@ import pathlib
 import numpy as np
 import torch
 
-PROMPTS = ("两只拟人化的猫，在舞台上激烈地打拳击！", "A red circle moves right, slowly.")  # noqa: RUF001
-
 
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     """Fills every parameter, norms and tables too, so that none is left at a value that hides a mistake."""
