@@ -22,7 +22,7 @@ def add_command(commands: Any) -> None:
     command.add_argument(
         "--compare", nargs="+", default=[], help='further settings on the same seeds: "steps=10 solver=euler" ...'
     )
-    command.add_argument("--report", type=pathlib.Path, help="write all figures here", metavar="F.json")
+    command.add_argument("--report", type=pathlib.Path, help="write all figures to this file", metavar="F.json")
     command.add_argument(
         "--sheet", type=pathlib.Path, help="draw frames of the first setting's videos", metavar="F.png"
     )

@@ -52,19 +52,19 @@ def scenes_of(chunk: dict[str, np.ndarray]) -> Scenes:
 def chunks(
     start: int, tokenizer_folder: str | Path, length: int, workers: int, number: int = CHUNK
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """Chunks start, start + 1, ..., without end, in order; `workers` processes keep some ready (0: made when asked)."""
+    """Chunks start, start + 1, ..., without end, in order; `workers` processes make them ahead (0: made when asked)."""
     if workers == 0:
         while True:
             yield make_chunk(start, tokenizer_folder, length, number)
             start += 1
     # Spawned, not forked: the process that asks runs JAX's threads.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
-        ahead = [pool.submit(make_chunk, start + n, tokenizer_folder, length, number) for n in range(2 * workers)]
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as executor:
+        ahead = [executor.submit(make_chunk, start + n, tokenizer_folder, length, number) for n in range(2 * workers)]
         try:
             while True:
                 yield ahead.pop(0).result()
                 start += 1
-                ahead.append(pool.submit(make_chunk, start + len(ahead), tokenizer_folder, length, number))
+                ahead.append(executor.submit(make_chunk, start + len(ahead), tokenizer_folder, length, number))
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(wait=False, cancel_futures=True)

@@ -117,9 +117,9 @@ def generate_videos(
     """Yields uint8 [F, H, W, 3] for each prompt, from the noise of its own seed."""
     requests = [dataclasses.replace(settings, prompt=prompt.text, seed=prompt.seed) for prompt in prompts]
     for start in range(0, len(prompts), batch):
-        some = requests[start : start + batch]
-        some += [some[-1]] * (batch - len(some))  # one shape, one compilation
-        latents = pipeline.denoise(some)
+        rows = requests[start : start + batch]
+        rows += [rows[-1]] * (batch - len(rows))  # one shape, one compilation
+        latents = pipeline.denoise(rows)
         for one in latents[: len(prompts) - start]:
             yield pipeline.decode(one)
 
@@ -322,7 +322,7 @@ def _kept(videos: Iterable[np.ndarray], into: list[np.ndarray]) -> Iterator[np.n
 
 
 def save_sheet(path: Path, videos: Sequence[np.ndarray], frames: int = 5, columns: int = 3) -> None:
-    """One picture: of each video some frames, evenly spaced, side by side."""
+    """Draws one picture: evenly spaced frames of each video, side by side."""
     rows = [np.concatenate(video[np.linspace(0, len(video) - 1, frames).astype(int)], axis=1) for video in videos]
     rows += [np.zeros_like(rows[0])] * (-len(rows) % columns)
     sheet = np.concatenate([np.concatenate(rows[n::columns], axis=0) for n in range(columns)], axis=1)
@@ -330,7 +330,7 @@ def save_sheet(path: Path, videos: Sequence[np.ndarray], frames: int = 5, column
 
 
 def overridden(options: Options, text: str) -> Options:
-    """The options with some set anew: "steps=10 guidance=2,4". Raises InputError."""
+    """Returns the options with those that a text such as "steps=10 guidance=2,4" sets; raises InputError."""
     values: dict[str, Any] = {}
     for part in text.split():
         name, equals, value = part.partition("=")

@@ -5,6 +5,7 @@ parameters as float32 arrays by name. `compute` is the dtype of the models' prod
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,21 +15,22 @@ from einops import rearrange
 from flax import nnx
 from jax.typing import DTypeLike
 
-from wan_jax.config import WanConfig
+from wan_jax.config import ModelConfig, WanConfig
 from wan_jax.kernels.attention import AttentionOptions
+from wan_jax.models.build import build_model
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parameters import named_parameters, with_parameters
 from wan_jax.training.config import NoiseConfig
-from wan_jax.training.denoiser_loss import draw_sigmas
+from wan_jax.training.denoiser_loss import draw_sigmas, flow_matching_errors
 from wan_nano.scenes import BACKGROUNDS, COLOURS, KINDS, MOTIONS, SPEEDS, Scenes
 from wan_nano.whole_video import decode_whole, encode_moments
 
 Parameters = Mapping[str, jax.Array]
 Figures = dict[str, jax.Array]
 
-# What a caption says, by attribute, and in how many ways; one more stands for "nothing said" or "no such object".
+# What a caption says, by attribute, and in how many ways; one more stands for "not mentioned" or "no such object".
 OBJECT_ATTRIBUTES = {"kind": len(KINDS), "colour": len(COLOURS), "motion": len(MOTIONS), "speed": len(SPEEDS)}
 ATTRIBUTES = {
     **{f"{name}_{index + 1}": count + 1 for index in range(2) for name, count in OBJECT_ATTRIBUTES.items()},
@@ -39,9 +41,9 @@ SQUARED_WEIGHT = 4.0
 DECODER = ("decoder.", "post_quant_conv.")  # how names of the VAE's parameters begin that encoding does not need
 
 
-def build(kind: type, config: Any, compute: DTypeLike) -> Any:
-    """A function that makes a model which stores float32 and computes in `compute`."""
-    return lambda: kind(config, dtype=compute, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+def model_of(config: ModelConfig, parameters: Parameters, compute: DTypeLike) -> Any:
+    """The model of these float32 parameters, which computes in `compute`."""
+    return with_parameters(partial(build_model, config, compute), parameters)
 
 
 # The text encoder
@@ -83,11 +85,10 @@ def read_attributes(readout: Parameters, hidden: jax.Array, mask: jax.Array) -> 
 
 def text_loss(config: WanConfig, compute: DTypeLike):
     """Captions of all languages have the same attributes; batch: tokens [b, T], mask [b, T], labels [b, attributes]."""
-    make = build(TextEncoder, config.text_encoder, compute)
 
     def loss(parameters: Parameters, frozen: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, Figures]:
         del frozen, keys
-        encoder = with_parameters(make, split(parameters, "readout.")[0])
+        encoder = model_of(config.text_encoder, split(parameters, "readout.")[0], compute)
         hidden = encoder(batch["tokens"], batch["mask"])
         logits = read_attributes(parameters, hidden, batch["mask"])
         labels = jnp.unstack(batch["labels"], axis=1)
@@ -102,7 +103,7 @@ def text_loss(config: WanConfig, compute: DTypeLike):
 
 
 def split(parameters: Parameters, *prefixes: str) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The parameters whose names begin otherwise, and those that begin so."""
+    """Returns the parameters whose names do not begin with a prefix, and those whose names do."""
     rest = {name: array for name, array in parameters.items() if not name.startswith(prefixes)}
     return rest, {name: array for name, array in parameters.items() if name not in rest}
 
@@ -155,10 +156,9 @@ def decoder_loss(config: WanConfig, compute: DTypeLike, noise_scale: float):
 
 def make_reconstruct(config: WanConfig, compute: DTypeLike, noise_scale: float = 1.0):
     """reconstruct(parameters, videos, keys) -> error, figures, mean and log variance of the latents."""
-    make = build(VAE, config.vae, compute)
 
     def reconstruct(parameters: Parameters, videos: jax.Array, keys: jax.Array):
-        vae = with_parameters(make, parameters)
+        vae = model_of(config.vae, parameters, compute)
         mean, log_variance = encode_moments(vae, videos)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         difference = decode_whole(vae, mean + noise_scale * jnp.exp(0.5 * log_variance) * noise) - videos
@@ -207,14 +207,8 @@ def expert_loss(
     [2] is the expert's `sigma_range`: an argument, so that one program trains every expert.
     """
 
-    def make():
-        return Denoiser(
-            config.denoiser,
-            dtype=compute,
-            param_dtype=jnp.float32,
-            unroll=unroll,
-            rngs=nnx.Rngs(0),
-        )
+    def build() -> Denoiser:
+        return Denoiser(config.denoiser, dtype=compute, unroll=unroll, rngs=nnx.Rngs(0))
 
     def loss(parameters: Parameters, frozen: Any, batch: Any, keys: jax.Array) -> tuple[jax.Array, Figures]:
         keys_text, keys_noise, keys_sigma = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
@@ -226,12 +220,9 @@ def expert_loss(
             return jnp.where(jax.random.bernoulli(key_dropout, dropout), frozen["empty"], text)
 
         texts = jax.vmap(choose)(keys_text, batch["texts"])
-        sigma = draw_sigmas(keys_sigma, NoiseConfig(), config.sampling.shift, tuple(frozen["range"]))
-        noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys_noise)
-        weight = sigma[:, None, None, None, None]
-        denoiser = with_parameters(make, parameters).with_attention(AttentionOptions(attention))
-        velocity = denoiser((1 - weight) * latents + weight * noise, 1000 * sigma, denoiser.encode_context(texts))
-        return jnp.square(velocity - (noise - latents)).mean(), {}
+        sigmas = draw_sigmas(keys_sigma, NoiseConfig(), config.sampling.shift, tuple(frozen["range"]))
+        denoiser = with_parameters(build, parameters).with_attention(AttentionOptions(attention))
+        return flow_matching_errors(denoiser, latents, texts, sigmas, keys_noise).mean(), {}
 
     return loss
 
@@ -244,11 +235,10 @@ def make_encode(config: WanConfig, compute: DTypeLike):
 
     parameters: of "vae" and "text_encoder". captions: "tokens" and "mask" [b, languages, T]. videos: [b, F, H, W, 3].
     """
-    make_vae, make_text = build(VAE, config.vae, compute), build(TextEncoder, config.text_encoder, compute)
 
     def encode(parameters: Any, captions: Any, videos: jax.Array) -> dict[str, jax.Array]:
-        vae = with_parameters(make_vae, parameters["vae"])
-        encoder = with_parameters(make_text, parameters["text_encoder"])
+        vae = model_of(config.vae, parameters["vae"], compute)
+        encoder = model_of(config.text_encoder, parameters["text_encoder"], compute)
         tokens, mask = (rearrange(captions[name], "b n t -> (b n) t") for name in ("tokens", "mask"))
         return {
             "latents": rearrange(encode_moments(vae, videos)[0], "b t h w z -> b z t h w"),

@@ -92,8 +92,8 @@ def segment(video: np.ndarray, background: np.ndarray) -> np.ndarray:
     )
     nearest = squared.argmin(axis=0)
     foreground = (np.square(offset).sum(-1) > FOREGROUND**2) & (squared.min(axis=0) < FAR**2)
-    mine = (np.arange(len(PALETTE))[:, None, None, None] == nearest) & foreground
-    return np.where(mine & (part > OPAQUE), part, 0)
+    nearest_is_own = (np.arange(len(PALETTE))[:, None, None, None] == nearest) & foreground
+    return np.where(nearest_is_own & (part > OPAQUE), part, 0)
 
 
 def _report(colour: str, coverage: np.ndarray, shorter: int, classifier: Classifier) -> ObjectReport:

@@ -51,7 +51,7 @@ class ReplayBuffer:
         jax.block_until_ready(self._arrays)
 
     def add(self) -> None:
-        """Renders and encodes some videos."""
+        """Renders and encodes the next videos."""
         examples = next(self._examples)
         videos = self._run.draw(int(self._generator.integers(2**31)), scenes_of(examples), self.bucket)
         captions = {name: examples[name] for name in ("tokens", "mask")}

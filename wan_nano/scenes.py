@@ -88,7 +88,7 @@ def draw_scenes(seed: int, number: int, *, pairs: float = 0.5, want_held_out: bo
 
     Args:
       pairs: how many of them have two objects, as a part of 1. The two never have the same colour.
-      want_held_out: every object is of a held-out combination; otherwise none is.
+      want_held_out: whether every object is of a held-out combination, or none is.
     """
     generator = np.random.default_rng((seed, int(want_held_out)))
 
@@ -96,10 +96,10 @@ def draw_scenes(seed: int, number: int, *, pairs: float = 0.5, want_held_out: bo
         """[number, 3]: kind, colour, motion."""
         drawn = np.zeros((0, 3), np.int64)
         while len(drawn) < number:
-            some = generator.integers(0, (len(KINDS), len(COLOURS), len(MOTIONS)), (2 * number + 64, 3))
-            kind, colour, motion = some.T
+            draws = generator.integers(0, (len(KINDS), len(COLOURS), len(MOTIONS)), (2 * number + 64, 3))
+            kind, colour, motion = draws.T
             allowed = possible(kind, motion) & (held_out(kind, colour, motion) == want_held_out)
-            drawn = np.concatenate([drawn, some[allowed]])
+            drawn = np.concatenate([drawn, draws[allowed]])
         return drawn[:number]
 
     first, second = objects(), objects()

@@ -19,9 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from wan_jax.models.text_encoder import TextEncoder
-from wan_jax.models.vae import VAE
-from wan_jax.parameters import with_parameters
 from wan_jax.runtime import xla_flags
 from wan_jax.text.tokenizer import Tokenizer
 from wan_jax.training.denoiser_loss import sigma_range
@@ -122,12 +119,11 @@ def text_accuracy(run: NanoRun, parameters: Parameters, number: int = 512) -> di
 def train_vae(run: NanoRun, seconds: float) -> None:
     """Trains the VAE, on videos or windows of them."""
     options, config = run.options, run.config
-    make = losses.build(VAE, config.vae, options.compute)
     test_videos = run.draw(0, draw_scenes(TEST_SEED, options.fill), options.buckets[0])
 
     @functools.partial(jax.jit, compiler_options=xla_flags.ONCE_OPTIONS)
     def moments(parameters: Any, videos: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, _ = encode_moments(with_parameters(make, parameters), videos)
+        mean, _ = encode_moments(losses.model_of(config.vae, parameters, options.compute), videos)
         return mean.mean(axis=(0, 1, 2, 3)), mean.std(axis=(0, 1, 2, 3))
 
     def export(parameters: Parameters) -> dict[str, Parameters]:
@@ -185,7 +181,7 @@ def psnr(run: NanoRun, parameters: Parameters, number: int = 32) -> dict[str, fl
 
     @functools.partial(jax.jit, compiler_options=xla_flags.ONCE_OPTIONS)
     def squared_error(parameters: Any, videos: jax.Array) -> jax.Array:
-        vae = with_parameters(losses.build(VAE, run.config.vae, run.options.compute), parameters)
+        vae = losses.model_of(run.config.vae, parameters, run.options.compute)
         decoded = jnp.clip(decode_whole(vae, encode_moments(vae, videos)[0]), -1, 1)
         return jnp.square(decoded - videos).mean(axis=(1, 2, 3, 4))
 
@@ -212,7 +208,7 @@ def train_experts(run: NanoRun, seconds: float) -> None:
     tokens, mask = Tokenizer.from_pretrained(run.tokenizer)(
         [config.sampling.negative_prompt], config.denoiser.text_length
     )
-    encoder = with_parameters(losses.build(TextEncoder, config.text_encoder, options.compute), encoders["text_encoder"])
+    encoder = losses.model_of(config.text_encoder, encoders["text_encoder"], options.compute)
     empty = encoder(jnp.asarray(tokens), jnp.asarray(mask))[0].astype(jnp.bfloat16)
     # One program for all experts: what differs between them is an argument.
     loss = losses.expert_loss(config, options.compute, attention=options.attention, unroll=options.unroll)

@@ -28,7 +28,7 @@ def init(seed: int) -> dict[str, jax.Array]:
 
 
 def make_crops(seed: int, atlas: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Labelled crops of clean objects, some of them blurred and noisy as decoded videos are."""
+    """Labelled crops of clean objects, part of them blurred and noisy as decoded videos are."""
     generator = np.random.default_rng(seed)
     kinds = generator.integers(0, len(KINDS), number)
     opacities = np.array(draw_opacities(jax.random.key(seed), jnp.asarray(kinds), jnp.asarray(atlas)))

@@ -20,6 +20,11 @@ class Frames:
     two_on: Sequence[str]
 
 
+def _forms(*verbs: str) -> tuple[tuple[str, ...], ...]:
+    """Splits the forms of each verb: "rises/rising"."""
+    return tuple(tuple(verb.split("/")) for verb in verbs)
+
+
 # English: a clause is a noun phrase and a verb phrase, finite ("moves right") or not ("moving right").
 EN_COLOURS = {
     "red": ("red", "red", "crimson", "scarlet"),
@@ -59,39 +64,33 @@ EN_WHERE = {
     "circle": ("in a circle", "in circles", "around in a circle", "along a circular path"),
 }
 EN_VERBS = {
-    "up": (("rises", "rising"),),
-    "down": (("sinks", "sinking"),),
-    "circle": (("circles around", "circling around"), ("orbits", "orbiting")),
-    "bounce": (
-        ("bounces", "bouncing"),
-        ("bounces up and down", "bouncing up and down"),
-        ("hops", "hopping"),
-        ("jumps up and down", "jumping up and down"),
+    "up": _forms("rises/rising"),
+    "down": _forms("sinks/sinking"),
+    "circle": _forms("circles around/circling around", "orbits/orbiting"),
+    "bounce": _forms(
+        "bounces/bouncing",
+        "bounces up and down/bouncing up and down",
+        "hops/hopping",
+        "jumps up and down/jumping up and down",
     ),
-    "grow": (
-        ("grows", "growing"),
-        ("gets bigger", "getting bigger"),
-        ("becomes larger", "becoming larger"),
-        ("expands", "expanding"),
+    "grow": _forms(
+        "grows/growing", "gets bigger/getting bigger", "becomes larger/becoming larger", "expands/expanding"
     ),
-    "shrink": (
-        ("shrinks", "shrinking"),
-        ("gets smaller", "getting smaller"),
-        ("becomes smaller", "becoming smaller"),
-        ("contracts", "contracting"),
+    "shrink": _forms(
+        "shrinks/shrinking", "gets smaller/getting smaller", "becomes smaller/becoming smaller", "contracts/contracting"
     ),
-    "rotate": (
-        ("rotates", "rotating"),
-        ("spins", "spinning"),
-        ("turns around its center", "turning around its center"),
-        ("spins in place", "spinning in place"),
+    "rotate": _forms(
+        "rotates/rotating",
+        "spins/spinning",
+        "turns around its center/turning around its center",
+        "spins in place/spinning in place",
     ),
-    "stay": (
-        ("stays still", "staying still"),
-        ("does not move", "not moving"),
-        ("stands still", "standing still"),
-        ("rests in place", "resting in place"),
-        ("stays where it is", "staying where it is"),
+    "stay": _forms(
+        "stays still/staying still",
+        "does not move/not moving",
+        "stands still/standing still",
+        "rests in place/resting in place",
+        "stays where it is/staying where it is",
     ),
 }
 EN_SPEEDS = {
@@ -107,42 +106,23 @@ EN_BACKGROUNDS = {
 }
 EN_TRAINED = Frames(
     one=(
-        "{0:finite}",
-        "{0:finite}",
-        "{0:ing}",
-        "a video of {0:ing}",
-        "{0:that}",
-        "there is {0:that}",
-        "a short clip in which {0:finite}",
-        "an animation of {0:ing}",
-        "show {0:ing}",
+        *("{0:finite}", "{0:finite}", "{0:ing}", "a video of {0:ing}", "{0:that}", "there is {0:that}"),
+        *("a short clip in which {0:finite}", "an animation of {0:ing}", "show {0:ing}"),
     ),
     two=(
-        "{0:finite} and {1:finite}",
-        "{0:finite} while {1:finite}",
-        "{0:finite}, {1:finite}",
-        "{0:ing} and {1:ing}",
-        "a video of {0:ing} and {1:ing}",
-        "{0:finite}; at the same time {1:finite}",
-        "two objects: {0:ing} and {1:ing}",
-        "{0:ing}, {1:ing}",
-        "as {0:finite}, {1:finite}",
+        *("{0:finite} and {1:finite}", "{0:finite} while {1:finite}", "{0:finite}, {1:finite}"),
+        *("{0:ing} and {1:ing}", "a video of {0:ing} and {1:ing}", "{0:finite}; at the same time {1:finite}"),
+        *("two objects: {0:ing} and {1:ing}", "{0:ing}, {1:ing}", "as {0:finite}, {1:finite}"),
     ),
     one_on=(
-        "{0:finite} on a {b} background",
-        "on a {b} background, {0:finite}",
-        "{0:ing} against a {b} background",
-        "{b} background, {0:ing}",
-        "{0:finite}. the background is {b}",
-        "a video of {0:ing}, {b} background",
+        *("{0:finite} on a {b} background", "on a {b} background, {0:finite}"),
+        *("{0:ing} against a {b} background", "{b} background, {0:ing}", "{0:finite}. the background is {b}"),
+        *("a video of {0:ing}, {b} background",),
     ),
     two_on=(
-        "{0:finite} and {1:finite} on a {b} background",
-        "on a {b} background, {0:finite} and {1:finite}",
-        "on a {b} background, {0:finite} while {1:finite}",
-        "{b} background, {0:ing} and {1:ing}",
-        "{0:ing} and {1:ing} against a {b} background",
-        "{0:finite}, {1:finite}. the background is {b}",
+        *("{0:finite} and {1:finite} on a {b} background", "on a {b} background, {0:finite} and {1:finite}"),
+        *("on a {b} background, {0:finite} while {1:finite}", "{b} background, {0:ing} and {1:ing}"),
+        *("{0:ing} and {1:ing} against a {b} background", "{0:finite}, {1:finite}. the background is {b}"),
     ),
 )
 EN_HELD_OUT = Frames(
@@ -205,24 +185,17 @@ ZH_BACKGROUNDS = {
 }
 ZH_TRAINED = Frames(
     one=(
-        *("{0:one}", "{0:one}", "{0:bare}", "有{0:one}"),
-        *("视频里{0:one}", "一段视频,{0:one}", "画面中{0:one}", "动画:{0:bare}"),
+        *("{0:one}", "{0:one}", "{0:bare}", "有{0:one}", "视频里{0:one}", "一段视频,{0:one}", "画面中{0:one}"),
+        *("动画:{0:bare}",),
     ),
     two=(
-        "{0:one},{1:one}",
-        "{0:one},同时{1:one}",
-        "{0:bare},{1:bare}",
-        "{0:one},而{1:one}",
-        "画面中{0:one},{1:one}",
-        "{0:bare}和{1:bare}",
-        "一段视频,{0:one},{1:one}",
+        *("{0:one},{1:one}", "{0:one},同时{1:one}", "{0:bare},{1:bare}", "{0:one},而{1:one}", "画面中{0:one},{1:one}"),
+        *("{0:bare}和{1:bare}", "一段视频,{0:one},{1:one}"),
     ),
     one_on=("{b}背景上,{0:one}", "在{b}背景上{0:one}", "{0:one},背景是{b}", "{b}的背景,{0:bare}"),
     two_on=(
-        "{b}背景上,{0:one},{1:one}",
-        "在{b}背景上{0:one},同时{1:one}",
-        "{0:one},{1:one},背景是{b}",
-        "{b}的背景,{0:bare},{1:bare}",
+        *("{b}背景上,{0:one},{1:one}", "在{b}背景上{0:one},同时{1:one}", "{0:one},{1:one},背景是{b}"),
+        *("{b}的背景,{0:bare},{1:bare}",),
     ),
 )
 ZH_HELD_OUT = Frames(
@@ -266,40 +239,22 @@ JA_WHERE = {
 }
 JA_GO = (("動く", "動いている"), ("移動する", "移動している"), ("進む", "進んでいる"), ("滑る", "滑っている"))
 JA_VERBS = {
-    "up": (("上昇する", "上昇している"),),
-    "down": (("下降する", "下降している"),),
-    "circle": (
-        ("円を描いて動く", "円を描いて動いている"),
-        ("円を描く", "円を描いている"),
-        ("円形に動く", "円形に動いている"),
-        ("円周上を動く", "円周上を動いている"),
+    "up": _forms("上昇する/上昇している"),
+    "down": _forms("下降する/下降している"),
+    "circle": _forms(
+        "円を描いて動く/円を描いて動いている",
+        "円を描く/円を描いている",
+        "円形に動く/円形に動いている",
+        "円周上を動く/円周上を動いている",
     ),
-    "bounce": (
-        ("跳ねる", "跳ねている"),
-        ("弾む", "弾んでいる"),
-        ("上下に跳ねる", "上下に跳ねている"),
-        ("バウンドする", "バウンドしている"),
+    "bounce": _forms(
+        "跳ねる/跳ねている", "弾む/弾んでいる", "上下に跳ねる/上下に跳ねている", "バウンドする/バウンドしている"
     ),
-    "grow": (
-        ("大きくなる", "大きくなっている"),
-        ("拡大する", "拡大している"),
-        ("膨らむ", "膨らんでいる"),
-    ),
-    "shrink": (
-        ("小さくなる", "小さくなっている"),
-        ("縮小する", "縮小している"),
-        ("縮む", "縮んでいる"),
-    ),
-    "rotate": (
-        ("回転する", "回転している"),
-        ("その場で回る", "その場で回っている"),
-        ("くるくる回る", "くるくる回っている"),
-    ),
-    "stay": (
-        ("静止する", "静止している"),
-        ("動かない", "動かないでいる"),
-        ("止まる", "止まっている"),
-        ("じっとする", "じっとしている"),
+    "grow": _forms("大きくなる/大きくなっている", "拡大する/拡大している", "膨らむ/膨らんでいる"),
+    "shrink": _forms("小さくなる/小さくなっている", "縮小する/縮小している", "縮む/縮んでいる"),
+    "rotate": _forms("回転する/回転している", "その場で回る/その場で回っている", "くるくる回る/くるくる回っている"),
+    "stay": _forms(
+        "静止する/静止している", "動かない/動かないでいる", "止まる/止まっている", "じっとする/じっとしている"
     ),
 }
 JA_SPEEDS = {"slow": ("ゆっくり", "ゆっくりと", "遅い速度で"), "fast": ("速く", "素早く", "高速で", "すばやく")}
@@ -312,13 +267,14 @@ JA_BACKGROUNDS = {
 JA_TRAINED = Frames(
     one=("{0:ga}", "{0:ga}", "{0:ing}", "{0:ga}動画", "画面の中で{0:ga}", "{0:ing}映像", "アニメーション:{0:ga}"),
     two=(
-        "{0:ga}、{1:ga}",
-        "{0:ing}、{1:ing}",
-        "{0:ha}。{1:ha}",
-        "{0:ga}間に、{1:ga}",
-        "画面の中で{0:ga}、そして{1:ga}",
-        "{0:ga}、同時に{1:ga}",
-        "{0:ing}、{1:ing}動画",
+        *(
+            "{0:ga}、{1:ga}",
+            "{0:ing}、{1:ing}",
+            "{0:ha}。{1:ha}",
+            "{0:ga}間に、{1:ga}",
+            "画面の中で{0:ga}、そして{1:ga}",
+        ),
+        *("{0:ga}、同時に{1:ga}", "{0:ing}、{1:ing}動画"),
     ),
     one_on=("{b}背景で{0:ga}", "{b}背景の上で、{0:ing}", "{0:ga}、{b}背景", "{b}背景に、{0:ga}動画"),
     two_on=(

@@ -161,7 +161,7 @@ def test_intervals():
 
 def test_evaluation(prompts, videos, tmp_path):
     """Two settings: one that makes what is asked for, one that shows every prompt the video of its neighbour."""
-    some = [*prompts[:5], *prompts[-3:]]
+    subset = [*prompts[:5], *prompts[-3:]]
     right = {prompt.text: video for prompt, video in zip(prompts, videos, strict=True)}
     wrong = dict(zip(right, np.roll(videos, 1, axis=0), strict=True))
     config = get_preset("nano")
@@ -180,7 +180,7 @@ def test_evaluation(prompts, videos, tmp_path):
     runs = [("right", lambda: (pipeline(right), settings)), ("wrong", lambda: (pipeline(wrong), settings))]
     shown = []
     report, sheet = tmp_path / "report.json", tmp_path / "sheet.png"
-    first, second = evaluate(runs, some, batch=3, output=report, sheet=sheet, show=shown.append)
+    first, second = evaluate(runs, subset, batch=3, output=report, sheet=sheet, show=shown.append)
     assert first.score("motion") == (5, 5)
     assert second.score("motion")[0] < 3
     assert len(shown) == 3

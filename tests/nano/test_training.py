@@ -15,10 +15,9 @@ from einops import rearrange
 from wan_jax.checkpoint import open_checkpoint
 from wan_jax.config import DenoiserConfig, TextEncoderConfig, VAEConfig, WanConfig
 from wan_jax.errors import InputError
-from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.text_encoder import TextEncoder
+from wan_jax.models.build import abstract_model
 from wan_jax.models.vae import VAE
-from wan_jax.parameters import abstract_parameters, named_parameters, with_parameters
+from wan_jax.parameters import named_parameters
 from wan_jax.presets import get_preset
 from wan_jax.testing.models import random_model, random_parameters
 from wan_jax.training.denoiser_loss import sigma_range
@@ -101,8 +100,7 @@ def test_folded_normalisation(vae):
     encode, decode = jax.jit(lambda vae, frames: encode_moments(vae, frames)[0]), jax.jit(decode_whole)
     mean = encode(vae, frames)
     centre, std = np.asarray(mean).mean((0, 1, 2, 3)), np.asarray(mean).std((0, 1, 2, 3))
-    make = losses.build(VAE, TINY.vae, "float32")
-    folded = with_parameters(make, losses.fold_normalisation(named_parameters(vae), centre, std))
+    folded = losses.model_of(TINY.vae, losses.fold_normalisation(named_parameters(vae), centre, std), "float32")
     normalised = encode(folded, frames)
     np.testing.assert_allclose(normalised, (mean - centre) / std, atol=1e-4)
     np.testing.assert_allclose(decode(folded, normalised), decode(vae, mean), atol=1e-4)
@@ -244,7 +242,7 @@ def test_the_decoder_alone(run):
 def test_latents_do_not_depend_on_the_decoder(vae):
     frames = np.random.default_rng(2).uniform(-1, 1, (1, 5, 16, 16, 3)).astype(np.float32)
     encoder, decoder = losses.split(named_parameters(vae), *losses.DECODER)
-    changed = with_parameters(losses.build(VAE, TINY.vae, "float32"), encoder | jax.tree.map(jnp.zeros_like, decoder))
+    changed = losses.model_of(TINY.vae, encoder | jax.tree.map(jnp.zeros_like, decoder), "float32")
     encode = jax.jit(lambda vae, frames: encode_moments(vae, frames))
     for before, after in zip(encode(vae, frames), encode(changed, frames), strict=True):
         np.testing.assert_array_equal(before, after)
@@ -306,7 +304,7 @@ def test_resume_without_a_state(run, tmp_path):
     old = files.load_weights(run.output, "vae") | files.load_weights(run.output, "decoder")
     new = files.load_weights(other.output, "vae")
     for key in old:
-        if not key.startswith(("quant_conv.", "post_quant_conv.")):  # normalised anew
+        if not key.startswith(("quant_conv.", "post_quant_conv.")):  # normalised again
             np.testing.assert_allclose(new[key], old[key], atol=2e-5, err_msg=key)
 
 
@@ -359,13 +357,12 @@ def test_export(tmp_path):
     run.mkdir()
     train_tokenizer(run / files.TOKENIZER, config.text_encoder.vocab_size)
 
-    def weights(kind, model_config, seed=0):
-        tree = abstract_parameters(losses.build(kind, model_config, "float32"))
-        return random_parameters(tree, seed, jnp.float32)
+    def weights(model_config, seed=0):
+        return random_parameters(abstract_model(model_config), seed, jnp.float32)
 
-    files.save_weights(run, "text_encoder", weights(TextEncoder, config.text_encoder))
-    files.save_weights(run, "vae", weights(VAE, config.vae))
-    experts = {name: weights(Denoiser, config.denoiser, n) for n, name in enumerate(config.experts)}
+    files.save_weights(run, "text_encoder", weights(config.text_encoder))
+    files.save_weights(run, "vae", weights(config.vae))
+    experts = {name: weights(config.denoiser, n) for n, name in enumerate(config.experts)}
     for name, arrays in experts.items():
         files.save_weights(run, name, arrays)
     calls = [{"stage": "text", "seconds": 30.0, "steps": steps, "step": steps, "loss": 0.5} for steps in (10, 58)]

@@ -52,19 +52,19 @@ def test_captions():
     captions = write_captions(scenes, 0)
     assert [row[0].text for row in captions] == [row[0].text for row in write_captions(scenes, 0)]
     texts = {language: [row[n].text for row in captions] for n, language in enumerate(LANGUAGES)}
-    for language, some in texts.items():
-        assert len(set(some)) > 390, language  # many phrasings
-        assert not any("{" in text or "None" in text for text in some)
+    for language, lines in texts.items():
+        assert len(set(lines)) > 390, language  # many phrasings
+        assert not any("{" in text or "None" in text for text in lines)
     # Every attribute can be told from the words: the same attribute has its own, another attribute has others.
     for kind, word in (("ring", "hoop"), ("moon", "月牙"), ("heart", "ハート")):
         index = KINDS.index(kind)
-        for language, some in texts.items():
-            for text, row, count in zip(some, scenes.kind, scenes.count, strict=True):
+        for language, lines in texts.items():
+            for text, row, count in zip(lines, scenes.kind, scenes.count, strict=True):
                 if word in text:
                     assert index in row[:count], (language, text)
     red = list(COLOURS).index("red")
     for n, words in enumerate((("red", "crimson", "scarlet"), ("红",), ("赤",))):
-        for row, colours, kinds, count in zip(captions, scenes.colour, scenes.kind, scenes.count, strict=True):
+        for row, colours, kinds, count in zip(lines, scenes.colour, scenes.kind, scenes.count, strict=True):
             has_red = red in colours[:count]
             text = row[n].text.lower().replace("粉红", "")
             assert any(word in text for word in words) == has_red, (text, kinds)

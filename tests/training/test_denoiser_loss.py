@@ -33,7 +33,7 @@ CONFIG = WanConfig(
 )
 ONE_EXPERT = dataclasses.replace(CONFIG, sampling=SamplingConfig(shift=3.0, boundary=None))
 TREE = abstract_parameters(lambda: Denoiser(CONFIG.denoiser, dtype=jnp.float32, rngs=nnx.Rngs(0)))
-HERE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
 def make_batch(size: int, seed: int = 0):
@@ -63,10 +63,10 @@ def test_experts_train_on_their_own_noise_levels(expert, noise):
     else:
         base = 1 / (1 + np.exp(-(0.3 + 1.2 * generator.normal(size=200_000))))
     everything = shift_sigmas(base, shift)
-    mine = everything[(everything >= low) & (everything < high)]
+    within = everything[(everything >= low) & (everything < high)]
     quantiles = np.linspace(0.05, 0.95, 19)
     # Four standard deviations of the share of 20,000 draws below a quantile.
-    shares = np.mean(ours[:, None] < np.quantile(mine, quantiles), axis=0)
+    shares = np.mean(ours[:, None] < np.quantile(within, quantiles), axis=0)
     np.testing.assert_allclose(shares, quantiles, atol=4 * 0.5 / 20_000**0.5)
     share = high_noise_share(CONFIG, noise)
     assert share == pytest.approx(np.mean(everything >= 0.875), abs=0.005)
@@ -129,8 +129,8 @@ def test_each_expert_gets_gradients_of_its_own_examples():
     (value, metrics), slopes = jax.jit(jax.value_and_grad(loss, has_aux=True))(parameters, frozen(), batch, ks)
     np.testing.assert_allclose(value, 0.25 * metrics["loss_high_noise"] + 0.75 * metrics["loss_low_noise"], rtol=1e-6)
     alone = dataclasses.replace(loss, experts=("low_noise",))
-    mine = {name: array[1:] for name, array in batch.items()}
-    expected = jax.jit(jax.grad(alone, has_aux=True))(parameters, frozen(), mine, ks[1:])[0]["low_noise"]
+    low = {name: array[1:] for name, array in batch.items()}
+    expected = jax.jit(jax.grad(alone, has_aux=True))(parameters, frozen(), low, ks[1:])[0]["low_noise"]
     for name, slope in slopes["low_noise"].items():  # float32 sums in another order
         np.testing.assert_allclose(slope, 0.75 * expected[name], rtol=1e-3, atol=1e-6, err_msg=name)
     assert all(np.any(slope) for slope in slopes["high_noise"].values())
@@ -147,7 +147,9 @@ def test_rematerialisation_changes_nothing():
     (value, _), slopes = gradients("attention")
     (expected_value, _), expected = gradients(None)
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
-    for name, slope in slopes["denoiser"].items():  # the same products; XLA may fuse, and so round, them otherwise
+    for name, slope in slopes[
+        "denoiser"
+    ].items():  # the same products; XLA may fuse them, and so round them, differently
         np.testing.assert_allclose(slope, expected["denoiser"][name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
@@ -162,7 +164,7 @@ def test_a_lora_trains_and_its_base_stays():
     assert len(tree) == 2 * 5
     adapters = {name: jnp.asarray(array) for name, array in initial_adapters(tree, 0).items()}
     optimizer = make_optimizer(OptimizerConfig())
-    state = init_state({"low_noise": adapters}, optimizer, seed=0, ema=True, replicated=HERE)
+    state = init_state({"low_noise": adapters}, optimizer, seed=0, ema=True, replicated=DEVICE)
     step = jax.jit(make_step(loss, optimizer, 0.9), donate_argnums=0)
     everything = frozen() | {"experts": {"low_noise": base}}
     losses = []

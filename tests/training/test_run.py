@@ -101,7 +101,9 @@ def test_training_both_experts(train, tmp_path, capsys, monkeypatch, checkpoint)
     video = pipeline("a video")
     sample = read_video(run / "samples" / "step-000006-0.mp4").frames
     video.save(tmp_path / "again.mp4")
-    assert np.abs(read_video(tmp_path / "again.mp4").frames.astype(int) - sample).mean() < 1  # float32, fused otherwise
+    assert (
+        np.abs(read_video(tmp_path / "again.mp4").frames.astype(int) - sample).mean() < 1
+    )  # float32, fused differently
     old, new = open_checkpoint(checkpoint), open_checkpoint(run / "checkpoint-6")
     for name in ("vae", "text_encoder", "high_noise", "low_noise"):
         changed = any(
@@ -121,8 +123,8 @@ def test_training_both_experts(train, tmp_path, capsys, monkeypatch, checkpoint)
     assert train(**samples, export__weights="raw") == 0
     again = read_metrics(run)
     assert "after step 4" in capsys.readouterr().err
-    for ours, theirs in zip(again, rows, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+    for row, expected in zip(again, rows, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
     assert train(**samples, noise__shift=2.0) == 2
     assert "noise.shift was None when this run began and is 2.0 now" in capsys.readouterr().err
@@ -143,7 +145,7 @@ def test_training_a_lora_on_a_mesh(train, tmp_path, capsys, checkpoint):
     adapted = pipeline("a video").latents
     merged = WanPipeline.from_pretrained(run / "checkpoint-3", dtype="float32")("a video").latents
     assert np.abs(adapted - before).max() > 1e-3
-    np.testing.assert_allclose(adapted, merged, atol=1e-4)  # float32, merged here and there
+    np.testing.assert_allclose(adapted, merged, atol=1e-4)  # float32, merged while running and before
 
 
 def test_no_usable_video(train, tmp_path, capsys):

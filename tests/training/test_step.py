@@ -38,12 +38,12 @@ def test_accumulation_equals_a_big_batch(accumulation):
     (*_, expected), expected_rows = run(1)
     (*_, state), rows = run(accumulation)
     # Float32 sums in another order; Adam divides by gradients' own size, which keeps the error relative.
-    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
-    for ours, theirs in zip(rows, expected_rows, strict=True):
+    for ours, reference in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=1e-5, atol=1e-6)
+    for ours, reference in zip(rows, expected_rows, strict=True):
         assert ours.keys() == {"loss", "mean", "gradient_norm"}
         for name, value in ours.items():
-            np.testing.assert_allclose(value, theirs[name], rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(value, reference[name], rtol=1e-5, atol=1e-6)
 
 
 def test_examples_and_steps_draw_different_noise():

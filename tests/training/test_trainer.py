@@ -45,8 +45,8 @@ def test_what_is_restored_is_what_was_saved(tmp_path):
     second = killed_run.trainer(tmp_path, 6)
     assert second.step == 6
     assert jax.tree.structure(second.state) == jax.tree.structure(first.state)
-    for ours, theirs in zip(jax.tree.leaves(second.state), jax.tree.leaves(first.state), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for restored, saved in zip(jax.tree.leaves(second.state), jax.tree.leaves(first.state), strict=True):
+        np.testing.assert_array_equal(restored, saved)
     second.run()  # nothing is left to do
     assert len(read_metrics(tmp_path)) == 6
 

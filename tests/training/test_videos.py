@@ -1,4 +1,4 @@
-"""Folders of videos: metadata, rates, buckets, and what is said of those that cannot be used."""
+"""Folders of videos: metadata, rates, buckets, and the messages about those that cannot be used."""
 
 import numpy as np
 import pytest

@@ -154,18 +154,31 @@ class DenoiserLoss:
         keys: jax.Array,
     ) -> jax.Array:
         """The squared error of each example, [b], averaged over its latents."""
-        latents = batch["latents"]
         sigma_keys, noise_keys, drop_keys = jax.vmap(partial(jax.random.split, num=3), out_axes=1)(keys)
         shift = model_shift(self.config, self.noise)
         sigmas = draw_sigmas(sigma_keys, self.noise, shift, sigma_range(self.config, expert))
-        noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(noise_keys)
         dropped = jax.vmap(partial(jax.random.bernoulli, p=self.noise.caption_dropout))(drop_keys)
         text = jnp.where(dropped[:, None, None], empty_text, batch["text"]).astype(self.dtype)
+        return flow_matching_errors(denoiser, batch["latents"], text, sigmas, noise_keys)
 
-        levels = sigmas[:, None, None, None, None]
-        noisy = (1 - levels) * latents + levels * noise
-        velocity = denoiser(noisy, TRAIN_TIMESTEPS * sigmas, denoiser.encode_context(text))
-        return jnp.mean((velocity - (noise - latents)) ** 2, axis=(1, 2, 3, 4))
+
+def flow_matching_errors(
+    denoiser: Denoiser, latents: jax.Array, text: jax.Array, sigmas: jax.Array, keys: jax.Array
+) -> jax.Array:
+    """Returns the squared error of each example, [b], averaged over its latents.
+
+    Args:
+      denoiser: predicts the velocity.
+      latents: float32 [b, C, F, h, w].
+      text: [b, text_length, text_dim].
+      sigmas: noise levels [b].
+      keys: of the noise, [b].
+    """
+    noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:]))(keys)
+    levels = sigmas[:, None, None, None, None]
+    noisy = (1 - levels) * latents + levels * noise
+    velocity = denoiser(noisy, TRAIN_TIMESTEPS * sigmas, denoiser.encode_context(text))
+    return jnp.mean((velocity - (noise - latents)) ** 2, axis=(1, 2, 3, 4))
 
 
 def training_flops(config: DenoiserConfig, tokens: int, *, weights: bool) -> float:

@@ -18,7 +18,7 @@ from wan_jax.parameters import named_parameters
 from wan_jax.pipeline import WanPipeline
 from wan_jax.training.videos import Bucket, Example, choose_bucket, fit_to_bucket, read_clip
 
-FORMAT = 1  # of the cache; another number makes everything anew
+FORMAT = 1  # of the cache; another number encodes everything again
 FINGERPRINT_VALUES = 1024
 
 
@@ -137,10 +137,10 @@ class LatentBatches:
     def __init__(self, records: Mapping[Bucket, Sequence[Record]], batch_size: int, text_length: int, seed: int):
         in_order = [records[bucket] for bucket in sorted(records, key=str)]
         datasets = [
-            grain.MapDataset.source(RecordSource(some, text_length)).shuffle(seed=seed).repeat().batch(batch_size)
-            for some in in_order
+            grain.MapDataset.source(RecordSource(bucket, text_length)).shuffle(seed=seed).repeat().batch(batch_size)
+            for bucket in in_order
         ]
-        weights = [float(len(some)) for some in in_order]
+        weights = [float(len(bucket)) for bucket in in_order]
         mixed = datasets[0] if len(datasets) == 1 else grain.MapDataset.mix(datasets, weights)
         options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=4)
         self._iterator: Any = iter(mixed.to_iter_dataset(read_options=options))

@@ -249,13 +249,13 @@ class TrainingRun:
         assert self.sample_settings is not None
         use_average = self.options.export.weights == "ema" and state.ema is not None
         trained, frozen = state.ema if use_average else state.parameters, self._frozen
-        here = single_device(jax.devices()[0], on_host=False)
+        device = single_device(jax.devices()[0], on_host=False)
         if not self.placement.is_single:  # samples are made on one device
-            trained, frozen = jax.device_put((trained, self._frozen), here)
+            trained, frozen = jax.device_put((trained, self._frozen), device)
         denoisers = {expert: self.loss.denoiser(expert, trained, frozen) for expert in self.experts}
         # Arrays that are where the pipeline runs them are shared with it; it frees only what it copied itself.
         denoisers = {
-            expert: place(denoiser, dict.fromkeys(named_parameters(denoiser), here))
+            expert: place(denoiser, dict.fromkeys(named_parameters(denoiser), device))
             for expert, denoiser in denoisers.items()
         }
         for expert in self.config.experts:
