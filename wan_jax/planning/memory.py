@@ -19,19 +19,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Sharding
 
-from wan_jax.config import WanConfig
+from wan_jax.config import ModelConfig, WanConfig
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, KnownFrames
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.diffusion.segments import Segment, plan_segments
 from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.diffusion.step import Expert, compile_step
 from wan_jax.kernels.attention import AttentionOptions
+from wan_jax.models.build import build_model
 from wan_jax.models.compiled import CompiledModels
-from wan_jax.models.denoiser import Context, Denoiser
-from wan_jax.models.image_encoder import ImageEncoder
+from wan_jax.models.denoiser import Context
 from wan_jax.models.nn.causal_conv import Cache
 from wan_jax.models.nn.layers import on_host
-from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parameters import dotted, named_parameters
@@ -107,13 +106,10 @@ class Plan:
         self.compiled = self.device.platform != "cpu"  # whether workspace comes from compiled functions
         self._programs = CompiledModels(exact=dtype == "float32") if programs is None else programs
         self._workspace: dict[bool, Mapping[str, int]] = {}
-        self._models = {
-            "text_encoder": _shapes(TextEncoder, config.text_encoder, self.dtype),
-            "denoiser": _shapes(Denoiser, config.denoiser, self.dtype),
-            "vae": _shapes(VAE, config.vae, self.vae_dtype),
-        }
+        dtypes = {"text_encoder": self.dtype, "denoiser": self.dtype, "vae": self.vae_dtype}
         if config.image_encoder is not None:
-            self._models["image_encoder"] = _shapes(ImageEncoder, config.image_encoder, IMAGE_ENCODER_DTYPE)
+            dtypes["image_encoder"] = IMAGE_ENCODER_DTYPE
+        self._models = {name: _model_of_shapes(config.model(name), dtype) for name, dtype in dtypes.items()}
         self._weights = {
             name: {path: _nbytes(array) for path, array in named_parameters(model).items()}
             for name, model in self._models.items()
@@ -225,9 +221,8 @@ class Plan:
 
         frame = self._latent_frame(here)
         cache = _on(here, jax.eval_shape(_decode_cache, vae, frame))
-        decode = self._programs.decode_first.workspace_bytes(vae, frame) - _nbytes(
-            cache
-        )  # the cache is an input, below
+        # The first call's result, the cache, is an input of those after it.
+        decode = self._programs.decode_first.workspace_bytes(vae, frame) - _nbytes(cache)
         if self.settings.frames > 1:
             decode = max(decode, self._programs.decode_next.workspace_bytes(vae, cache, frame))
         sizes = {"text": text, "denoise": denoise, "decode": decode}
@@ -387,9 +382,9 @@ def memory_limit(device: jax.Device) -> int | None:
 
 
 @functools.cache
-def _shapes(make: Callable[..., Any], config: Any, dtype: Any) -> Any:
+def _model_of_shapes(config: ModelConfig, dtype: jnp.dtype) -> Any:
     """A model with jax.ShapeDtypeStruct for arrays."""
-    return nnx.eval_shape(lambda: make(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(functools.partial(build_model, config, dtype))
 
 
 def _placed(model: Any, sharding: Callable[[str], Sharding]) -> Any:
