@@ -2,6 +2,8 @@
 
 import itertools
 import json
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +40,8 @@ def make_batch(step: int, size: int = 4) -> dict[str, np.ndarray]:
     return {"latents": draw((size, *LATENTS), np.float32), "text": draw((size, 5, 12), np.float32)}
 
 
-def gradients(mesh: str, lora: bool, remat: str | None = None, config: WanConfig = CONFIG) -> dict[str, np.ndarray]:
-    """Of the loss of one batch, by parameter."""
+def setting(mesh: str, lora: bool, remat: str | None, config: WanConfig) -> tuple[Callable, tuple]:
+    """The value and gradients of the loss as a function, and its arguments, the trained parameters first."""
     placement = Placement.over(MeshSpec.parse(mesh))
 
     def parameters(tree, seed):
@@ -62,7 +64,13 @@ def gradients(mesh: str, lora: bool, remat: str | None = None, config: WanConfig
     )
     batch = placement.put_batch(make_batch(0))
     keys = jax.random.split(jax.random.key(7), 4)
-    value, found = jax.jit(jax.value_and_grad(lambda *args: loss(*args)[0]))(trained, frozen, batch, keys)
+    return jax.value_and_grad(lambda *args: loss(*args)[0]), (trained, frozen, batch, keys)
+
+
+def gradients(mesh: str, lora: bool, remat: str | None = None, config: WanConfig = CONFIG) -> dict[str, np.ndarray]:
+    """Of the loss of one batch, by parameter."""
+    function, (trained, *rest) = setting(mesh, lora, remat, config)
+    value, found = jax.jit(function)(trained, *rest)
     leaves, _ = jax.tree_util.tree_flatten_with_path(found)
     for (_, leaf), parameter in zip(leaves, jax.tree.leaves(trained), strict=True):
         assert leaf.sharding.is_equivalent_to(parameter.sharding, leaf.ndim)
@@ -109,6 +117,27 @@ def test_loras_have_the_gradients_of_one_device(lora_alone, mesh, remat):
 )
 def test_whole_experts_have_the_gradients_of_one_device(whole_alone, mesh, remat):
     assert_same_gradients(gradients(mesh, lora=False, remat=remat), whole_alone)
+
+
+def subjaxprs(jaxpr: Any) -> Iterator[tuple[str, Any]]:
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield equation.primitive.name, inner
+                yield from subjaxprs(inner)
+
+
+@pytest.mark.parametrize("remat", [None, "attention"])
+def test_the_backward_pass_keeps_no_gathered_weights(remat):
+    function, arguments = setting("fsdp4", False, remat, CONFIG)
+    bodies = [
+        str(inner) for name, inner in subjaxprs(jax.make_jaxpr(function)(*arguments).jaxpr) if name == "shard_map"
+    ]
+    assert len(bodies) == 2  # forward and backward
+    kernel = "f32[32,24]"  # of the feed-forward layer, of which each device has a quarter
+    assert all(kernel in body for body in bodies)
+    assert not any("f32[2,32,24]" in body for body in bodies)
 
 
 def test_an_experts_examples_need_not_divide():

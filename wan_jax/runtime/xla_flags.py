@@ -31,14 +31,15 @@ ONCE_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_autotune_level": 0}
 MESH_OPTIONS: dict[str, bool | int | str] = {"xla_gpu_enable_latency_hiding_scheduler": True}
 
 
-def step_options(on_a_mesh: bool) -> dict[str, bool | int | str]:
-    """Compiler options of the denoising step on NVIDIA GPUs, on one of them or on a mesh.
-
-    Of those for several, what the user sets in XLA_FLAGS stays the user's.
-    """
-    options = MESH_OPTIONS if on_a_mesh else {}
+def mesh_options() -> dict[str, bool | int | str]:
+    """Compiler options of steps on several NVIDIA GPUs; what the user sets in XLA_FLAGS stays the user's."""
     flags = os.environ.get("XLA_FLAGS", "")
-    return CUBLASLT_OPTIONS | {name: value for name, value in options.items() if f"--{name}" not in flags}
+    return {name: value for name, value in MESH_OPTIONS.items() if f"--{name}" not in flags}
+
+
+def step_options(on_a_mesh: bool) -> dict[str, bool | int | str]:
+    """Compiler options of the denoising step on NVIDIA GPUs, on one of them or on a mesh."""
+    return CUBLASLT_OPTIONS | (mesh_options() if on_a_mesh else {})
 
 
 def configure() -> None:

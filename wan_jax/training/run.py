@@ -111,6 +111,7 @@ class TrainingRun:
         self._frozen["empty_text"] = self.placement.put(empty)
         parameters = self._parameters()
         every = options.samples.every
+        on_gpus = not self.placement.is_single and jax.default_backend() == "gpu"
         return Trainer(
             self.loss,
             parameters,
@@ -122,6 +123,7 @@ class TrainingRun:
             flops=self._flops,
             peak_flops=matmul_rate(),
             intervals=[] if every is None else [Every(every, self._sample)],
+            compiler_options=xla_flags.mesh_options() if on_gpus else None,
             show=None if options.quiet else show_line,
         )
 
