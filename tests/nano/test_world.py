@@ -64,7 +64,7 @@ def test_captions():
                     assert index in row[:count], (language, text)
     red = list(COLOURS).index("red")
     for n, words in enumerate((("red", "crimson", "scarlet"), ("红",), ("赤",))):
-        for row, colours, kinds, count in zip(lines, scenes.colour, scenes.kind, scenes.count, strict=True):
+        for row, colours, kinds, count in zip(captions, scenes.colour, scenes.kind, scenes.count, strict=True):
             has_red = red in colours[:count]
             text = row[n].text.lower().replace("粉红", "")
             assert any(word in text for word in words) == has_red, (text, kinds)
