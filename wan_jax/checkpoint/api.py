@@ -116,13 +116,20 @@ class Checkpoint:
         *,
         vae_dtype: DTypeLike = jnp.float32,
     ) -> dict[str, jax.Array]:
-        """Reads one model onto its devices, keyed and stacked as in its abstract tree (models/parameters.py).
+        """Reads one model onto its devices, keyed and stacked as in its abstract tree (parameters.py).
 
-        Host memory beside the result stays at one stacked parameter. The VAE ignores `dtype` and takes `vae_dtype`:
-        the official pipeline runs it in float32 whatever the rest. The image encoder is always float32: it runs once,
-        on a few hundred tokens. `sharding` is one for every parameter or one per name. `progress(component, bytes
-        done, bytes in all)` is called after every tensor. Raises InputError for a component that is absent or a file
-        that changed since it was opened.
+        Host memory beside the result stays at one stacked parameter.
+
+        Args:
+            component: one of `components`.
+            dtype: of the text encoder and the denoisers. The image encoder is always float32: it runs once, on a few
+                hundred tokens.
+            sharding: one for every parameter, or one per name.
+            progress: called as progress(component, bytes done, bytes in all) after every tensor.
+            vae_dtype: of the VAE: the official pipeline runs it in float32 whatever the rest.
+
+        Raises:
+            InputError: a component that is absent, or a file that changed since it was opened.
         """
         part = self.part(component)
         total = part.nbytes

@@ -24,7 +24,7 @@ class Component:
     config: ModelConfig
     naming: Naming
     store: TensorStore
-    stored_names: Mapping[str, tuple[str, ...]]  # our name -> where the store has it; more than one for copies
+    stored_names: Mapping[str, tuple[str, ...]]  # name -> where the store has it; several for copies
 
     @property
     def table(self) -> list[ParamMapping]:
@@ -156,7 +156,7 @@ def load_component(
 
     Of one (stacked) parameter at a time the part for this process's devices is read and assembled in host memory: that
     is the host peak beside the result. `sharding` is one for all, or one per name. `progress` receives the number of
-    stored bytes that are done, read or not needed here.
+    stored bytes that are done, read or not needed.
     """
     check_against_model(component.config)
     layers = num_layers(component.config)

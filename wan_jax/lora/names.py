@@ -47,27 +47,10 @@ ENDINGS: dict[str, Part] = {
     ".diff_m": "diff_m",
 }
 LEAVES: dict[Part, Leaf] = {
-    "down": "weight",
-    "up": "weight",
-    "alpha": "weight",
-    "diff": "weight",
-    "up_bias": "bias",
-    "diff_b": "bias",
+    **dict.fromkeys(("down", "up", "alpha", "diff"), "weight"),
+    **dict.fromkeys(("up_bias", "diff_b"), "bias"),
     "diff_m": "modulation",
 }
-# Files may hold several of them, one after the other.
-PREFIXES = (
-    "diffusion_model.",
-    "transformer.",
-    "transformer_2.",
-    "model.",
-    "base_model.",
-    "unet.",
-    "pipe.dit.",
-    "lora_unet_",
-    "lora_transformer_",
-    "lycoris_",
-)
 LOW_NOISE_PREFIX = "transformer_2."  # diffusers' name for the second expert
 OTHER_METHODS = {
     ".hada_": "LoHa",
@@ -78,7 +61,11 @@ OTHER_METHODS = {
     ".lora_mid.": "LoRA for convolutions",
 }
 _ENDING = re.compile(f"({'|'.join(map(re.escape, ENDINGS))})$")  # the search finds the longest that fits
-_PREFIXES = re.compile(f"^({'|'.join(map(re.escape, PREFIXES))})+")
+# Files may hold several of them, one after the other.
+_PREFIXES = re.compile(
+    r"^(diffusion_model\.|transformer\.|transformer_2\.|model\.|base_model\.|unet\.|pipe\.dit\."
+    r"|lora_unet_|lora_transformer_|lycoris_)+"
+)
 EXPERT_METADATA = "wan_expert"  # our own key in a file's metadata
 # Words after "high" or "low" that make them mean something else than noise.
 NOT_NOISE = ("res", "resolution", "rank", "quality", "vram", "poly", "light", "key", "angle", "contrast", "detail")

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from wan_jax.checkpoint.formats.tensors import (
@@ -21,6 +20,8 @@ from wan_jax.checkpoint.formats.tensors import (
     TensorStore,
     cast,
     check_description,
+    named_dtypes,
+    new_file,
     raw_bytes,
     read_exactly,
     read_into,
@@ -28,26 +29,10 @@ from wan_jax.checkpoint.formats.tensors import (
 )
 from wan_jax.errors import InputError
 
-DTYPES: dict[str, np.dtype] = {
-    name: np.dtype(dtype)
-    for name, dtype in {
-        "F64": np.float64,
-        "F32": np.float32,
-        "F16": np.float16,
-        "BF16": ml_dtypes.bfloat16,
-        "F8_E4M3": ml_dtypes.float8_e4m3fn,
-        "F8_E5M2": ml_dtypes.float8_e5m2,
-        "I64": np.int64,
-        "I32": np.int32,
-        "I16": np.int16,
-        "I8": np.int8,
-        "U64": np.uint64,
-        "U32": np.uint32,
-        "U16": np.uint16,
-        "U8": np.uint8,
-        "BOOL": np.bool_,
-    }.items()
-}
+DTYPES = named_dtypes(
+    "F64=float64 F32=float32 F16=float16 BF16=bfloat16 F8_E4M3=float8_e4m3fn F8_E5M2=float8_e5m2 "
+    "I64=int64 I32=int32 I16=int16 I8=int8 U64=uint64 U32=uint32 U16=uint16 U8=uint8 BOOL=bool"
+)
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -247,13 +232,8 @@ def write_safetensors_file(
         offset += info.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for name, array in zip(ordered, read_many(list(ordered)), strict=True):
-                check_description(name, array, ordered[name])
-                file.write(raw_bytes(array))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(path) as partial, open(partial, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, array in zip(ordered, read_many(list(ordered)), strict=True):
+            check_description(name, array, ordered[name])
+            file.write(raw_bytes(array))

@@ -1,9 +1,11 @@
 """What every kind of weight file has in common: named tensors described by a header and read one at a time."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -61,6 +63,22 @@ class TensorStore:
 
 # What a writer reads from: the tensors of the given names, in that order.
 ReadMany = Callable[[Sequence[str]], Iterator[np.ndarray]]
+
+
+def named_dtypes(table: str) -> dict[str, np.dtype]:
+    """A format's names of dtypes, from "name=dtype" with spaces between."""
+    return {name: np.dtype(dtype) for name, dtype in (entry.split("=") for entry in table.split())}
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary name, which becomes `path` where the block ends well and vanishes where it does not."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def split_by_bytes(tensors: Mapping[str, TensorInfo], limit: int) -> list[dict[str, TensorInfo]]:

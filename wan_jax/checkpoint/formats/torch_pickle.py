@@ -18,7 +18,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from wan_jax.checkpoint.formats.tensors import (
@@ -27,26 +26,17 @@ from wan_jax.checkpoint.formats.tensors import (
     TensorStore,
     cast,
     check_description,
+    named_dtypes,
+    new_file,
     raw_bytes,
     read_exactly,
 )
 from wan_jax.errors import InputError
 
-STORAGE_DTYPES: dict[str, np.dtype] = {
-    name: np.dtype(dtype)
-    for name, dtype in {
-        "DoubleStorage": np.float64,
-        "FloatStorage": np.float32,
-        "HalfStorage": np.float16,
-        "BFloat16Storage": ml_dtypes.bfloat16,
-        "LongStorage": np.int64,
-        "IntStorage": np.int32,
-        "ShortStorage": np.int16,
-        "CharStorage": np.int8,
-        "ByteStorage": np.uint8,
-        "BoolStorage": np.bool_,
-    }.items()
-}
+STORAGE_DTYPES = named_dtypes(
+    "DoubleStorage=float64 FloatStorage=float32 HalfStorage=float16 BFloat16Storage=bfloat16 LongStorage=int64 "
+    "IntStorage=int32 ShortStorage=int16 CharStorage=int8 ByteStorage=uint8 BoolStorage=bool"
+)
 STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
 
 MAX_PICKLE_BYTES = 64 << 20  # the pickle of a model is its names and shapes: well under a megabyte
@@ -195,7 +185,7 @@ class TorchPickleFile(TensorStore):
         return {name: self._check(name, tensor) for name, tensor in content.items()}
 
     def _check(self, name: object, tensor: object) -> _Tensor:
-        """Validates what the pickle said about one entry: everything that `read` relies on."""
+        """Validates what the pickle says about one entry: everything that `read` relies on."""
         if not isinstance(name, str) or not isinstance(tensor, _Tensor):
             raise InputError(f"{self.place}: refused: entry {name!r} is no tensor; save only the state dict")
         storage, offset, shape, strides = tensor.storage, tensor.offset, tensor.shape, tensor.strides
@@ -224,24 +214,19 @@ def write_torch_pickle(path: Path, tensors: Mapping[str, TensorInfo], read_many:
 
     Tensor by tensor, under a temporary name that is then changed.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickle_state_dict(tensors))
-            archive.writestr(zipfile.ZipInfo("archive/byteorder"), b"little")
-            for key, (name, array) in enumerate(zip(tensors, read_many(list(tensors)), strict=True)):
-                check_description(name, array, tensors[name])
-                member = zipfile.ZipInfo(f"archive/data/{key}")
-                # Room for the 64-bit sizes is always kept, so that the padding is known before.
-                header_end = archive.fp.tell() + 30 + len(member.filename) + 20 + 4  # type: ignore[union-attr]
-                padding = -header_end % _ALIGNMENT
-                member.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-                with archive.open(member, "w", force_zip64=True) as file:
-                    file.write(raw_bytes(array))
-            archive.writestr(zipfile.ZipInfo("archive/version"), b"3\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with new_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickle_state_dict(tensors))
+        archive.writestr(zipfile.ZipInfo("archive/byteorder"), b"little")
+        for key, (name, array) in enumerate(zip(tensors, read_many(list(tensors)), strict=True)):
+            check_description(name, array, tensors[name])
+            member = zipfile.ZipInfo(f"archive/data/{key}")
+            # Room for the 64-bit sizes is always kept, so that the padding is known before.
+            header_end = archive.fp.tell() + 30 + len(member.filename) + 20 + 4  # type: ignore[union-attr]
+            padding = -header_end % _ALIGNMENT
+            member.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+            with archive.open(member, "w", force_zip64=True) as file:
+                file.write(raw_bytes(array))
+        archive.writestr(zipfile.ZipInfo("archive/version"), b"3\n")
 
 
 def _pickle_state_dict(tensors: Mapping[str, TensorInfo]) -> bytes:

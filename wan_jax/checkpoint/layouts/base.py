@@ -180,13 +180,18 @@ class ConfigKeys:
 
     Attributes:
         model: the type of its config.
-        keys: our field -> the key there.
+        table: our fields, each "field" or "field=key" where the key there is another.
         fixed: keys whose values every model of this family has.
     """
 
     model: type
-    keys: Mapping[str, str]
+    table: str
     fixed: Mapping[str, Any]
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Our fields -> the keys there."""
+        return {entry.partition("=")[0]: entry.rpartition("=")[2] for entry in self.table.split()}
 
     def read(self, path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of our config that the content of a file has, as the right types.

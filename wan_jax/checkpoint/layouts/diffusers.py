@@ -56,63 +56,27 @@ CLASSES = {
 }
 DENOISER = ConfigKeys(
     DenoiserConfig,
-    {
-        "num_layers": "num_layers",
-        "num_heads": "num_attention_heads",
-        "ffn_dim": "ffn_dim",
-        "in_channels": "in_channels",
-        "out_channels": "out_channels",
-        "patch_size": "patch_size",
-        "text_dim": "text_dim",
-        "freq_dim": "freq_dim",
-        "eps": "eps",
-        "image_dim": "image_dim",
-        "image_position_length": "pos_embed_seq_len",
-    },
+    "num_layers num_heads=num_attention_heads ffn_dim in_channels out_channels patch_size text_dim freq_dim eps "
+    "image_dim image_position_length=pos_embed_seq_len",
     {"_class_name": "WanTransformer3DModel", "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"},
 )
 CLIP = ConfigKeys(
     ImageEncoderConfig,
-    {
-        "image_size": "image_size",
-        "patch_size": "patch_size",
-        "dim": "hidden_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "ffn_dim": "intermediate_size",
-        "eps": "layer_norm_eps",
-    },
+    "image_size patch_size dim=hidden_size num_layers=num_hidden_layers num_heads=num_attention_heads "
+    "ffn_dim=intermediate_size eps=layer_norm_eps",
     {"model_type": "clip_vision_model", "hidden_act": "gelu"},
 )
 UMT5 = ConfigKeys(
     TextEncoderConfig,
-    {
-        "vocab_size": "vocab_size",
-        "dim": "d_model",
-        "num_layers": "num_layers",
-        "num_heads": "num_heads",
-        "head_dim": "d_kv",
-        "ffn_dim": "d_ff",
-        "num_buckets": "relative_attention_num_buckets",
-        "max_distance": "relative_attention_max_distance",
-        "eps": "layer_norm_epsilon",
-    },
+    "vocab_size dim=d_model num_layers num_heads head_dim=d_kv ffn_dim=d_ff "
+    "num_buckets=relative_attention_num_buckets max_distance=relative_attention_max_distance "
+    "eps=layer_norm_epsilon",
     {"model_type": "umt5", "feed_forward_proj": "gated-gelu"},
 )
 VAE = ConfigKeys(
     VAEConfig,
-    {
-        "z_dim": "z_dim",
-        "base_dim": "base_dim",
-        "decoder_base_dim": "decoder_base_dim",
-        "dim_mult": "dim_mult",
-        "num_res_blocks": "num_res_blocks",
-        "temporal_downsample": "temperal_downsample",  # diffusers' spelling
-        "patch_size": "patch_size",
-        "residual": "is_residual",
-        "latents_mean": "latents_mean",
-        "latents_std": "latents_std",
-    },
+    "z_dim base_dim decoder_base_dim dim_mult num_res_blocks temporal_downsample=temperal_downsample patch_size "
+    "residual=is_residual latents_mean latents_std",
     {"_class_name": "AutoencoderKLWan", "attn_scales": []},
 )
 # What CLIP was trained on, as transformers' image processors say it.

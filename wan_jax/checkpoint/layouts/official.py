@@ -37,17 +37,7 @@ IMAGE_ENCODER = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TOKENIZER = "google/umt5-xxl"
 DENOISER = ConfigKeys(
     DenoiserConfig,
-    {
-        "num_layers": "num_layers",
-        "dim": "dim",
-        "num_heads": "num_heads",
-        "ffn_dim": "ffn_dim",
-        "in_channels": "in_dim",
-        "out_channels": "out_dim",
-        "text_length": "text_len",
-        "freq_dim": "freq_dim",
-        "eps": "eps",
-    },
+    "num_layers dim num_heads ffn_dim in_channels=in_dim out_channels=out_dim text_length=text_len freq_dim eps",
     {"_class_name": "WanModel"},
 )
 # model_type of config.json -> how the model is conditioned.
