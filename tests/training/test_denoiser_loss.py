@@ -186,7 +186,7 @@ def test_a_lora_trains_and_its_base_stays():
 
 
 def test_targets():
-    with pytest.raises(InputError, match=r"LoRA target 'blocks\.attn\.\*' matches none"):
+    with pytest.raises(InputError, match=r"'blocks\.attn\.\*' matches none"):
         adapter_tree(TREE, LoraConfig(rank=2, targets="blocks.attn.*"))
     assert LoraConfig(rank=4).scale == 1.0
     assert LoraConfig(rank=4, alpha=8.0).scale == 2.0

@@ -84,9 +84,9 @@ def test_training_both_experts(train, tmp_path, capsys, monkeypatch, checkpoint)
     out, notes = capsys.readouterr()
     run = tmp_path / "run"
     assert out.split() == [str(run / "checkpoint-6")]
-    assert "broken.mp4: cannot be decoded" in notes
-    assert "short.mp4: has 3 frames; the shortest bucket needs 5" in notes
-    assert "2 of 5 videos were skipped" in notes
+    assert "broken.mp4: cannot" in notes
+    assert "short.mp4: has 3 frames" in notes
+    assert "2 of 5 videos" in notes
     assert "step 6/6  loss " in notes
     rows = read_metrics(run)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -127,7 +127,7 @@ def test_training_both_experts(train, tmp_path, capsys, monkeypatch, checkpoint)
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
     assert train(**samples, noise__shift=2.0) == 2
-    assert "noise.shift was None when this run began and is 2.0 now" in capsys.readouterr().err
+    assert "noise.shift was None" in capsys.readouterr().err
 
 
 def test_training_a_lora_on_a_mesh(train, tmp_path, capsys, checkpoint):
@@ -152,7 +152,7 @@ def test_no_usable_video(train, tmp_path, capsys):
     metadata = tmp_path / "other.csv"
     metadata.write_text("file_name,caption\nbroken.mp4,a\nmissing.mp4,b\n")
     assert train(data__metadata=metadata) == 2
-    assert "none of the 2 videos can be used" in capsys.readouterr().err
+    assert "none of the 2 videos" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,10 @@ def test_bad_options(train, options, message, capsys, tmp_path):
 
 def test_there_is_nothing_to_export_yet(train, capsys):
     assert train(export_only=True) == 2
-    assert "no checkpoint to export yet" in capsys.readouterr().err
+    assert "no checkpoint" in capsys.readouterr().err
 
 
 def test_what_training_needs_beside_the_package(train, monkeypatch, capsys):
     monkeypatch.setattr("wan_jax.training.REQUIREMENTS", ("optax", "grain_of_salt"))
     assert train() == 2
-    assert "training needs grain_of_salt; pip install 'wan_jax[train]'" in capsys.readouterr().err
+    assert "training needs grain_of_salt" in capsys.readouterr().err

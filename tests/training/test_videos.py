@@ -31,12 +31,12 @@ def test_metadata(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("metadata.jsonl", '{"file_name": "a.mp4"}\n', "line 1: has no text under caption or text or prompt"),
-        ("metadata.jsonl", '{"file_name": "a.mp4", "text": 3}\n', "line 1: has no text under caption"),
-        ("metadata.jsonl", '["a.mp4", "b"]\n', "line 1: has no text under file_name or video"),
+        ("metadata.jsonl", '{"file_name": "a.mp4"}\n', "line 1.*caption"),
+        ("metadata.jsonl", '{"file_name": "a.mp4", "text": 3}\n', "line 1.*caption"),
+        ("metadata.jsonl", '["a.mp4", "b"]\n', "line 1.*file_name"),
         ("metadata.jsonl", '{"file_name": "a.mp4", "text": "b"}\n{oh\n', "line 2: not JSON"),
-        ("metadata.csv", "file,caption\na,b\n", "line 2: has no text under file_name or video"),
-        ("captions.txt", "", "has neither metadata.jsonl and metadata.csv"),
+        ("metadata.csv", "file,caption\na,b\n", "line 2.*file_name"),
+        ("captions.txt", "", "neither metadata.jsonl"),
     ],
 )
 def test_bad_metadata(name, text, message, tmp_path):
@@ -93,7 +93,7 @@ def test_buckets():
     assert buckets[1] == Bucket(64, 96, 17)
     for shape, chosen in {(20, 70, 100): 0, (17, 100, 70): 1, (16, 70, 100): 2, (5, 100, 70): 2}.items():
         assert choose_bucket(np.zeros((*shape, 3), np.uint8), buckets) == buckets[chosen]
-    with pytest.raises(InputError, match="has 4 frames; the shortest bucket needs 5"):
+    with pytest.raises(InputError, match="has 4 frames"):
         choose_bucket(np.zeros((4, 70, 100, 3), np.uint8), buckets)
     frames = np.zeros((20, 70, 100, 3), np.uint8)
     frames[:, :, 50] = 255
@@ -106,7 +106,7 @@ def test_buckets():
     ("text", "message"),
     [
         ("96x64", "write WIDTHxHEIGHTxFRAMES"),
-        ("100x64x17", "bucket 100x64x17: must be multiples of 16"),
+        ("100x64x17", "bucket 100x64x17.*16"),
         ("96x64x16", r"bucket 96x64x16: frames must be 4n \+ 1"),
         ("0x64x17", "must be multiples"),
     ],
