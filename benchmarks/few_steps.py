@@ -119,7 +119,7 @@ def ours(part: str, demo: bool, report: Report) -> None:
     xla_flags.configure()
     from wan_jax.models.compiled import CompiledModels
     from wan_jax.parallel.placement import Placement
-    from wan_jax.pipeline import peak_bytes
+    from wan_jax.runtime.devices import peak_bytes
 
     config = small(part) if demo else full(part)
     report("device", {"kind": jax.devices()[0].device_kind, "jax": jax.__version__})
@@ -140,20 +140,21 @@ def prompt_to_mp4(pipeline: Any, frames: int, size: tuple[int, int], report: Rep
 
     def run(prompt: str, **choices: Any) -> dict[str, Any]:
         request = SamplingParams(prompt, size=size, frames=frames, **FEW_STEPS | choices).resolve(pipeline.config)
-        step_seconds = watch_steps(pipeline)
+        steps: list[float] = []
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            latents = pipeline.denoise([request])
+            result = next(pipeline.results([request], on_event=step_seconds(steps)))
             denoised = time.perf_counter()
             with VideoWriter(pathlib.Path(folder) / "out.mp4", request.fps) as writer:
-                pipeline.decode(latents[0], on_frames=writer.write)
+                for chunk in result.frames():
+                    writer.write(chunk)
             end = time.perf_counter()
         return {
             "seconds": end - start,
             "until_latents": denoised - start,
             "decode_and_file": end - denoised,
-            "steps": step_seconds,
-            "stages": dict(pipeline.seconds),
+            "steps": steps,
+            "stages": dict(result.seconds),
         }
 
     report(f"first {frames} frames, 1 step", run(PROMPT, steps=1))
@@ -164,31 +165,24 @@ def guided_steps(pipeline: Any, choices: dict[str, Any], report: Report) -> None
     from wan_jax.diffusion.params import SamplingParams
 
     request = SamplingParams(PROMPT, **{"steps": 3, **choices}).resolve(pipeline.config)
-    steps = watch_steps(pipeline)
+    steps: list[float] = []
     start = time.perf_counter()
-    latents = pipeline.denoise([request])
-    report("first run", {"seconds": time.perf_counter() - start, "compile": pipeline.seconds["compile"]})
+    result = next(pipeline.results([request], on_event=step_seconds(steps)))
+    report("first run", {"seconds": time.perf_counter() - start, "compile": result.seconds["compile"]})
     report("step", {"seconds": statistics.median(steps[1:]), "runs": steps, "size": request.size})
     runs = []
     for _ in range(3):
         start = time.perf_counter()
-        frames = pipeline.decode(latents[0])
+        frames = pipeline.decode(result.latents)
         runs.append(time.perf_counter() - start)
         report("decode", {"seconds": statistics.median(runs[1:] or runs), "runs": runs, "frames": frames.shape})
 
 
-def watch_steps(pipeline: Any) -> list[float]:
-    """The seconds of the steps that the pipeline will run, as it counts them."""
-    seconds: list[float] = []
-    add_seconds = type(pipeline)._add_seconds
+def step_seconds(seconds: list[float]) -> Callable[[Any], None]:
+    """A listener that collects the seconds of a run's steps."""
+    from wan_jax.runtime.events import StepDone
 
-    def note(stage: str, value: float) -> None:
-        if stage == "denoise":
-            seconds.append(value)
-        add_seconds(pipeline, stage, value)
-
-    pipeline._add_seconds = note
-    return seconds
+    return lambda event: seconds.append(event.seconds) if isinstance(event, StepDone) else None
 
 
 def peer(part: str, demo: bool, report: Report) -> None:

@@ -16,9 +16,10 @@ import time
 import jax
 
 from wan_jax.diffusion.params import SamplingParams
-from wan_jax.media.video import Video
-from wan_jax.pipeline import WanPipeline, peak_bytes
+from wan_jax.pipeline import WanPipeline
 from wan_jax.presets import get_preset
+from wan_jax.runtime.devices import peak_bytes
+from wan_jax.runtime.progress import Bars
 from wan_jax.testing.models import random_pipeline
 from wan_jax.testing.tokenizer import train_small_tokenizer
 from wan_jax.text.tokenizer import Tokenizer
@@ -50,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         train_small_tokenizer(PROMPTS, 512, folder)
         tokenizer = Tokenizer.from_pretrained(folder)
-    pipeline = random_pipeline(config, tokenizer, dtype="bfloat16", progress=True)
+    pipeline = random_pipeline(config, tokenizer, dtype="bfloat16", on_event=Bars())
     print(f"random weights in {time.perf_counter() - start:.1f} s; peak {peak_bytes()}", flush=True)
 
     runs: list[dict] = []
@@ -74,14 +75,13 @@ def main() -> None:
 
 def _run(pipeline: WanPipeline, request: SamplingParams, video: pathlib.Path | None) -> dict:
     start = time.perf_counter()
-    latents = pipeline.denoise([request])[0]
-    frames = pipeline.decode(latents)
+    made = pipeline(request)
     saving = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = video or pathlib.Path(folder) / "video.mp4"
-        Video(frames, latents, request.fps, pipeline.metadata(request)).save(path)
+        made.save(path)
         mp4_bytes = path.stat().st_size
-    seconds = {**pipeline.seconds, "save": time.perf_counter() - saving, "total": time.perf_counter() - start}
+    seconds = {**made.seconds, "save": time.perf_counter() - saving, "total": time.perf_counter() - start}
     return {"seconds": seconds, "peak_bytes": peak_bytes(), "mp4_bytes": mp4_bytes}
 
 

@@ -45,8 +45,9 @@ def main() -> None:
     from wan_jax.diffusion.params import SamplingParams
     from wan_jax.models.compiled import CompiledModels
     from wan_jax.parallel.placement import Placement
-    from wan_jax.pipeline import peak_bytes
     from wan_jax.presets import get_preset
+    from wan_jax.runtime.devices import peak_bytes
+    from wan_jax.runtime.events import StepDone
     from wan_jax.testing.models import DEMO
 
     report: dict[str, Any] = {
@@ -97,17 +98,14 @@ def main() -> None:
     def steps(name: str) -> None:
         """One run of four steps, two an expert; the second of each expert follows no compilation."""
         found: list[float] = []
-        add_seconds = type(pipeline)._add_seconds
 
-        def note(stage: str, seconds: float) -> None:
-            if stage == "denoise":
-                found.append(seconds)
-            add_seconds(pipeline, stage, seconds)
+        def listen(event: Any) -> None:
+            if isinstance(event, StepDone):
+                found.append(event.seconds)
 
-        pipeline._add_seconds = note
-        latents = timed(f"denoise {name}", lambda: pipeline.denoise([request]))
+        result = timed(f"denoise {name}", lambda: next(pipeline.results([request], on_event=listen)))
         report["steps"].setdefault(name, []).append(found)
-        report["steps"][f"{name}, latents' std"] = float(np.std(latents))
+        report["steps"][f"{name}, latents' std"] = float(np.std(result.latents))
         print(name, found, flush=True)
 
     timed("first set", partial(pipeline.set_loras, loras("a")))  # compiles what turns factors around

@@ -149,13 +149,14 @@ def run_pipeline(config, settings, profile, vae_dtype: str, programs, started: f
     import jax
     import numpy as np
 
-    from wan_jax import pipeline as pipelines
     from wan_jax.parallel.placement import Placement
+    from wan_jax.runtime.devices import peak_bytes
+    from wan_jax.runtime.events import StageDone, StepDone
 
     start = time.perf_counter()
     pipeline = made_up_pipeline(config, Placement(offload=profile), vae_dtype, programs)
     result: dict[str, Any] = {"profile": profile.name, "weights_seconds": time.perf_counter() - start}
-    peaks = {"weights": pipelines.peak_bytes()}
+    peaks = {"weights": peak_bytes()}
 
     denoiser = next(iter(pipeline.denoisers.values()))
     start = time.perf_counter()
@@ -167,31 +168,28 @@ def run_pipeline(config, settings, profile, vae_dtype: str, programs, started: f
     result["copy"] = {"bytes": moved, "seconds": seconds}
 
     step_seconds: list[float] = []
-    add_seconds = pipeline._add_seconds
 
-    def note(stage: str, seconds: float) -> None:
-        if stage == "denoise":
-            step_seconds.append(seconds)
+    def listen(event: Any) -> None:
+        if isinstance(event, StepDone):
+            step_seconds.append(event.seconds)
             result.setdefault("first_step_after_start", time.perf_counter() - started)
-            peaks["denoise"] = pipelines.peak_bytes()
-        elif stage == "text":
-            peaks["text"] = pipelines.peak_bytes()
-        add_seconds(stage, seconds)
+            peaks["denoise"] = peak_bytes()
+        elif isinstance(event, StageDone) and event.stage == "text":
+            peaks["text"] = peak_bytes()
 
-    pipeline._add_seconds = note
     start = time.perf_counter()
-    latents = pipeline.denoise([settings])
+    made = next(pipeline.results([settings], on_event=listen))
     result["denoise_wall_seconds"] = time.perf_counter() - start
     start = time.perf_counter()
-    frames = pipeline.decode(latents[0])
+    frames = np.concatenate(list(made.frames()))
     result["decode_wall_seconds"] = time.perf_counter() - start
-    peaks["decode"] = pipelines.peak_bytes()
+    peaks["decode"] = peak_bytes()
     return result | {
         "step_seconds": step_seconds,
-        "seconds": pipeline.seconds,
+        "seconds": dict(made.seconds),
         "peak_bytes": peaks,
         "frames_shape": frames.shape,
-        "latents_std": float(np.std(latents)),
+        "latents_std": float(np.std(made.latents)),
     }
 
 

@@ -29,10 +29,10 @@ from wan_jax.diffusion.params import SamplingParams
 from wan_jax.models.build import abstract_model
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
-from wan_jax.pipeline import peak_bytes
 from wan_jax.presets import get_preset
 from wan_jax.runtime import xla_flags
 from wan_jax.runtime.compiled import workspace_bytes
+from wan_jax.runtime.devices import peak_bytes
 from wan_jax.testing.models import random_parameters
 from wan_jax.training.adapters import adapter_tree, initial_adapters
 from wan_jax.training.config import LoraConfig, NoiseConfig, OptimizerConfig

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from wan_jax.cli.recipes import recipe
+from wan_jax import recipe
 
 
 def get_config() -> ConfigDict:

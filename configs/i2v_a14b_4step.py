@@ -5,7 +5,7 @@ Give the picture: --config.image=first.png. The video has its shape, with the ar
 
 from ml_collections import ConfigDict
 
-from wan_jax.cli.recipes import recipe
+from wan_jax import recipe
 
 
 def get_config() -> ConfigDict:

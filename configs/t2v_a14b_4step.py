@@ -7,7 +7,7 @@ expert (low-noise expert first):
 
 from ml_collections import ConfigDict
 
-from wan_jax.cli.recipes import recipe
+from wan_jax import recipe
 
 
 def get_config() -> ConfigDict:

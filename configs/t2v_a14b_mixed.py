@@ -7,7 +7,7 @@ guidance, so eight forwards in all.
 
 from ml_collections import ConfigDict
 
-from wan_jax.cli.recipes import recipe
+from wan_jax import recipe
 
 
 def get_config() -> ConfigDict:

@@ -27,6 +27,7 @@ FLOORS = (
     ("checkpoint",),
     ("lora",),
     ("planning",),
+    ("generation",),
     ("pipeline",),
     ("training", "testing"),
     ("cli",),
@@ -42,7 +43,6 @@ CORE = "models", "kernels", "diffusion", "parallel"
 KNOWN = {
     "core",
     "engine",
-    "wan_jax.pipeline",
 }
 TORCH = "torch", "diffusers"  # only the tests under tests/parity may need them
 

@@ -1,17 +1,21 @@
 """The pipeline's own behaviour, on the demo's structure with random weights; parity is in tests/parity/."""
 
+import gc
+import inspect
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from wan_jax import pipeline
 from wan_jax.diffusion.params import SamplingParams
-from wan_jax.errors import InputError
+from wan_jax.errors import Cancelled, InputError
 from wan_jax.pipeline import WanPipeline
+from wan_jax.runtime.events import CancelToken, FramesDecoded, Run, StageDone, StageStarted, StepDone
 from wan_jax.testing.models import DEMO, random_pipeline
+from wan_jax.text import encoder
 from wan_jax.text.tokenizer import Tokenizer
 
 SHAPE = (16, 2, 4, 6)  # 48x32, 5 frames
@@ -31,7 +35,6 @@ def test_video(pipe):
     assert video.latents.dtype == np.float32
     assert video.metadata["prompt"] == "a red circle"
     assert set(video.seconds) == {"text", "compile", "denoise", "decode"}
-    np.testing.assert_array_equal(pipe.latents[0], video.latents)
 
 
 def test_seed_prompt_and_guidance_matter(pipe):
@@ -49,16 +52,14 @@ def test_seed_prompt_and_guidance_matter(pipe):
 
 
 def test_without_guidance_the_negative_prompt_is_not_encoded(pipe, monkeypatch):
-    encoded = []
-    tokenizer = pipe._tokenizer
+    encoded, tokenize = [], Tokenizer.__call__
     monkeypatch.setattr(
-        pipe, "_tokenizer", lambda prompts, length: encoded.extend(prompts) or tokenizer(prompts, length)
+        Tokenizer, "__call__", lambda self, prompts, *n: encoded.extend(prompts) or tokenize(self, prompts, *n)
     )
-    monkeypatch.setattr(pipe, "_encoded_prompts", {})
-    pipe("a red circle", **SMALL, guidance=1, negative_prompt="blurry")
-    assert encoded == ["a red circle"]
-    pipe("a red circle", **SMALL, guidance=(1, 2), negative_prompt="blurry")
-    assert encoded == ["a red circle", "blurry"]
+    pipe("a new circle", **SMALL, guidance=1, negative_prompt="very blurry")
+    assert encoded == ["a new circle"]
+    pipe("a new circle", **SMALL, guidance=(1, 2), negative_prompt="very blurry")
+    assert encoded == ["a new circle", "very blurry"]
 
 
 def test_choices_for_each_expert(pipe):
@@ -94,7 +95,7 @@ def test_lightx2v_four_steps_written_out(pipe):
 def test_list_of_prompts(pipe):
     videos = pipe(["a red circle", "a blue square"], **SMALL)
     assert [video.metadata["prompt"] for video in videos] == ["a red circle", "a blue square"]
-    assert pipe.latents.shape == (2, *SHAPE)
+    assert [video.metadata["seed"] for video in videos] == [0, 1]
 
 
 def test_initial_latents(pipe):
@@ -132,15 +133,95 @@ def test_bfloat16_stays_near_float32(pipe, tokenizer_folder):
     assert 1e-4 < distance < 0.05
 
 
-def test_latents_survive_a_failed_decode(pipe, monkeypatch):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
+def test_latents_are_there_before_any_frame(pipe):
+    result = next(pipe.results([SamplingParams("a red circle", **SMALL)]))
+    assert "decode" not in result.seconds
+    assert result.latents.shape == SHAPE
+    chunks = list(result.frames())
+    assert [len(chunk) for chunk in chunks] == [1, 4]
+    np.testing.assert_array_equal(np.concatenate(chunks), pipe("a red circle", **SMALL).frames)
 
-    pipe.latents = None
-    monkeypatch.setattr(pipe, "decode", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        pipe("a red circle", **SMALL)
-    assert pipe.latents.shape == (1, *SHAPE)
+
+def test_rows_of_a_batch_are_single_runs(pipe):
+    rows = {"seed": [7, 3], "negative_prompt": ["blurry", "grey"]}
+    own = [{name: values[index] for name, values in rows.items()} for index in range(2)]
+    alone = [pipe("a", **SMALL, **own[0]), pipe("b", **SMALL, **own[1])]
+    for single, row in zip(alone, pipe(["a", "b"], **SMALL, **rows), strict=True):
+        np.testing.assert_allclose(row.latents, single.latents, rtol=0, atol=1e-5 * np.abs(single.latents).max())
+        assert row.metadata == single.metadata
+    three = pipe("a", **SMALL, num_videos=3, seed=6)
+    assert [video.metadata["seed"] for video in three] == [6, 7, 8]
+    requests = [SamplingParams("a", **SMALL, guidance=1.0), SamplingParams("a", **SMALL, guidance=5.0)]
+    for request, row in zip(requests, pipe(requests), strict=True):
+        single = pipe(request)
+        np.testing.assert_allclose(row.latents, single.latents, rtol=0, atol=2e-5 * np.abs(single.latents).max())
+    with pytest.raises(InputError, match="steps 3: videos of one batch"):
+        pipe([requests[0], SamplingParams("a", **SMALL | {"steps": 3})])
+
+
+def test_events_of_a_call(pipe):
+    events = []
+    pipe("a red circle", **SMALL, on_event=events.append)
+    steps = [event for event in events if isinstance(event, StepDone)]
+    assert [(step.step, step.total, step.videos) for step in steps] == [(1, 2, (0,)), (2, 2, (0,))]
+    assert {step.expert for step in steps} <= {"high_noise", "low_noise"}
+    decoded = [event for event in events if isinstance(event, FramesDecoded)]
+    assert [(event.done, event.total) for event in decoded] == [(1, 5), (5, 5)]
+    started = [event.stage for event in events if isinstance(event, StageStarted)]
+    assert started == [event.stage for event in events if isinstance(event, StageDone)]
+    assert started[-2:] == ["denoise", "decode"]
+
+
+@pytest.mark.parametrize("kind", [StepDone, FramesDecoded])
+def test_cancelling_frees_the_device(pipe, kind):
+    """Nothing of the run stays, no further step or chunk is made, and the pipeline goes on to work."""
+    before = pipe("a red circle", **SMALL)
+    gc.collect()
+    held = sum(array.nbytes for array in jax.live_arrays())
+    token, seen = CancelToken(), []
+
+    def cancel(event):
+        if isinstance(event, kind):
+            seen.append(kind)  # not the event: on a CPU its frames are the device's
+            token.cancel()
+
+    with pytest.raises(Cancelled):
+        pipe("a red circle", **SMALL | {"frames": 9}, on_event=cancel, cancel=token)
+    assert len(seen) == 1
+    gc.collect()
+    assert sum(array.nbytes for array in jax.live_arrays()) <= held
+    np.testing.assert_array_equal(pipe("a red circle", **SMALL).latents, before.latents)
+
+
+def test_two_threads(pipe):
+    """Two requests at a time on one pipeline give what each gives alone."""
+    requests = [
+        SamplingParams("a red circle", **SMALL, seed=5),
+        SamplingParams("a blue square", **SMALL | {"steps": 3}),
+    ]
+    alone = [pipe(request) for request in requests]
+    seen: list[list] = [[], []]
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(lambda n: pipe(requests[n], on_event=seen[n].append), range(2)))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one.latents, other.latents)
+        np.testing.assert_array_equal(one.frames, other.frames)
+        assert one.metadata == other.metadata
+    assert [sum(isinstance(event, StepDone) for event in events) for events in seen] == [2, 3]
+
+
+def test_the_call_shows_its_arguments(pipe):
+    parameters = inspect.signature(pipe).parameters
+    assert {"prompt", "size", "steps", "seed", "attention", "on_event", "cancel"} <= parameters.keys()
+    assert "number of denoising steps" in WanPipeline.__call__.__doc__
+    with pytest.raises(InputError, match="unknown argument 'stpes'; did you mean 'steps'"):
+        pipe("a", stpes=3)
+
+
+def test_notes_are_warnings_where_nobody_listens(pipe):
+    with pytest.warns(UserWarning, match="21 frames are more than the 17") as caught:
+        next(pipe.results([SamplingParams("a", size=(48, 32), frames=21, steps=1)]))
+    assert caught[0].filename == __file__
 
 
 def test_a_second_run_compiles_nothing(pipe, compiled):
@@ -152,21 +233,19 @@ def test_a_second_run_compiles_nothing(pipe, compiled):
 
 def test_forgetting_prompts_keeps_those_in_use(pipe, monkeypatch):
     """Old prompts make room for new ones, also where a call names more than are remembered, and an old one again."""
-    monkeypatch.setattr(pipeline, "CACHED_PROMPTS", 2)
-    monkeypatch.setattr(pipe, "_encoded_prompts", {})
+    monkeypatch.setattr(encoder, "CACHED_PROMPTS", 2)
     separate = [pipe.encode_prompts([prompt]) for prompt in "abc"]
     together = pipe.encode_prompts([*"cab", ""])
     np.testing.assert_array_equal(together[:3], np.concatenate([separate[n] for n in (2, 0, 1)]))
-    assert len(pipe._encoded_prompts) == 2
 
 
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_frames_arrive_while_later_ones_are_decoded(pipe, chunk):
     latents = np.random.default_rng(0).standard_normal((16, 6, 4, 6)).astype(np.float32)
-    lots = []
-    frames = pipe.decode(latents, on_frames=lots.append, chunk=chunk)
-    assert [len(lot) for lot in lots] == ([1, 4, 4, 4, 4, 4] if chunk == 1 else [1, 12, 8])
-    np.testing.assert_array_equal(np.concatenate(lots), frames)
+    chunks = list(pipe.codec.decode(latents, Run(), chunk=chunk))
+    assert [len(frames) for frames in chunks] == ([1, 4, 4, 4, 4, 4] if chunk == 1 else [1, 12, 8])
+    frames = pipe.decode(latents, chunk=chunk)
+    np.testing.assert_array_equal(np.concatenate(chunks), frames)
     # Another chunk may add in another order, and the cut to whole levels may then fall on the other side.
     np.testing.assert_allclose(frames.astype(int), pipe.decode(latents), rtol=0, atol=1)
 
@@ -180,16 +259,16 @@ def conditioning_frames(count: int) -> np.ndarray:
 def test_encoding_streams(pipe, monkeypatch):
     """The latents are those of the whole sequence, and only one latent frame's worth of frames travels at a time."""
     frames = conditioning_frames(13)
-    sent, start = [], pipe._start
-    monkeypatch.setattr(pipe, "_start", lambda *args: sent.append(args[-1].shape) or start(*args))
+    sent, call = [], Run.call
+    monkeypatch.setattr(Run, "call", lambda *args: sent.append(args[-1].shape) or call(*args))
     latents = pipe.encode(frames)
+    monkeypatch.undo()
     assert sent == [(1, 32, 48, 3), *[(4, 32, 48, 3)] * 3]
     assert latents.shape == (16, 4, 4, 6)
     assert latents.dtype == np.float32
     expected = jax.jit(lambda vae, frames: vae.encode(frames))(pipe.vae, frames[None])[0]
     np.testing.assert_allclose(latents, expected, rtol=0, atol=1e-5)  # float32 sums in another order
     np.testing.assert_array_equal(pipe.encode(frames[:1]), latents[:, :1])
-    assert pipe.seconds["encode"] > 0
 
 
 def test_pixels_and_floats_give_the_same_latents(pipe):
@@ -229,6 +308,5 @@ def test_vae_in_bfloat16(pipe, diffusers_tree):
 
 
 def test_decode_alone(pipe):
-    latents = pipe.denoise([SamplingParams("a", **SMALL).resolve(DEMO)])
-    frames = pipe.decode(latents[0])
-    np.testing.assert_array_equal(frames, pipe("a", **SMALL).frames)
+    video = pipe("a", **SMALL)
+    np.testing.assert_array_equal(pipe.decode(video.latents), video.frames)

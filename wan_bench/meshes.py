@@ -191,11 +191,11 @@ def run(
     titles = f"{'mesh':<24} {'forward':>9} {'scaling':>8} {'step':>9} {'scaling':>8} {'memory':>10}"
     on_line(f"{titles} {'exchange':>9} {'alone':>8}")
     with Watchdog(hang_seconds) as watchdog:
-        bench = MeshBench(config, settings, dtype, prompts, repeats, forwards, watchdog.beat)
+        bench = MeshBench(config, settings, dtype, prompts, repeats, forwards, watchdog.heartbeat)
         firsts: dict[str, np.ndarray] = {}  # the first latents of each kind of run
         for mesh_spec in mesh_specs:
             row: dict[str, Any] = {"mesh": str(mesh_spec), "devices": mesh_spec.devices}
-            watchdog.beat(f"mesh {mesh_spec}")
+            watchdog.heartbeat(f"mesh {mesh_spec}")
             try:
                 latents = bench.measure(mesh_spec, row)
                 first = firsts.setdefault("step" if "step_seconds" in row else "forward", latents)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wan_jax.config import WanConfig
+from wan_jax.config import PerExpert, WanConfig
 from wan_jax.diffusion.params import DTYPES, SamplingParams, check_name
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import BACKENDS, attention
@@ -33,12 +33,11 @@ from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import SINGLE, Placement
-from wan_jax.pipeline import peak_bytes
 from wan_jax.planning.time import decode_flops, denoiser_flops, encode_flops
 from wan_jax.presets import get_preset
 from wan_jax.runtime import xla_flags
 from wan_jax.runtime.compiled import workspace_bytes
-from wan_jax.runtime.devices import bytes_of_a_device, matmul_rate, seconds_of
+from wan_jax.runtime.devices import bytes_of_a_device, matmul_rate, peak_bytes, seconds_of
 from wan_jax.testing.models import DEMO, random_model, random_pipeline
 from wan_jax.testing.tokenizer import train_small_tokenizer
 from wan_jax.text.tokenizer import Tokenizer
@@ -336,14 +335,15 @@ def bench_video(bench: Bench) -> None:
         def run(prompt: str, settings: SamplingParams) -> dict[str, float]:
             request = replace(settings, prompt=prompt).resolve(bench.config)
             start = time.perf_counter()
-            latents = pipeline.denoise([request])[0]
-            with VideoWriter(folder / "video.mp4", settings.fps) as writer:
-                pipeline.decode(latents, on_frames=writer.write)
+            result = next(pipeline.results([request]))
+            with VideoWriter(folder / "video.mp4", request.fps) as writer:
+                for frames in result.frames():
+                    writer.write(frames)
                 saving = time.perf_counter()
             done = time.perf_counter()
-            return {**pipeline.seconds, "save": done - saving, "total": done - start}
+            return {**result.seconds, "save": done - saving, "total": done - start}
 
-        one_step = (1, 1) if isinstance(bench.settings.steps, tuple) else 1
+        one_step = PerExpert(1, 1) if isinstance(bench.settings.steps, tuple) else 1
         run(PROMPT, replace(bench.settings, steps=one_step))
         # Another prompt each time, so that text is encoded too.
         runs = [run(f"{PROMPT} {number}", bench.settings) for number in range(bench.repeats)]

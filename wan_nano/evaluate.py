@@ -6,6 +6,7 @@ Every setting runs on the same prompts and the same initial noise, so that diffe
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from wan_jax.cli.generate import load_pipeline
+from wan_jax.cli.loading import load_pipeline
 from wan_jax.cli.options import OPTIONS, Options
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError, unknown_name
@@ -119,9 +120,8 @@ def generate_videos(
     for start in range(0, len(prompts), batch):
         rows = requests[start : start + batch]
         rows += [rows[-1]] * (batch - len(rows))  # one shape, one compilation
-        latents = pipeline.denoise(rows)
-        for one in latents[: len(prompts) - start]:
-            yield pipeline.decode(one)
+        for result in itertools.islice(pipeline.results(rows), len(prompts) - start):
+            yield np.concatenate(list(result.frames()))
 
 
 def default_batch() -> int:

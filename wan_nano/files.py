@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from wan_jax.errors import InputError
-from wan_jax.media.video import temporary_name
+from wan_jax.runtime.files import written_whole
 
 TOKENIZER = "tokenizer"  # a folder
 
@@ -25,7 +25,7 @@ def weights_file(folder: Path, name: str) -> Path:
 def save_weights(folder: Path, name: str, parameters: Mapping[str, ArrayLike]) -> None:
     """Writes float32 arrays."""
     arrays: dict[str, Any] = {key: np.asarray(value, np.float32) for key, value in parameters.items()}
-    with temporary_name(weights_file(folder, name)) as temporary, temporary.open("wb") as file:
+    with written_whole(weights_file(folder, name)) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
 
 
@@ -57,5 +57,5 @@ def copy_missing(source: Path, destination: Path) -> None:
     for path in sorted(source.glob("[!.]*.npz")):
         place = destination / path.name
         if not place.exists():
-            with temporary_name(place) as temporary:
+            with written_whole(place) as temporary:
                 temporary.write_bytes(path.read_bytes())

@@ -9,6 +9,7 @@ import pytest
 
 from wan_jax import WanPipeline, read_video
 from wan_jax.cli.main import main
+from wan_jax.media.video import VideoWriter
 
 SMALL = ["--size", "48x32", "--frames", "5", "--steps", "2", "--dtype", "float32"]
 SHAPE = (16, 2, 4, 6)
@@ -87,7 +88,7 @@ def test_interrupted_decode_keeps_the_latents(generate, diffusers_tree, tmp_path
         def interrupt(*args, **kwargs):
             raise KeyboardInterrupt
 
-        patch.setattr(WanPipeline, "decode", interrupt)
+        patch.setattr(VideoWriter, "write", interrupt)
         assert generate("a red circle") == 130
     assert [path.name for path in tmp_path.iterdir()] == ["out.latents.npy"]
     assert "wan-jax decode out.latents.npy" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from wan_jax.cli.options import Options
 from wan_jax.cli.prompt_files import read_items
 from wan_jax.errors import InputError
 from wan_jax.media.video import is_complete, read_metadata
+from wan_jax.runtime.events import Run, StepDone
 from wan_jax.runtime.progress import Bars
 
 JSON_LINES = """
@@ -231,13 +232,13 @@ def test_lines_of_one_size_share_executables(run, monkeypatch):
     events: list[str] = []
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(lambda event, duration, **kwargs: events.append(event))
-    denoise = WanPipeline.denoise
+    results = WanPipeline.results
 
     def counted(self, *args):
         compiled.append(sum(event.endswith("jaxpr_to_mlir_module_duration") for event in events))
-        return denoise(self, *args)
+        return results(self, *args)
 
-    monkeypatch.setattr(WanPipeline, "denoise", counted)
+    monkeypatch.setattr(WanPipeline, "results", counted)
     lines = [{"prompt": "a"}, {"prompt": "b", "seed": 1, "steps": 3, "guidance": 2.5}, {"prompt": "c", "shift": 3}]
     code, report, _ = run(lines, "--quiet")
     assert code == 0
@@ -250,7 +251,7 @@ def test_interrupt_stops_the_batch(run, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(WanPipeline, "denoise", interrupt)
+    monkeypatch.setattr(WanPipeline, "results", interrupt)
     assert run([{"prompt": "a"}, {"prompt": "b"}])[0] == 130
 
 
@@ -279,16 +280,27 @@ def test_extended_prompts(run, monkeypatch):
 
 
 def test_bars_within_a_bar():
-    bars = Bars(True)
-    with bars.task("videos", total=2) as outer:
-        shown = bars._shown
-        outer.advance(0, "first")
-        with bars.task("denoise", total=4) as inner:
-            inner.advance()
-            assert [task.description for task in shown.tasks] == ["first", "denoise"]
-        outer.advance()
-        assert [(task.description, task.completed) for task in shown.tasks] == [("first", 1)]
-    assert bars._shown is None
+    bars = Bars()
+    run = Run(bars)
+    with run.stage("videos", total=2):
+        run.progress("videos", 0, "first")
+        with run.stage("denoise", total=4):
+            run.emit(StepDone(1, 4, "low_noise", 0.1))
+            assert bars.lines == [("first", 0), ("denoise (low_noise expert)", 1)]
+        run.progress("videos", 1)
+        assert bars.lines == [("first", 1)]
+    with run.transfers("load") as report:
+        report("vae", 5, 10)
+        assert bars.lines == [("load vae", 5)]
+    assert bars.lines == []
+
+
+def test_notes_are_printed_once(capsys):
+    for bars in (Bars(), Bars(False)):
+        run = Run(bars)
+        run.note("the image is stretched")
+        run.note("the image is stretched")
+    assert capsys.readouterr().err == "note: the image is stretched\n"
 
 
 def test_metadata_of_files(tmp_path):

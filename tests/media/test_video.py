@@ -1,6 +1,7 @@
 """Files: what is written can be read back, and a failed write leaves nothing."""
 
 import json
+import pathlib
 import threading
 
 import av
@@ -10,7 +11,8 @@ from PIL import Image
 
 from wan_jax.errors import InputError
 from wan_jax.media import video as video_module
-from wan_jax.media.video import Video, VideoWriter, read_video, save_array
+from wan_jax.media.video import Video, VideoWriter, read_video
+from wan_jax.runtime.files import save_array
 
 METADATA = {"prompt": "一只猫，白色", "seed": 3}  # noqa: RUF001
 
@@ -78,7 +80,7 @@ def test_interrupted_save_keeps_the_old_file(video, tmp_path, monkeypatch, endin
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(video_module.os, "umask", interrupt)
+    monkeypatch.setattr(pathlib.Path, "replace", interrupt)
     monkeypatch.setattr(Image.Image, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
         video.save(target)

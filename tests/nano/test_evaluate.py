@@ -167,14 +167,12 @@ def test_evaluation(prompts, videos, tmp_path):
     config = get_preset("nano")
 
     def pipeline(answers):
-        texts = []
-
-        def denoise(requests):
+        def results(requests):
             assert len({request.seed for request in requests}) > 1
-            texts[:] = [request.prompt for request in requests]
-            return np.arange(len(requests))
+            for request in requests:
+                yield types.SimpleNamespace(frames=lambda request=request: iter([answers[request.prompt]]))
 
-        return types.SimpleNamespace(config=config, denoise=denoise, decode=lambda index: answers[texts[index]])
+        return types.SimpleNamespace(config=config, results=results)
 
     settings = SamplingParams().resolve(config)
     runs = [("right", lambda: (pipeline(right), settings)), ("wrong", lambda: (pipeline(wrong), settings))]

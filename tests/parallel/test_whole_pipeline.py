@@ -10,6 +10,7 @@ from wan_jax.diffusion.params import SamplingParams, make_requests
 from wan_jax.errors import InputError
 from wan_jax.parameters import named_parameters
 from wan_jax.pipeline import WanPipeline
+from wan_jax.runtime.progress import Bars
 from wan_jax.testing.models import DEMO, random_pipeline
 from wan_jax.text.tokenizer import Tokenizer
 
@@ -50,34 +51,34 @@ def test_a_video_on_a_mesh(text_to_video):
     assert video.metadata["mesh"] == "cfg2-ulysses4"
 
 
-def requests(*prompts: str) -> list[SamplingParams]:
-    return [request.resolve(DEMO) for request in make_requests(prompts, SMALL)]
+def latents_of(pipeline: WanPipeline, *prompts: str) -> np.ndarray:
+    return np.stack([result.latents for result in pipeline.results(make_requests(prompts, SMALL))])
 
 
 def test_a_batch_in_parts(text_to_video):
     made, alone = text_to_video
     pipeline = load(made, {"data": 2, "fsdp": 2, "tensor": 2})
-    latents = pipeline.denoise(requests("a red circle", "a cat"))
+    latents = latents_of(pipeline, "a red circle", "a cat")
     assert_same(latents, np.stack([video.latents for video in alone]))
     with pytest.raises(InputError, match="a batch of 1 cannot be divided over data 2"):
-        pipeline.denoise(requests("a cat"))
+        latents_of(pipeline, "a cat")
 
 
 def test_experts_on_devices_of_their_own(text_to_video):
     """Two videos in flight, through the same call."""
     made, alone = text_to_video
     pipeline = load(made, "experts2-cfg2")
-    latents = pipeline.denoise(requests("a red circle", "a cat"))
+    latents = latents_of(pipeline, "a red circle", "a cat")
     assert_same(latents, np.stack([video.latents for video in alone]))
 
 
 def test_auto_says_what_it_chose(text_to_video, capsys):
     made, _ = text_to_video
-    pipeline = WanPipeline.from_checkpoint(made, "float32", mesh="auto", progress=True)
+    pipeline = WanPipeline.from_checkpoint(made, "float32", mesh="auto", on_event=Bars())
     assert str(pipeline.placement.mesh_spec) == "cfg2-ulysses4"
     assert "mesh cfg2-ulysses4 for 8 devices: the prompt and the negative prompt apart" in capsys.readouterr().err
 
 
 def test_image_to_video_on_a_mesh(checkpoint):
     made, request = checkpoint(I2V), SamplingParams("a", image=picture(0), **SMALL).resolve(I2V)
-    assert_same(*(load(made, mesh).denoise([request]) for mesh in ("pipeline2-ring2", None)))
+    assert_same(*(next(load(made, mesh).results([request])).latents for mesh in ("pipeline2-ring2", None)))

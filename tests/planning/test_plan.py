@@ -245,8 +245,7 @@ def test_each_expert_has_steps_of_its_own(tokenizer_folder, compiled):
     plan = Plan(DEMO, SamplingParams(**small).resolve(DEMO), "bfloat16", programs=programs)
     plan.compiled = True
     plan.predict(PROFILES["resident"])
-    pipeline = random_pipeline(DEMO, Tokenizer.from_pretrained(tokenizer_folder))
-    pipeline._programs = programs
+    pipeline = random_pipeline(DEMO, Tokenizer.from_pretrained(tokenizer_folder), programs=programs)
     compiled.clear()
     pipeline("a red circle", **small)
     assert not PROGRAMS & set(compiled)
@@ -276,8 +275,7 @@ def test_what_is_planned_is_what_runs(tokenizer_folder, compiled, config, name):
         return
 
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
-    pipeline = random_pipeline(config, tokenizer, placement=Placement(offload=profile))
-    pipeline._programs = programs
+    pipeline = random_pipeline(config, tokenizer, placement=Placement(offload=profile), programs=programs)
     image = np.zeros((32, 48, 3), np.uint8)
     runs = {"text": [{}], "image_latents": [{"image": image}], "first_frame": [{"image": image}, {}]}
     for given in runs[config.conditioning]:

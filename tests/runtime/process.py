@@ -5,16 +5,16 @@ import sys
 import time
 
 from wan_jax.cli.main import main
-from wan_jax.pipeline import WanPipeline
+from wan_jax.runtime.events import Event, Run, StepDone
 
 if __name__ == "__main__":
     if os.environ.get("HANGS"):
-        add_seconds = WanPipeline._add_seconds
+        emit = Run.emit
 
-        def hang(pipeline: WanPipeline, stage: str, seconds: float) -> None:
-            add_seconds(pipeline, stage, seconds)
-            if stage == "denoise":
+        def hang(run: Run, event: Event) -> None:
+            emit(run, event)
+            if isinstance(event, StepDone):
                 time.sleep(1000)
 
-        WanPipeline._add_seconds = hang  # type: ignore[method-assign]
+        Run.emit = hang  # type: ignore[method-assign]
     sys.exit(main(sys.argv[1:]))

@@ -69,7 +69,7 @@ def test_a_process_that_hangs_ends_the_run(checkpoint, tmp_path):
     results = run(checkpoint, tmp_path, "--hang-seconds", "15", hangs=1)
     code, errors = results[1]
     assert code == EXIT_HUNG, errors
-    message = r"process 1 of 2: nothing has moved for 15 s since: denoise \(\w+ expert\), 1 of 2; ending the run"
+    message = r"process 1 of 2: nothing has moved for 15 s since: step 1 of 2 \(\w+ expert\); ending the run"
     assert re.search(message, errors)
     # The other waits for it, and says so itself, or is ended because it is gone.
     code, errors = results[0]
@@ -80,7 +80,7 @@ def test_watchdog():
     ended = threading.Event()
     codes = []
     with Watchdog(0.2, end=lambda code: (codes.append(code), ended.set())) as watchdog:
-        watchdog.beat("step 1")
+        watchdog.heartbeat("step 1")
         assert ended.wait(60)
     assert codes == [EXIT_HUNG]
     with Watchdog(0.05, end=codes.append):

@@ -3,21 +3,12 @@
 import argparse
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from wan_jax.diffusion.params import (
-    DTYPES,
-    PROFILE_NAMES,
-    SamplingParams,
-    integer,
-    knob,
-    number,
-    switch,
-    text,
-    texts,
-)
+from wan_jax.diffusion.params import DTYPES, PROFILE_NAMES, SamplingParams
+from wan_jax.fields import integer, knob, knobs, number, switch, text, texts
 
 option = functools.partial(knob, per_video=False)
 
@@ -75,7 +66,7 @@ class Options(SamplingParams):
 
 # Every field by its name: the command line's flags, the recipes' keys; and those that videos of one run may have for
 # themselves, the keys of a file of prompts.
-OPTIONS = {each.name: each for each in fields(Options) if each.init}
+OPTIONS = {each.name: each for each in knobs(Options)}
 PER_VIDEO = tuple(name for name, each in OPTIONS.items() if each.metadata["per_video"])
 
 

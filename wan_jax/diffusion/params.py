@@ -4,14 +4,11 @@ Every knob is one field of `SamplingParams`. The arguments of a call, the comman
 of files of prompts derive from the fields; cli/options.py adds what a run of the command line has beside them.
 """
 
-import inspect
 import math
 import os
 import pathlib
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields, replace
-from numbers import Integral, Real
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -20,127 +17,12 @@ from wan_jax.config import PerExpert, WanConfig
 from wan_jax.diffusion.experts import as_pair, by_expert
 from wan_jax.diffusion.schedule import GRIDS, Schedule, make_schedule
 from wan_jax.errors import InputError, unknown_name
+from wan_jax.fields import anything, convert_fields, integer, knob, knobs, number, text, width_height
 from wan_jax.media.image import Picture, check_images, output_size
 
 NOISES = ("jax", "torch")
 DTYPES = ("bfloat16", "float32")
 PROFILE_NAMES = ("auto", "resident", "swap", "stream")  # what the last three mean is in runtime/offload.py
-
-Convert = Callable[[str, Any], Any]  # (the field's name, a value or a text of it) -> the value; raises InputError
-
-
-def text(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{name} {value!r}: must be text")
-    return value
-
-
-def integer(name: str, value: Any) -> int:
-    parsed = _parsed(value, int)
-    is_whole = isinstance(parsed, Integral) or (isinstance(parsed, float) and parsed.is_integer())
-    if isinstance(parsed, bool) or not is_whole:
-        raise InputError(f"{name} {value!r}: must be a whole number")
-    return int(parsed)
-
-
-def number(name: str, value: Any) -> float:
-    parsed = _parsed(value, float)
-    try:
-        if isinstance(parsed, bool) or not isinstance(parsed, Real):
-            raise TypeError
-        return float(parsed)
-    except (TypeError, OverflowError):
-        raise InputError(f"{name} {value!r}: must be a number") from None
-
-
-def switch(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise InputError(f"{name} {value!r}: must be true or false")
-    return value
-
-
-def texts(name: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, (tuple, list)):
-        raise InputError(f"{name} {value!r}: must be a list of texts")
-    return tuple(text(name, each) for each in value)
-
-
-def width_height(name: str, value: Any) -> tuple[int, int]:
-    """ "1280x720", "1280*720" or (1280, 720), width first."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(\d+)\s*", value)
-        if not match:
-            raise InputError(f"{name} {value!r}: write WIDTHxHEIGHT, for example 1280x720")
-        return int(match[1]), int(match[2])
-    if not isinstance(value, Sequence) or len(value) != 2:
-        raise InputError(f"{name} {value!r}: give (width, height)")
-    width, height = (integer(name, side) for side in value)
-    return width, height
-
-
-def anything(name: str, value: Any) -> Any:
-    """What `SamplingParams.resolve` reads: a file's name, or what was in it."""
-    del name
-    return value
-
-
-def per_expert(convert: Convert) -> Convert:
-    """A value for both experts, a pair (low, high), a PerExpert, or the text "LOW,HIGH"."""
-    kind = "whole number" if convert is integer else "number" if convert is number else "name"
-
-    def convert_each(name: str, value: Any) -> Any:
-        parts = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-        if not isinstance(parts, (tuple, list)):
-            return convert(name, value)
-        try:
-            values = [convert(name, part) for part in parts] if len(parts) in (1, 2) else []
-        except InputError:
-            if not isinstance(value, str):
-                raise
-            values = []
-        if not values:
-            write = f"write one {kind}, or LOW,HIGH" if isinstance(value, str) else "give one value, or a pair"
-            raise InputError(f"{name} {value!r}: {write} for the low-noise and the high-noise expert")
-        return values[0] if len(values) == 1 else PerExpert(*values)
-
-    return convert_each
-
-
-# The type of a field's value in a recipe; text for all others.
-KINDS: dict[Convert, type] = {integer: int, number: float, switch: bool, texts: tuple}
-
-
-def knob(
-    convert: Convert,
-    description: str,
-    *,
-    default: Any = None,
-    metavar: str | None = None,
-    both_experts: bool = False,
-    per_video: bool = True,
-    per_row: bool = False,
-) -> Any:
-    """A field of a request.
-
-    Args:
-        convert: one of the functions above.
-        description: for the help of the command line and of Python.
-        default: None takes the preset's value, if there is one.
-        metavar: of the command line.
-        both_experts: whether a value may be one for each expert.
-        per_video: whether a file of prompts may give it for each video.
-        per_row: whether a call may give a sequence with one value for each video.
-    """
-    metadata = {
-        "kind": str if both_experts else KINDS.get(convert, str),
-        "convert": per_expert(convert) if both_experts else convert,
-        "help": description,
-        "metavar": metavar,
-        "per_expert": both_experts,
-        "per_video": per_video,
-        "per_row": per_row,
-    }
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -166,18 +48,18 @@ class SamplingParams:
     )
     frames: int = knob(integer, "number of frames, 4n + 1", metavar="N")
     fps: int = knob(integer, "frames per second of the file", metavar="N")
-    steps: int | tuple[int, int] = knob(
+    steps: int | PerExpert[int] = knob(
         integer, "number of denoising steps, or LOW,HIGH for each expert's", metavar="N[,N]", both_experts=True
     )
-    guidance: float | tuple[float, float] = knob(
+    guidance: float | PerExpert[float] = knob(
         number, "one number, or LOW,HIGH for the two experts; 1 is none", metavar="LOW[,HIGH]", both_experts=True
     )
     shift: float = knob(number, "shift of the sigma schedule", metavar="S")
     boundary: float | None = knob(number, "noise level at which the experts change, from 0 to 1", metavar="SIGMA")
-    solver: str | tuple[str, str] = knob(
+    solver: str | PerExpert[str] = knob(
         text, f"{' | '.join(GRIDS['official'])}, or LOW,HIGH", metavar="NAME[,NAME]", both_experts=True
     )
-    schedule: str | tuple[str, str] = knob(
+    schedule: str | PerExpert[str] = knob(
         text, f"{' | '.join(GRIDS)}, or LOW,HIGH", metavar="NAME[,NAME]", both_experts=True
     )
     seed: int = knob(integer, "the initial noise depends on it alone (default 0)", default=0, metavar="N", per_row=True)
@@ -195,9 +77,7 @@ class SamplingParams:
     _resolved_for: WanConfig | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            if "convert" in each.metadata and (value := vars(self)[each.name]) is not None:
-                object.__setattr__(self, each.name, each.metadata["convert"](each.name, value))
+        convert_fields(self)
 
     def resolve(self, config: WanConfig) -> Self:
         """The request with every field set: values of the preset, pictures and latents read, everything checked.
@@ -283,12 +163,7 @@ class SamplingParams:
     def as_json(self) -> dict[str, Any]:
         """Everything but what the video is made of: prompt, pictures and latents."""
         inputs = ("prompt", "image", "last_image", "initial_latents")
-        return {each.name: vars(self)[each.name] for each in knobs() if each.name not in inputs}
-
-
-def knobs() -> list[Field]:
-    """The fields of a request."""
-    return [each for each in fields(SamplingParams) if each.init]
+        return {each.name: vars(self)[each.name] for each in knobs(SamplingParams) if each.name not in inputs}
 
 
 def make_requests(
@@ -309,7 +184,7 @@ def make_requests(
     prompts = [prompt] if isinstance(prompt, (str, SamplingParams)) else list(prompt)
     if not prompts:
         raise InputError("no prompts: give at least one")
-    names = {each.name: each for each in knobs()}
+    names = {each.name: each for each in knobs(SamplingParams)}
     for name in choices:
         if name not in names:
             raise unknown_name("argument", name, names)
@@ -332,6 +207,20 @@ def make_requests(
     return requests
 
 
+# What the videos of one batch have in common.
+SHARED = ("size", "frames", "steps", "shift", "boundary", "solver", "schedule", "attention")
+
+
+def check_together(requests: Sequence[SamplingParams]) -> None:
+    """Raises InputError unless resolved requests may be one batch: all have a prompt, and one size, schedule, ..."""
+    for request in requests:
+        if request.prompt is None:
+            raise InputError("no prompt: write what the video shows")
+        for name in SHARED:
+            if (value := vars(request)[name]) != vars(requests[0])[name]:
+                raise InputError(f"{name} {value}: videos of one batch have the same {name}; make this one apart")
+
+
 def _is_rows(each: Field, choices: Mapping[str, Any]) -> bool:
     value = choices[each.name]
     if isinstance(value, (list, tuple)):
@@ -344,21 +233,6 @@ def _rows(name: str, values: Sequence[Any], count: int) -> Sequence[Any]:
     if len(values) != count:
         raise InputError(f"{name} has {len(values)} values for {count} videos; give one for each, or one for all")
     return values
-
-
-def documented(function: Any) -> Any:
-    """Decorates a function of `**params`: signature and docstring say which they are."""
-    signature = inspect.signature(function)
-    parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
-    added = [each for each in knobs() if each.name not in signature.parameters]
-    parameters += [
-        inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=each.default, annotation=each.type)
-        for each in added
-    ]
-    function.__signature__ = signature.replace(parameters=parameters)
-    lines = [f"            {each.name}: {each.metadata['help']}." for each in added]
-    function.__doc__ = function.__doc__.replace("            **params: see SamplingParams.", "\n".join(lines))
-    return function
 
 
 def read_latents(latents: Any) -> np.ndarray:
@@ -389,13 +263,6 @@ def check_name(what: str, name: str, known: tuple[str, ...]) -> None:
     """Raises InputError, suggesting the nearest known name, unless `name` is known."""
     if name not in known:
         raise unknown_name(what, name, known)
-
-
-def _parsed(value: Any, kind: Callable[[str], Any]) -> Any:
-    try:
-        return kind(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
 
 
 def _nearest_multiple(pixels: int, multiple: int) -> str:

@@ -1,6 +1,5 @@
 """Finished videos and the files they become."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -18,6 +17,7 @@ from PIL import Image, PngImagePlugin
 
 from wan_jax.config import VAEConfig
 from wan_jax.errors import InputError
+from wan_jax.runtime.files import written_whole
 
 # The official code writes libx264 at imageio's "quality 8", which is this constant rate factor.
 OFFICIAL_CRF = 10
@@ -171,28 +171,6 @@ def check_folder(path: pathlib.Path) -> None:
         raise InputError(f"output folder {path.parent} does not exist; make it first")
 
 
-@contextlib.contextmanager
-def temporary_name(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a name beside `path` with the same ending; on success it becomes `path`, otherwise it is removed."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = pathlib.Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files private
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def save_array(path: str | os.PathLike, array: np.ndarray) -> pathlib.Path:
-    """Writes one .npy file, complete or not at all."""
-    path = pathlib.Path(path)
-    with temporary_name(path) as temporary, temporary.open("wb") as file:  # an open file keeps NumPy from renaming it
-        np.save(file, array)
-    return path
-
-
 def read_video(path: str | os.PathLike) -> Video:
     """Reads a video file back; the inverse of `Video.save` for .mp4 and .gif up to compression. Sound is left out.
 
@@ -252,7 +230,7 @@ def _write_mp4(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int, descr
     import av
 
     first = next(frames)
-    with temporary_name(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    with written_whole(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         container.metadata["comment"] = description
         stream = container.add_stream("libx264", rate=fps, options={"crf": str(OFFICIAL_CRF)})
         stream.height, stream.width, _ = first.shape
@@ -273,7 +251,7 @@ def _write_gif(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int, descr
     times = [round(100 * index / fps) for index in range(len(rest) + 2)]
     durations = [10 * (end - start) for start, end in itertools.pairwise(times)]
     comment = description.encode()
-    with temporary_name(path) as temporary:
+    with written_whole(path) as temporary:
         first.save(
             temporary, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, comment=comment
         )
@@ -302,9 +280,3 @@ WRITERS: dict[str, Callable[[pathlib.Path, Iterator[np.ndarray], int, str], list
     ".gif": _write_gif,
     ".png": _write_pngs,
 }
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

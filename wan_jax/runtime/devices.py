@@ -34,3 +34,9 @@ def matmul_rate() -> float:
     x, y = (jax.random.normal(jax.random.key(seed), (size, size)).astype(jnp.bfloat16) for seed in range(2))
     product = jax.jit(jnp.dot).lower(x, y).compile()
     return 2 * size**3 / statistics.median(seconds_of(partial(product, x, y), repeats=5, calls=10))
+
+
+def peak_bytes() -> int | None:
+    """The most device memory used so far, over all devices of this process; None where the backend does not say."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return max((peak for peak in peaks if peak is not None), default=None)

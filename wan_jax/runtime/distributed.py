@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from wan_jax.errors import InputError
+from wan_jax.runtime.events import Event
 
 PORT = 9473  # of the first process, unless something says otherwise
 HANG_SECONDS = 1800.0  # of several processes, unless --hang-seconds says otherwise
@@ -138,12 +139,16 @@ class Watchdog:
         self._at = time.monotonic()
         self._over = threading.Event()
 
-    def beat(self, what: str) -> None:
+    def heartbeat(self, what: str) -> None:
         """Says that the process is alive, and what it has come to."""
         self._last, self._at = what, time.monotonic()
 
+    def __call__(self, event: Event) -> None:
+        """Listens to a run: every event is a heartbeat."""
+        self.heartbeat(str(event))
+
     def __enter__(self) -> "Watchdog":
-        self.beat(self._last)
+        self.heartbeat(self._last)
         if self._seconds is not None:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         return self

@@ -12,6 +12,7 @@ Progress bars, the watchdog, a server and tests are listeners: functions of one 
 """
 
 import contextlib
+import copy
 import sys
 import threading
 import time
@@ -82,6 +83,9 @@ class StepDone:
     # The solver's state on the host, from which a run can go on (`pipe(..., state=...)`).
     state: Callable[[], Any] | None = field(default=None, repr=False, compare=False)
 
+    def __str__(self) -> str:
+        return f"step {self.step} of {self.total} ({self.expert} expert)"
+
 
 @dataclass(frozen=True, eq=False)
 class FramesDecoded:
@@ -123,6 +127,7 @@ class Run:
     def __init__(self, on_event: Listener | None = None, cancel: CancelToken | None = None):
         self.seconds: dict[str, float] = {}
         self._on_event = on_event
+        self._warns = on_event is None
         self._cancel = cancel
         self._lock = threading.RLock()
 
@@ -131,11 +136,21 @@ class Run:
             with self._lock:
                 self._on_event(event)
 
+    def listened_to(self, listener: Listener) -> "Run":
+        """The same run with one more listener."""
+        other = copy.copy(self)
+        other._on_event = listeners(self._on_event, listener)
+        return other
+
     def note(self, message: str) -> None:
         """Tells the user something harmless."""
-        if self._on_event is None:
+        if self._warns:
             warnings.warn(message, stacklevel=_levels_to_caller())
         self.emit(Note(message))
+
+    def progress(self, stage: str, done: int, description: str = "") -> None:
+        """Says how far a stage has come."""
+        self.emit(Progress(stage, done, description))
 
     def check(self) -> None:
         """Raises Cancelled if the token asks for it."""
@@ -159,6 +174,12 @@ class Run:
             self.add_seconds(name, seconds)
             self.emit(StageDone(name, seconds))
 
+    @contextlib.contextmanager
+    def transfers(self, verb: str) -> Iterator[Callable[[str, int, int], None]]:
+        """A stage that moves weights; yields the function that reports (name, bytes done, bytes in all)."""
+        with self.stage(verb):
+            yield lambda name, done, total: self.emit(Transfer(f"{verb} {name}", done, total))
+
     def call(self, function: CompiledFunction, *args: Any) -> Any:
         """Calls a function without waiting for its end; counts the time to compile it."""
         start = time.perf_counter()
@@ -167,14 +188,15 @@ class Run:
         return function(*args)
 
 
-def listeners(*functions: Listener) -> Listener:
-    """One listener that tells all of them."""
+def listeners(*functions: Listener | None) -> Listener | None:
+    """One listener that tells all of those that there are; None for none."""
+    told = [function for function in functions if function is not None]
 
     def tell(event: Event) -> None:
-        for function in functions:
+        for function in told:
             function(event)
 
-    return tell
+    return tell if told else None
 
 
 def _levels_to_caller() -> int:

@@ -1,8 +1,8 @@
-"""Progress bars on standard error, for every step that takes long."""
+"""Progress bars on standard error: a listener of a run's events."""
 
-import contextlib
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -12,103 +12,89 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
+    Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
 
-
-class Bar:
-    """One line of progress."""
-
-    def __init__(
-        self,
-        progress: Progress | None,
-        description: str,
-        total: float | None,
-        on_progress: Callable[[str], None] = lambda text: None,
-    ):
-        self._description, self._total, self._done, self._on_progress = description, total, 0.0, on_progress
-        self._tell()
-        self._progress = progress
-        self._task = None if progress is None else progress.add_task(description, total=total)
-
-    def advance(self, count: float = 1, description: str | None = None) -> None:
-        """Moves on by `count`, with a new text if one is given."""
-        self._done += count
-        self._description = description or self._description
-        self._tell()
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, advance=count, description=description)
-
-    def reach(self, done: float) -> None:
-        """Moves to `done`."""
-        self._done = done
-        self._tell()
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done)
-
-    def remove(self) -> None:
-        """Takes the bar away."""
-        if self._progress is not None and self._task is not None:
-            self._progress.remove_task(self._task)
-
-    def _tell(self) -> None:
-        of = "" if self._total is None else f", {self._done:g} of {self._total:g}"
-        self._on_progress(f"{self._description}{of}")
+from wan_jax.runtime import events
 
 
 class Bars:
-    """Makes the bars; silent when `enabled` is false. `on_progress` is told of every move, shown or not."""
+    """Shows a bar for each stage whose length is known and for each transfer, and prints notes, each once.
 
-    def __init__(self, enabled: bool = True, on_progress: Callable[[str], None] = lambda text: None):
+    Args:
+        enabled: whether anything is shown.
+    """
+
+    def __init__(self, enabled: bool = True):
         self.enabled = enabled
-        self._on_progress = on_progress
-        self._shown: Progress | None = None  # the terminal has one display; bars within bars are lines of it
+        self._lock = threading.Lock()
+        self._display: Progress | None = None  # the terminal has one; bars within bars are lines of it
+        self._tasks: dict[str, TaskID] = {}  # by stage, or by the name of what is transferred
+        self._notes: set[str] = set()
 
-    @contextlib.contextmanager
-    def task(self, description: str, total: float | None = None) -> Iterator[Bar]:
-        """One bar (a spinner where `total` is None). Within another's block it goes when its own ends."""
-        within = self._shown is not None
-        with self._display([] if total is None else [BarColumn(), MofNCompleteColumn()]) as progress:
-            bar = Bar(progress, description, total, self._on_progress)
-            yield bar
-            if total is None:
-                bar.reach(1)
-            if within:
-                bar.remove()
-
-    @contextlib.contextmanager
-    def transfers(self, verb: str) -> Iterator[Callable[[str, int, int], None]]:
-        """One bar of bytes for each thing that is moved; yields the function to call with (name, done, total)."""
-        with self._display([BarColumn(), DownloadColumn()]) as progress:
-            bars: dict[str, Bar] = {}
-
-            def report(name: str, done: int, total: int) -> None:
-                if name not in bars:
-                    bars[name] = Bar(progress, f"{verb} {name}", total, self._on_progress)
-                bars[name].reach(done)
-
-            yield report
-
-    def note(self, message: str) -> None:
-        """Prints one line that the user should see."""
-        if self.enabled:
-            print(f"note: {message}", file=sys.stderr)
-
-    @contextlib.contextmanager
-    def _display(self, columns: list[ProgressColumn]) -> Iterator[Progress | None]:
+    def __call__(self, event: events.Event) -> None:
         if not self.enabled:
-            yield None
             return
-        if self._shown is not None:
-            yield self._shown
+        with self._lock:
+            match event:
+                case events.Note(message):
+                    if message not in self._notes:
+                        print(f"note: {message}", file=sys.stderr)
+                    self._notes.add(message)
+                case events.StageStarted(stage, total) if total is not None:
+                    self._open(stage, f"{stage} (compiling)" if stage == "denoise" else stage, total)
+                case events.StepDone():
+                    self._move("denoise", advance=1, description=f"denoise ({event.expert} expert)")
+                case events.FramesDecoded():
+                    self._move("decode", completed=event.done)
+                case events.Progress():
+                    self._move(event.stage, completed=event.done, description=event.description or None)
+                case events.Transfer():
+                    if event.name not in self._tasks:
+                        self._open(event.name, event.name, event.total, in_bytes=True)
+                    self._move(event.name, completed=event.done)
+                case events.StageDone(stage):
+                    self._close(stage)
+
+    @property
+    def lines(self) -> list[tuple[str, float]]:
+        """What is shown: each bar's text and how far it has come."""
+        return [] if self._display is None else [(task.description, task.completed) for task in self._display.tasks]
+
+    def _open(self, key: str, description: str, total: int, in_bytes: bool = False) -> None:
+        if self._display is None:
+            columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), _Count()
+            self._display = Progress(*columns, TimeElapsedColumn(), console=Console(file=sys.stderr))
+            self._display.start()
+        self._tasks[key] = self._display.add_task(description, total=total, in_bytes=in_bytes)
+
+    def _move(self, key: str, **changes: Any) -> None:
+        if self._display is not None and key in self._tasks:
+            self._display.update(self._tasks[key], **changes)
+
+    def _close(self, stage: str) -> None:
+        """Ends a stage's bars. Within another stage they vanish; else they stay on the terminal."""
+        over = {key for key in self._tasks if key == stage or key.startswith(f"{stage} ")}
+        if self._display is None or not over:
             return
-        text = TextColumn("{task.description}", markup=False)
-        with Progress(
-            SpinnerColumn(), text, *columns, TimeElapsedColumn(), console=Console(file=sys.stderr)
-        ) as progress:
-            self._shown = progress
-            try:
-                yield progress
-            finally:
-                self._shown = None
+        for key in over:
+            task = self._tasks.pop(key)
+            if self._tasks.keys() - over:
+                self._display.remove_task(task)
+        if not self._tasks:
+            self._display.stop()
+            self._display = None
+
+
+class _Count(ProgressColumn):
+    """Steps done and in all, or bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._steps, self._bytes = MofNCompleteColumn(), DownloadColumn()
+
+    def render(self, task: Task):
+        return (self._bytes if task.fields["in_bytes"] else self._steps).render(task)

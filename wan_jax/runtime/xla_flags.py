@@ -43,16 +43,30 @@ def step_options(on_a_mesh: bool) -> dict[str, bool | int | str]:
 
 
 def configure() -> None:
-    """Sets what is not set yet. Without effect on what JAX has already started with."""
+    """Sets what is not set yet. Call it before JAX starts: it has no effect on what JAX has already started with."""
+    for name, value in _environment().items():
+        os.environ.setdefault(name, value)
+
+
+def notes() -> list[str]:
+    """What a user of a GPU should know where nobody called `configure`."""
+    import jax  # not above: the environment is set before JAX is imported
+
+    missing = [name for name in _environment() if name not in os.environ]
+    if not missing or jax.default_backend() != "gpu":
+        return []
+    return [f"{' and '.join(missing)} not set: call wan_jax.configure() before JAX starts to use all of the memory"]
+
+
+def _environment() -> dict[str, str]:
     host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for name, value in {
+    return {
         # JAX takes this part of a GPU when it starts; its own 0.75 leaves 60 of 80 GB. CUDA and cuDNN need the rest.
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
         # GiB. Pinned memory ends at 64 otherwise, and experts, text encoder and VAE take 64.3 (profiles swap, stream).
         # Not all there is: JAX pins in growing pieces, more than was asked for.
         "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB": str(max(80, host_memory * 3 // 4 // 2**30)),
-    }.items():
-        os.environ.setdefault(name, value)
+    }
 
 
 def use_compile_cache() -> None:

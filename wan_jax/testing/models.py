@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from wan_jax.checkpoint import convert, memory_checkpoint
 from wan_jax.config import DenoiserConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig
+from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.models.text_encoder import TextEncoder
@@ -29,6 +30,7 @@ from wan_jax.models.vae import VAE
 from wan_jax.parallel.placement import SINGLE, Placement
 from wan_jax.parameters import ParameterInfo, abstract_parameters, named_parameters, with_parameters
 from wan_jax.pipeline import WanPipeline
+from wan_jax.runtime.events import Listener
 from wan_jax.testing.tokenizer import train_small_tokenizer
 from wan_jax.text.tokenizer import Tokenizer
 
@@ -62,7 +64,8 @@ def random_pipeline(
     *,
     vae_dtype: str = "float32",
     placement: Placement = SINGLE,
-    progress: bool = False,
+    programs: CompiledModels | None = None,
+    on_event: Listener | None = None,
 ) -> WanPipeline:
     """A pipeline of any size with fixed random weights."""
     clip = config.image_encoder
@@ -78,7 +81,8 @@ def random_pipeline(
         vae=random_model(VAE, config.vae, vae_dtype, 0, placement),
         image_encoder=None if clip is None else random_model(ImageEncoder, clip, "float32", 4, placement),
         placement=placement,
-        progress=progress,
+        programs=programs,
+        on_event=on_event,
     )
 
 

@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 
 from wan_jax.errors import InputError
-from wan_jax.media.video import temporary_name
 from wan_jax.parameters import named_parameters
 from wan_jax.pipeline import WanPipeline
+from wan_jax.runtime.files import written_whole
 from wan_jax.training.videos import Bucket, Example, choose_bucket, fit_to_bucket, read_clip
 
 FORMAT = 1  # of the cache; another number encodes everything again
@@ -106,7 +106,7 @@ def _key(*parts: Any) -> str:
 
 
 def _save(path: Path, array: np.ndarray) -> None:
-    with temporary_name(path) as temporary, temporary.open("wb") as file:
+    with written_whole(path) as temporary, temporary.open("wb") as file:
         np.save(file, array)
 
 

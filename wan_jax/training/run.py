@@ -12,14 +12,13 @@ import numpy as np
 from flax import nnx
 
 from wan_jax.checkpoint import Checkpoint, convert, memory_checkpoint, open_checkpoint
+from wan_jax.checkpoint.load import load_models, load_tokenizer
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
 from wan_jax.lora import Lora, merge_loras, open_loras, save_lora
 from wan_jax.models.build import abstract_model
 from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.text_encoder import TextEncoder
-from wan_jax.models.vae import VAE
 from wan_jax.parallel.collectives import CFG, EXPERTS
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement, put
@@ -27,9 +26,9 @@ from wan_jax.parameters import named_parameters, with_parameters
 from wan_jax.pipeline import WanPipeline
 from wan_jax.runtime import xla_flags
 from wan_jax.runtime.devices import matmul_rate
+from wan_jax.runtime.events import Run
 from wan_jax.runtime.offload import PROFILES, place, single_device
 from wan_jax.runtime.progress import Bars
-from wan_jax.text.tokenizer import Tokenizer
 from wan_jax.training.adapters import adapter_tree, initial_adapters, make_adapters
 from wan_jax.training.config import TrainOptions, check_same_run
 from wan_jax.training.denoiser_loss import DenoiserLoss, training_flops
@@ -62,13 +61,12 @@ class TrainingRun:
     """The parts of a run, made from its options in the order in which they are needed."""
 
     def __init__(self, options: TrainOptions):
-        xla_flags.configure()
         self.options = options
         self.folder = Path(options.output)
-        self.bars = Bars(not options.quiet)
+        self.run = Run(Bars(not options.quiet))
         self.checkpoint = open_checkpoint(options.checkpoint)
         for note in self.checkpoint.notes:
-            self.bars.note(note)
+            self.run.note(note)
         self.config = self.checkpoint.config
         if self.config.conditioning == "image_latents":
             raise InputError(f"{self.config.name} makes videos from images, which this trainer does not do yet")
@@ -102,7 +100,7 @@ class TrainingRun:
         self.pipeline = self._load_encoders()
         cache = self.folder / "cache" if options.data.cache is None else Path(options.data.cache)
         fps = self.config.sampling.fps if options.data.fps is None else options.data.fps
-        records = encode_examples(self.examples, self.buckets, self.pipeline, cache, fps, self.bars.note)
+        records = encode_examples(self.examples, self.buckets, self.pipeline, cache, fps, self.run.note)
         batches = LatentBatches(
             records, options.data.batch_size, self.config.denoiser.text_length, options.trainer.seed
         )
@@ -163,7 +161,7 @@ class TrainingRun:
 
     def _convert(self, checkpoint: Checkpoint, destination: Path) -> Path:
         if not destination.exists():
-            with self.bars.transfers("export") as report:
+            with self.run.transfers("export") as report:
                 convert(checkpoint, destination, self.options.export.dtype, progress=report)
         return destination
 
@@ -203,25 +201,14 @@ class TrainingRun:
 
     def _load_encoders(self) -> WanPipeline:
         """Text encoder and VAE, which wait on the host while the denoiser trains."""
-        checkpoint, config, dtype = self.checkpoint, self.config, self.options.dtype
-        if checkpoint.tokenizer_folder is None:
-            raise InputError(
-                f"{checkpoint.path} holds no tokenizer; put the folder of google/umt5-xxl beside its files"
-            )
-
-        def load(component: str, make: Any, model_config: Any, dtype: str) -> Any:
-            with self.bars.transfers("load") as report:
-                arrays = checkpoint.load(component, dtype, self._encoding.parameter_sharding(()), progress=report)
-            return with_parameters(lambda: make(model_config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)), arrays)
-
+        dtype, placement = self.options.dtype, self._encoding
         return WanPipeline(
-            config,
-            tokenizer=Tokenizer.from_pretrained(checkpoint.tokenizer_folder, vocab_size=config.text_encoder.vocab_size),
-            text_encoder=load("text_encoder", TextEncoder, config.text_encoder, dtype),
+            self.config,
+            tokenizer=load_tokenizer(self.checkpoint),
             denoisers={},
-            vae=load("vae", VAE, config.vae, "float32"),
-            placement=self._encoding,
+            placement=placement,
             programs=CompiledModels(exact=dtype == "float32"),
+            **load_models(self.checkpoint, ("text_encoder", "vae"), dtype, "float32", placement, self.run),
         )
 
     def _parameters(self) -> dict[str, dict[str, jax.Array]]:
@@ -237,7 +224,7 @@ class TrainingRun:
         return parameters
 
     def _load(self, expert: str, dtype: str) -> dict[str, jax.Array]:
-        with self.bars.transfers("load") as report:
+        with self.run.transfers("load") as report:
             return self.checkpoint.load(expert, dtype, self.placement.parameter_shardings(self.tree), progress=report)
 
     def _flops(self, batch: Mapping[str, Any]) -> float:
@@ -267,8 +254,7 @@ class TrainingRun:
                     self._others[expert] = with_parameters(self._build, arrays)
                 denoisers[expert] = self._others[expert]
         pipeline, settings = self.pipeline.with_denoisers(denoisers), self.sample_settings
-        choices = {name: getattr(settings, name) for name in ("size", "frames", "steps", "seed")}
         folder = self.folder / "samples"
         folder.mkdir(exist_ok=True)
         for index, prompt in enumerate(self.options.samples.prompts):
-            pipeline(prompt, **choices).save(folder / f"step-{step:06}-{index}.mp4")  # type: ignore[union-attr]
+            pipeline(dataclasses.replace(settings, prompt=prompt)).save(folder / f"step-{step:06}-{index}.mp4")

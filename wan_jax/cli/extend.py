@@ -1,0 +1,49 @@
+"""`wan-jax extend`: continues a video from its last frame."""
+
+import pathlib
+from typing import Any
+
+from wan_jax.cli.options import OPTIONS, Options, add_options, options_of
+from wan_jax.errors import InputError
+
+SKIPPED = {"prompts", "image", "last_image", "size", "fps", "initial_latents", "save_latents", "save_frames", "json"}
+SKIPPED |= {"overwrite", "extend_prompt", "extend_model", "extend_url", "extend_key"}
+
+
+def add_command(commands: Any) -> None:
+    command = commands.add_parser("extend", help="continue a video from its last frame", allow_abbrev=False)
+    command.add_argument("video", help="the video file to continue; models for image to video can", metavar="VIDEO")
+    add_options(command, [name for name in OPTIONS if name not in SKIPPED])
+    command.set_defaults(run=lambda values: print(*extend(values.video, options_of(values)), sep="\n"))
+
+
+def extend(video: str, options: Options) -> list[pathlib.Path]:
+    """Continues a video file and writes both parts as one; returns the files.
+
+    The first part is encoded anew, at the same quality: two encodings do not fit into one H.264 stream. If decoding or
+    writing fails, the latents of the second part are kept beside the output.
+    """
+    from wan_jax.checkpoint import open_checkpoint
+    from wan_jax.cli.generate import latents_kept
+    from wan_jax.cli.loading import load_pipeline
+    from wan_jax.generation import extension
+    from wan_jax.media.video import VideoWriter, check_output, read_video
+
+    output = check_output(options.output)
+    if options.prompt is None:
+        raise InputError("give a prompt: what happens next in the video")
+    clip = read_video(video)
+    checkpoint = open_checkpoint(options.checkpoint)
+    request = extension(clip, options).resolve(checkpoint.config)
+    result = next(load_pipeline(options, checkpoint, request).results([request]))
+    result.metadata["extends"] = {"frames": len(clip.frames), **clip.metadata, "file": video}
+    with (
+        latents_kept(result.latents, output, "they are what was to follow the video"),
+        VideoWriter(output, clip.fps, result.metadata) as writer,
+    ):
+        writer.write(clip.frames)
+        skipped = 1  # the frame that both parts share
+        for frames in result.frames():
+            writer.write(frames[skipped:])
+            skipped = 0
+    return writer.files

@@ -1,0 +1,51 @@
+"""Prompts as the denoiser reads them: tokenized, encoded once, remembered."""
+
+import threading
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from wan_jax.models.compiled import CompiledModels
+from wan_jax.models.text_encoder import TextEncoder
+from wan_jax.parallel.placement import Placement
+from wan_jax.runtime.events import Run
+from wan_jax.runtime.offload import Memory
+from wan_jax.text.tokenizer import Tokenizer
+
+CACHED_PROMPTS = 64
+
+
+class PromptEncoder:
+    """Encodes prompts with one text encoder, to `length` tokens each; the last few are remembered."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        model: TextEncoder,
+        length: int,
+        programs: CompiledModels,
+        memory: Memory,
+        placement: Placement,
+    ):
+        self.model = model
+        self._tokenizer, self._length = tokenizer, length
+        self._programs, self._memory, self._placement = programs, memory, placement
+        self._remembered: dict[str, jax.Array] = {}
+        self._lock = threading.Lock()
+
+    def encode(self, prompts: Sequence[str], run: Run) -> jax.Array:
+        """Prompts -> [B, length, dim]; each distinct one is encoded once."""
+        with self._lock:
+            remembered = self._remembered
+            encoded = {prompt: remembered[prompt] for prompt in prompts if prompt in remembered}
+            if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in encoded]:
+                with self._memory.on_device(self.model) as model, run.stage("text"):
+                    for prompt in new:
+                        run.check()
+                        tokens = self._placement.put(self._tokenizer([prompt], self._length))
+                        text = run.call(self._programs.encode_text, model, *tokens)
+                        encoded[prompt] = remembered[prompt] = jax.block_until_ready(text)[0]
+                while len(remembered) > CACHED_PROMPTS:
+                    remembered.pop(next(iter(remembered)))
+            return jnp.stack([encoded[prompt] for prompt in prompts])
