@@ -27,8 +27,9 @@ from wan_jax.kernels.attention import BACKENDS, attention
 from wan_jax.kernels.precision import gelu, gelu_in_epilogue
 from wan_jax.media.video import VideoWriter
 from wan_jax.models.compiled import CompiledModels
-from wan_jax.models.denoiser import Context, Denoiser, apply_rope, rope_tables
-from wan_jax.models.nn.layers import layer_norm
+from wan_jax.models.denoiser import Context, Denoiser
+from wan_jax.models.nn.norms import layer_norm
+from wan_jax.models.nn.rope import apply_rope, rope_tables
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.mesh_spec import MeshSpec

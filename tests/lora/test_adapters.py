@@ -9,7 +9,7 @@ from flax import nnx
 from wan_jax.config import DenoiserConfig
 from wan_jax.lora.adapters import adapt
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.nn.layers import Adapter, Linear
+from wan_jax.models.nn.linear import Adapter, Linear
 from wan_jax.parameters import named_parameters
 from wan_jax.testing.models import random_model
 

@@ -20,7 +20,7 @@ from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
 from wan_jax.lora import merge_loras, open_loras, save_lora
 from wan_jax.lora.apply import adapter_bytes
-from wan_jax.models.nn.layers import Adapter
+from wan_jax.models.nn.linear import Adapter
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import named_parameters
 from wan_jax.planning.memory import Plan

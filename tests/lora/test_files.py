@@ -20,7 +20,7 @@ from wan_jax.lora import Lora, open_loras, save_lora
 from wan_jax.lora.apply import AdaptedDenoiser
 from wan_jax.lora.files import ActiveLora, open_lora
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.nn.layers import Adapter
+from wan_jax.models.nn.linear import Adapter
 from wan_jax.parameters import named_parameters
 from wan_jax.runtime.offload import single_device
 from wan_jax.testing.models import random_model

@@ -14,7 +14,7 @@ from wan_jax.lora import save_lora
 from wan_jax.lora.apply import AdaptedDenoiser
 from wan_jax.lora.files import ActiveLora, open_lora
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.nn.layers import Adapter
+from wan_jax.models.nn.linear import Adapter
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import named_parameters

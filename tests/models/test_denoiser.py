@@ -12,16 +12,13 @@ from wan_jax.kernels.attention import AttentionOptions
 from wan_jax.models.denoiser import (
     Context,
     Denoiser,
-    apply_rope,
-    rope_frequencies,
-    rope_tables,
     sinusoidal_embedding,
 )
-from wan_jax.models.nn.layers import on_host
+from wan_jax.models.nn.rope import apply_rope, rope_frequencies, rope_tables
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import abstract_parameters, named_parameters, with_parameters
 from wan_jax.presets import PRESETS
-from wan_jax.runtime.offload import PROFILES, Memory, place
+from wan_jax.runtime.offload import PROFILES, Memory, on_host, place
 
 TINY = DenoiserConfig(
     num_layers=3,

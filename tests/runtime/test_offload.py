@@ -17,12 +17,13 @@ from wan_jax.diffusion.solvers import get_solver
 from wan_jax.diffusion.step import Expert, compile_step
 from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.nn.layers import Linear, on_host, scan_layers, stack_layers
+from wan_jax.models.nn.linear import Linear
+from wan_jax.models.nn.stacked_layers import scan_layers, stack_layers
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import abstract_parameters, dotted, named_parameters
 from wan_jax.runtime import offload as memory
 from wan_jax.runtime.events import FramesDecoded, StageDone, StepDone
-from wan_jax.runtime.offload import PROFILES, Memory, abstract_array, place, single_device, streams
+from wan_jax.runtime.offload import PROFILES, Memory, abstract_array, on_host, place, single_device, streams
 from wan_jax.testing.models import DEMO, random_pipeline
 from wan_jax.text.tokenizer import Tokenizer
 

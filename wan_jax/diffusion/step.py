@@ -23,10 +23,10 @@ from wan_jax.diffusion.segments import Segment
 from wan_jax.diffusion.solvers import StepState
 from wan_jax.kernels.attention import fastest
 from wan_jax.kernels.precision import gelu_in_epilogue
-from wan_jax.models.nn.layers import on_host
 from wan_jax.parallel import collectives, sharding, stages
 from wan_jax.parallel.collectives import CFG, DATA, PIPELINE
 from wan_jax.parallel.placement import SINGLE, Placement
+from wan_jax.runtime.offload import on_host
 from wan_jax.runtime.xla_flags import step_options
 
 

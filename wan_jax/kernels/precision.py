@@ -38,3 +38,8 @@ def gelu(x: jax.Array) -> jax.Array:
     if gelu_in_epilogue.value and x.dtype == jnp.bfloat16:
         return jax.nn.gelu(x, approximate=True)  # the only form in which XLA recognises it
     return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+
+
+def gelu_erf(x: jax.Array) -> jax.Array:
+    """GELU as it is defined, not its tanh form, computed in float32 and rounded once."""
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)

@@ -6,7 +6,7 @@ from typing import TypeVar
 import jax
 from flax import nnx
 
-from wan_jax.models.nn.layers import Adapter, Linear
+from wan_jax.models.nn.linear import Adapter, Linear
 from wan_jax.parameters import dotted
 
 Model = TypeVar("Model", bound=nnx.Module)

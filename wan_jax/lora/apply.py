@@ -2,8 +2,8 @@
 
     pipe.set_loras([Lora("style.safetensors", 0.8), Lora("fast_high.safetensors", expert="high_noise")])
 
-The base weights are never written. Low-rank changes become adapters (models/layers.py), which the forward pass adds to
-each kernel in float32; the few parameters that a file changes whole are copies. So taking a LoRA away gives back the
+The base weights are never written. Low-rank changes become adapters (models/nn/linear.py), which the forward pass adds
+to each kernel in float32; the few parameters that a file changes whole are copies. So taking a LoRA away gives back the
 same bits, scales are numbers that the compiled step is called with, and files of the same rank compile nothing.
 """
 
@@ -23,7 +23,8 @@ from wan_jax.config import DenoiserConfig
 from wan_jax.lora.adapters import adapt, find_linear
 from wan_jax.lora.files import ActiveLora, Change, OpenLoras, total_change
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.nn.layers import Adapter
+from wan_jax.models.nn.linear import Adapter
+from wan_jax.models.nn.weights import Weight
 from wan_jax.parameters import named_parameters
 from wan_jax.runtime.offload import single_device
 
@@ -88,15 +89,16 @@ class AdaptedDenoiser:
 
     def _adapter(self, name: str, factors: Factors, loras_scales: np.ndarray) -> Adapter:
         scale = jax.device_put(np.tensordot(loras_scales, factors.scales, 1), self._places(name)[2])
-        return Adapter(factors.down, factors.up, scale, axes=self._axes(name))
+        return Adapter(factors.down, factors.up, scale, axes=self._kernel(name).axes)
 
-    def _axes(self, name: str) -> tuple[str | None, str | None]:
-        return find_linear(self.base, linear_of(name)).kernel.get_metadata()["axes"]
+    def _kernel(self, name: str) -> Weight:
+        return find_linear(self.base, linear_of(name)).kernel
 
     def _places(self, name: str) -> tuple[Sharding, Sharding, Sharding]:
         """Of an adapter's down, up and scale."""
-        layers = ("layers",) if self._parameters[name].ndim == 3 else ()
-        inputs, outputs = self._axes(name)
+        kernel = self._kernel(name)
+        layers = ("layers",) if len(kernel.shape) == 3 else ()
+        inputs, outputs = kernel.axes
         return self._place((*layers, inputs, None)), self._place((*layers, None, outputs)), self._place((*layers, None))
 
     def _load(self, parts: Mapping[str, Sequence[LayerChange]], loras: Sequence[ActiveLora]) -> dict[str, Factors]:
@@ -104,7 +106,7 @@ class AdaptedDenoiser:
         device = single_device(next(iter(self._place(()).device_set)), on_host=False)
 
         def read(name: str) -> tuple[jax.Array, jax.Array, np.ndarray]:
-            down, up, scales = read_factors(parts[name], loras, self._parameters[name].shape)
+            down, up, scales = read_factors(parts[name], loras, self._kernel(name).shape)
             return jax.device_put(down, device), jax.device_put(up, device), scales
 
         with ThreadPoolExecutor() as threads:

@@ -17,7 +17,7 @@ from wan_jax.config import DenoiserConfig
 from wan_jax.errors import unknown_name
 from wan_jax.lora.files import ActiveLora, OpenLoras, total_change
 from wan_jax.lora.names import EXPERT_METADATA
-from wan_jax.models.nn.layers import Adapter
+from wan_jax.models.nn.linear import Adapter
 
 Style = Literal["diffusers", "comfyui"]
 

@@ -26,8 +26,11 @@ from wan_jax.config import DenoiserConfig
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import AttentionOptions, attention
 from wan_jax.kernels.attention.block_lists import BlockLists
-from wan_jax.kernels.precision import gelu
-from wan_jax.models.nn.layers import LayerNorm, Linear, RMSNorm, gelu_erf, layer_norm, scan_layers, stack_layers
+from wan_jax.kernels.precision import gelu, gelu_erf
+from wan_jax.models.nn.linear import Linear
+from wan_jax.models.nn.norms import LayerNorm, RMSNorm, layer_norm
+from wan_jax.models.nn.rope import apply_rope, rope_tables
+from wan_jax.models.nn.stacked_layers import scan_layers, stack_layers
 from wan_jax.parallel import sequence, stages
 
 IMAGE_EPS = 1e-5  # of the image embedding's norms
@@ -271,13 +274,7 @@ class Denoiser(nnx.Module):
 class DenoiserBlock(nnx.Module):
     """One layer of the transformer."""
 
-    def __init__(
-        self,
-        config: DenoiserConfig,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: DenoiserConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.modulation = scale_shift_table(6, config.dim, param_dtype, rngs)
         self.self_attention = SelfAttention(config, dtype, param_dtype, rngs)
         self.cross_attention_norm = LayerNorm(config.dim, axis="embed", eps=config.eps, param_dtype=param_dtype)
@@ -299,13 +296,7 @@ class DenoiserBlock(nnx.Module):
 class MultiHeadAttention(nnx.Module):
     """The projections of self- and cross-attention. Query and key are normalised before the split into heads."""
 
-    def __init__(
-        self,
-        config: DenoiserConfig,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: DenoiserConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         dim = config.dim
         linear = partial(Linear, dim, dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         norm = partial(RMSNorm, dim, axis="heads", eps=config.eps, param_dtype=param_dtype, rngs=rngs)
@@ -349,13 +340,7 @@ class SelfAttention(MultiHeadAttention):
 class CrossAttention(MultiHeadAttention):
     """Every token of the video attends to all rows of the text, padding included, and apart from it to an image's."""
 
-    def __init__(
-        self,
-        config: DenoiserConfig,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
+    def __init__(self, config: DenoiserConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         super().__init__(config, dtype, param_dtype, rngs)
         self.image = None if config.image_dim is None else ImageKeyValue(config, dtype, param_dtype, rngs)
 
@@ -494,38 +479,3 @@ def sinusoidal_embedding(timesteps: jax.Array, dim: int) -> jax.Array:
     phase = whole * np.float32(turns - leading) + (timesteps[..., None] - whole) * np.float32(turns)
     angle = (exact - jnp.round(exact) + phase) * np.float32(2 * np.pi)
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
-
-
-def rope_frequencies(head_dim: int) -> list[np.ndarray]:
-    """Radians per position of the pairs that turn with the frame, the row and the column, float64.
-
-    Rows and columns get a third of the pairs each, rounded down; frames get the rest.
-    """
-    spatial = head_dim // 6
-    return [10000.0 ** (-np.arange(n) / n) for n in (head_dim // 2 - 2 * spatial, spatial, spatial)]
-
-
-def rope_tables(grid: tuple[int, int, int], head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [S, 1, head_dim / 2], float32, for tokens in the order (frame, row, column)."""
-    angles = [np.outer(np.arange(n), f) for n, f in zip(grid, rope_frequencies(head_dim), strict=True)]
-    frames, rows, columns = angles[0][:, None, None], angles[1][None, :, None], angles[2][None, None]
-
-    def table(function):
-        # One small float64 table an axis; the large one is put together on the device.
-        axes = [function(axis).astype(np.float32) for axis in (frames, rows, columns)]
-        full = jnp.concatenate([jnp.broadcast_to(axis, (*grid, axis.shape[-1])) for axis in axes], axis=-1)
-        return full.reshape(-1, 1, head_dim // 2)
-
-    return table(np.cos), table(np.sin)
-
-
-def apply_rope(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns the pairs (x[2j], x[2j + 1]) of [B, S, heads, head_dim] in float32; the same dtype out.
-
-    (a, b) becomes (a cos - b sin, b cos + a sin): the pair times cos, and the reversed pair times -sin and sin. On GPUs
-    that reads and writes whole pairs.
-    """
-    cos, sin = (table[..., None] for table in rotary)
-    pairs = rearrange(x.astype(jnp.float32), "b s h (pair two) -> b s h pair two", two=2)
-    turned = pairs * cos + jnp.flip(pairs, -1) * (sin * np.array([-1, 1], np.float32))
-    return turned.reshape(x.shape).astype(x.dtype)

@@ -15,7 +15,10 @@ from jax.typing import DTypeLike
 from wan_jax.config import ImageEncoderConfig
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
-from wan_jax.models.nn.layers import LayerNorm, Linear, gelu_erf, scan_layers, stack_layers
+from wan_jax.kernels.precision import gelu_erf
+from wan_jax.models.nn.linear import Linear
+from wan_jax.models.nn.norms import LayerNorm
+from wan_jax.models.nn.stacked_layers import scan_layers, stack_layers
 
 CHANNELS = 3
 

@@ -16,7 +16,9 @@ from jax.typing import DTypeLike
 
 from wan_jax.config import TextEncoderConfig
 from wan_jax.kernels.precision import matmul_precision, rounded
-from wan_jax.models.nn.layers import Linear, RMSNorm, scan_layers, stack_layers
+from wan_jax.models.nn.linear import Linear
+from wan_jax.models.nn.norms import RMSNorm
+from wan_jax.models.nn.stacked_layers import scan_layers, stack_layers
 from wan_jax.parallel import collectives
 
 

@@ -30,7 +30,7 @@ from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
 from wan_jax.kernels.precision import matmul_precision
 from wan_jax.models.nn.causal_conv import Cache, History, overlap_add, scan_over_time, sum_float32
-from wan_jax.models.nn.layers import Linear
+from wan_jax.models.nn.linear import Linear
 from wan_jax.models.nn.pixel_shuffle import average_down, patchify, repeat_up, unpatchify
 from wan_jax.parallel.tiles import SpatialSharding
 

@@ -15,7 +15,7 @@ from wan_jax.parallel import collectives
 from wan_jax.parallel.collectives import FSDP, PIPELINE, TENSOR
 
 # What "tensor" splits, the models sum up again (`collectives.TENSOR_AXES`); what "fsdp" splits is gathered where it is
-# used (`gather_outside_layers`, `models.nn.layers.scan_layers`).
+# used (`gather_outside_layers`, `models.nn.stacked_layers.scan_layers`).
 RULES = {
     "layers": PIPELINE,
     "embed": FSDP,

@@ -30,13 +30,12 @@ from wan_jax.models.build import build_model
 from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import Context
 from wan_jax.models.nn.causal_conv import Cache
-from wan_jax.models.nn.layers import on_host
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parameters import dotted, named_parameters
 from wan_jax.planning.time import RATES, decode_flops, decode_workspace, denoiser_flops, encode_flops, encode_workspace
 from wan_jax.runtime.compiled import workspace_bytes
-from wan_jax.runtime.offload import PROFILES, Profile, abstract_array, single_device, streams
+from wan_jax.runtime.offload import PROFILES, Profile, abstract_array, on_host, single_device, streams
 
 # By stage. Models that take images have them all, or all but "image".
 MODELS = {"text": "text_encoder", "image": "image_encoder", "encode": "vae", "denoise": "denoiser", "decode": "vae"}

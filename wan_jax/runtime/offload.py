@@ -5,7 +5,7 @@
     stream     as swap, and of a running transformer only two layers at a time are on the device
 
 A profile changes no bit of a result. Models on the host are ordinary models whose arrays have the memory kind
-"pinned_host"; the loop over layers fetches those it finds there (`models.nn.layers.scan_layers`).
+"pinned_host"; the loop over layers fetches those it finds there (`models.nn.stacked_layers.scan_layers`).
 """
 
 import contextlib
@@ -56,7 +56,7 @@ def streams(parameter: str) -> bool:
 
     The small vectors beside them stay on the device: copies cost a fixed time each.
     """
-    return parameter.startswith("blocks.") and parameter.endswith(".kernel")
+    return parameter.startswith("blocks.") and parameter.endswith((".kernel", ".kernel.values"))
 
 
 @dataclass
@@ -155,8 +155,7 @@ def single_device(device: jax.Device, on_host: bool = False) -> Sharding:
 def abstract_array(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
     """A shape that traces as the array will, in host memory or on the device.
 
-    By its sharding alone JAX takes any shape on a single device for one in device memory. JAX 0.10 always does:
-    `models.nn.layers.on_host` tells.
+    By its sharding alone JAX takes any shape on a single device for one in device memory; `on_host` tells.
     """
     array = jax.ShapeDtypeStruct(shape, dtype)
     if sharding.memory_kind == "pinned_host":
@@ -168,3 +167,12 @@ def free_bytes(device: jax.Device) -> int:
     """Device memory that this process never needed so far; 0 where the backend does not say."""
     statistics = device.memory_stats() or {}
     return max(0, statistics.get("bytes_limit", 0) - statistics.get("peak_bytes_in_use", 0))
+
+
+def to_device(array: jax.Array) -> jax.Array:
+    return jax.device_put(array, jax.memory.Space.Device) if on_host(array) else array
+
+
+def on_host(array: jax.Array | jax.ShapeDtypeStruct) -> bool:
+    """Whether an array, or what is traced in its place, lies in host memory."""
+    return jax.typeof(array).memory_space == jax.memory.Space.Host

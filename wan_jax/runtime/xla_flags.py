@@ -11,7 +11,7 @@ Left alone after a look at them:
   compiles under any limit. Level 0 avoids that, but then cuDNN runs convolutions without workspace.
   (xla_gpu_redzone_scratch_max_megabytes, the bound that older versions had, is gone.)
 - On one GPU xla_gpu_enable_latency_hiding_scheduler, xla_gpu_enable_pipelined_host_offloading,
-  xla_gpu_enable_host_memory_offloading. The copies of streamed layers overlap without them (models/layers.py).
+  xla_gpu_enable_host_memory_offloading. Copies of streamed layers overlap without them (nn/stacked_layers.py).
 """
 
 import os

@@ -10,7 +10,7 @@ import numpy as np
 from wan_jax.errors import InputError
 from wan_jax.lora.adapters import adapt, find_linear
 from wan_jax.models.denoiser import Denoiser
-from wan_jax.models.nn.layers import Adapter
+from wan_jax.models.nn.linear import Adapter
 from wan_jax.parameters import ParameterInfo
 from wan_jax.training.config import LoraConfig
 
@@ -62,7 +62,7 @@ def make_adapters(model: Denoiser, parameters: Mapping[str, jax.Array], scale: f
     for name in dict.fromkeys(name.rpartition(".")[0] for name in parameters):
         down, up = parameters[f"{name}.down"], parameters[f"{name}.up"]
         scales = jnp.full((*down.shape[:-2], down.shape[-1]), scale, jnp.float32)
-        axes = find_linear(model, name).kernel.get_metadata()["axes"]
+        axes = find_linear(model, name).kernel.axes
         adapters[name] = Adapter(down, up, scales, axes=axes, merge=False)
     return adapters
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from wan_jax.diffusion.params import DTYPES, check_name
 from wan_jax.errors import InputError, unknown_name
-from wan_jax.models.nn.layers import REMAT_POLICIES
+from wan_jax.models.nn.stacked_layers import REMAT_POLICIES
 
 EXPERTS = ("all", "high_noise", "low_noise")
 WEIGHTS = ("ema", "raw")

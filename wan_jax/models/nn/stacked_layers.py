@@ -1,4 +1,4 @@
-"""The few layers that more than one model uses."""
+"""Equal layers, stacked on a leading axis and run in a scan, so that compile time does not grow with depth."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,144 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.typing import DTypeLike
 
 from wan_jax.kernels.attention.backward import keeps_attention
-from wan_jax.kernels.precision import matmul_precision, rounded
 from wan_jax.parallel import collectives
-
-
-class Adapter(nnx.Module):
-    """A low-rank change of a Linear's kernel: kernel + (down * scale) @ up (LoRA, arXiv 2106.09685).
-
-    The kernel itself stays as it is. Several LoRAs of one kernel stand side by side along the rank; columns of zeros
-    change nothing.
-
-    Args:
-      down: [in_features, rank].
-      up: [rank, out_features].
-      scale: [rank] float32: strength * alpha / rank of the LoRA that a column belongs to.
-      axes: the kernel's logical axes.
-      merge: True adds the change to the kernel in float32 and rounds the sum once, as a merged checkpoint has it; its
-        cost does not depend on the number of tokens. False (for training) computes the change of the product,
-        ((x @ down) * scale) @ up, whose gradient needs no array of the kernel's size.
-    """
-
-    def __init__(
-        self,
-        down: jax.Array,
-        up: jax.Array,
-        scale: jax.Array,
-        *,
-        axes: tuple[str | None, str | None],
-        merge: bool = True,
-    ):
-        self.down = nnx.LoRAParam(down, axes=(axes[0], None))
-        self.up = nnx.LoRAParam(up, axes=(None, axes[1]))
-        self.scale = nnx.Variable(scale, axes=(None,))
-        self.merge = merge
-
-    def merged(self, kernel: jax.Array) -> jax.Array:
-        """The changed kernel, [in_features, out_features] in the kernel's dtype."""
-        change = jnp.dot(
-            self.down[...].astype(jnp.float32) * self.scale[...],
-            self.up[...].astype(jnp.float32),
-            precision=matmul_precision(jnp.float32),
-        )
-        return rounded(kernel.astype(jnp.float32) + change, kernel.dtype).astype(kernel.dtype)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """The change of x @ kernel: [..., in_features] -> [..., out_features] in x's dtype."""
-        precision = matmul_precision(x.dtype)
-        low = jnp.dot(x, self.down[...].astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
-        low = (low * self.scale[...]).astype(x.dtype)
-        return jnp.dot(low, self.up[...].astype(x.dtype), precision=precision, preferred_element_type=x.dtype)
-
-
-class Linear(nnx.Module):
-    """y = x @ kernel + bias in `dtype`, whatever the stored dtype.
-
-    In bfloat16 the product accumulates in float32 and is rounded once; on GPUs XLA folds the bias into the same
-    epilogue, as PyTorch's linear does. `adapter` is None but where `models.adapters.adapt` put one.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        axes: tuple[str | None, str | None],
-        use_bias: bool = True,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
-    ):
-        kernel = jax.random.normal(rngs.params(), (in_features, out_features), param_dtype) * in_features**-0.5
-        self.kernel = nnx.Param(kernel.astype(param_dtype), axes=axes)
-        self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), axes=axes[1:]) if use_bias else None
-        self.adapter: Adapter | None = None
-        self.contracted_axis = axes[0]
-        self.dtype = dtype
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in_features] -> [..., out_features] in `dtype`."""
-        x, kernel, adapter = x.astype(self.dtype), self.kernel[...], self.adapter
-        if adapter is not None and adapter.merge:
-            kernel = adapter.merged(kernel)
-        y = jnp.dot(
-            x,
-            kernel.astype(self.dtype),
-            precision=matmul_precision(self.dtype),
-            preferred_element_type=self.dtype,
-        )
-        if adapter is not None and not adapter.merge:
-            y = y + adapter(x)
-        y = collectives.sum_over_contracted(y, self.contracted_axis)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis; statistics in float32.
-
-    As in the official code the normalised value is rounded to x's dtype before it meets the scale.
-    """
-
-    def __init__(self, features: int, *, axis: str, eps: float, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        del rngs
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype), axes=(axis,))
-        self.axis = axis
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., features] -> the same shape and dtype."""
-        x32 = x.astype(jnp.float32)
-        mean_square = collectives.mean_over_shards(jnp.mean(x32 * x32, axis=-1, keepdims=True), self.axis)
-        y = x32 * lax.rsqrt(mean_square + self.eps)
-        return rounded(y, x.dtype).astype(x.dtype) * self.scale[...].astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """Layer normalisation with a learned scale and bias, in float32."""
-
-    def __init__(self, features: int, *, axis: str | None, eps: float, param_dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype), axes=(axis,))
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype), axes=(axis,))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return layer_norm(x, self.eps) * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
-
-
-def layer_norm(x: jax.Array, eps: float) -> jax.Array:
-    """Zero mean and unit variance over the last axis, in float32."""
-    x = x.astype(jnp.float32)
-    x = x - x.mean(axis=-1, keepdims=True)
-    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-
-
-def gelu_erf(x: jax.Array) -> jax.Array:
-    """GELU as it is defined, not its tanh form, computed in float32 and rounded once."""
-    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+from wan_jax.runtime.offload import on_host, to_device
 
 
 def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
@@ -257,15 +123,6 @@ def scan_layers(
         lambda state: state[0] < count - 1, run_and_fetch_next, (jnp.int32(0), carry, fetch(0), ys)
     )
     return run_fetched(count - 1, carry, last, ys)
-
-
-def to_device(array: jax.Array) -> jax.Array:
-    return jax.device_put(array, jax.memory.Space.Device) if on_host(array) else array
-
-
-def on_host(array: jax.Array | jax.ShapeDtypeStruct) -> bool:
-    """Whether an array, or what is traced in its place, lies in host memory."""
-    return jax.typeof(array).memory_space == jax.memory.Space.Host
 
 
 def _reads(run: Callable, carry: Any, layer: list[Any], x: Any) -> list[bool]:
