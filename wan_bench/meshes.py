@@ -116,7 +116,7 @@ class MeshBench:
     def compile(self, expert: Expert, guided: bool) -> tuple[float, jax.stages.Compiled]:
         """Seconds, and the program."""
         start, (segment,) = time.perf_counter(), euler_steps(1, GUIDANCE)
-        used = expert if guided else Expert(expert.denoiser, expert.positive, None, expert.placement)
+        used = expert if guided else Expert(expert.denoiser, expert.cond, None, expert.placement)
         step = compile_step(used, segment, segment.solver.init(self.noise(expert)))
         return time.perf_counter() - start, step
 

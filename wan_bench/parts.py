@@ -27,7 +27,7 @@ from wan_jax.kernels.attention import BACKENDS, attention
 from wan_jax.kernels.precision import gelu, gelu_in_epilogue
 from wan_jax.media.video import VideoWriter
 from wan_jax.models.compiled import CompiledModels
-from wan_jax.models.denoiser import Context, Denoiser
+from wan_jax.models.denoiser import CrossAttentionKV, Denoiser
 from wan_jax.models.nn.norms import layer_norm
 from wan_jax.models.nn.rope import apply_rope, rope_tables
 from wan_jax.models.text_encoder import TextEncoder
@@ -147,7 +147,7 @@ def device_facts() -> dict[str, Any]:
     }
 
 
-def denoiser_inputs(bench: Bench, model: Denoiser) -> tuple[jax.Array, jax.Array, Context]:
+def denoiser_inputs(bench: Bench, model: Denoiser) -> tuple[jax.Array, jax.Array, CrossAttentionKV]:
     """(latents, timesteps, context) of one forward."""
     config = bench.config.denoiser
     text = normal((1, config.text_length, config.text_dim), model.dtype)
@@ -263,19 +263,19 @@ def bench_encode(bench: Bench, model: VAE) -> None:
     frames = np.random.default_rng(0).uniform(-1, 1, (count, height, width, 3)).astype(np.float32)
     stride = bench.config.vae.temporal_stride
     start = time.perf_counter()
-    _, cache = programs.encode_first(model, bench.placement.put(frames[:1]))
-    step_bytes = programs.encode_first.workspace_bytes(model, bench.placement.put(frames[:1]))
+    _, cache = programs.encode(model, None, bench.placement.put(frames[:1]))
+    step_bytes = programs.encode.workspace_bytes(model, None, bench.placement.put(frames[:1]))
     if count > 1:
-        step_bytes = programs.encode_next.workspace_bytes(model, cache, bench.placement.put(frames[1 : 1 + stride]))
+        step_bytes = programs.encode.workspace_bytes(model, cache, bench.placement.put(frames[1 : 1 + stride]))
     compile_seconds = time.perf_counter() - start
     held = bytes_of_a_device((model, cache))
     del cache
 
     def encode() -> list[np.ndarray]:
-        latents, cache = programs.encode_first(model, bench.placement.put(frames[:1]))
+        latents, cache = programs.encode(model, None, bench.placement.put(frames[:1]))
         lots = []
         for index in range(1, count, stride):
-            following, cache = programs.encode_next(model, cache, bench.placement.put(frames[index : index + stride]))
+            following, cache = programs.encode(model, cache, bench.placement.put(frames[index : index + stride]))
             lots.append(np.asarray(latents))
             latents = following
         return [*lots, np.asarray(latents)]
@@ -297,21 +297,21 @@ def bench_decode(bench: Bench, chunk: int | None = None, model: VAE | None = Non
     latents = bench.placement.put(normal((1, *bench.latents_shape)))
     count = latents.shape[2]
     start = time.perf_counter()
-    _, cache = programs.decode_first(model, latents[:, :, :1])
-    step_bytes = programs.decode_first.workspace_bytes(model, latents[:, :, :1])
+    _, cache = programs.decode(model, None, latents[:, :, :1])
+    step_bytes = programs.decode.workspace_bytes(model, None, latents[:, :, :1])
     if count > 1:
-        step_bytes = programs.decode_next.workspace_bytes(model, cache, latents[:, :, 1 : 1 + chunk])
+        step_bytes = programs.decode.workspace_bytes(model, cache, latents[:, :, 1 : 1 + chunk])
         if (count - 1) % chunk:
-            programs.decode_next.compile(model, cache, latents[:, :, 1 : 1 + (count - 1) % chunk])
+            programs.decode.compile(model, cache, latents[:, :, 1 : 1 + (count - 1) % chunk])
     compile_seconds = time.perf_counter() - start
     held = bytes_of_a_device((model, cache))
     del cache
 
     def decode() -> list[np.ndarray]:
-        frames, cache = programs.decode_first(model, latents[:, :, :1])
+        frames, cache = programs.decode(model, None, latents[:, :, :1])
         lots = []
         for index in range(1, count, chunk):
-            following, cache = programs.decode_next(model, cache, latents[:, :, index : index + chunk])
+            following, cache = programs.decode(model, cache, latents[:, :, index : index + chunk])
             lots.append(np.asarray(frames))
             frames = following
         return [*lots, np.asarray(frames)]

@@ -110,7 +110,7 @@ def plain_loop(latents, schedule, solver, guidance, expert, known, image) -> jax
             inputs = jnp.concatenate([state.latents, jnp.concatenate([image] * SHAPE[0])], axis=1)
             timesteps = jnp.full(SHAPE[0], timestep)
         conditional, unconditional = (
-            call(expert.denoiser, inputs, timesteps, context) for context in (expert.positive, expert.negative)
+            call(expert.denoiser, inputs, timesteps, context) for context in (expert.cond, expert.uncond)
         )
         velocity = unconditional + guidance * (conditional - unconditional)
         state = solver.step(state, velocity, jax.tree.map(lambda values, index=index: values[index], coefficients))

@@ -106,8 +106,8 @@ def plain_loop(latents, schedule, solver, guidance, boundary, experts, steps: in
             high = index < schedule.high_noise_steps
         expert = experts["denoiser" if boundary is None else "high_noise" if high else "low_noise"]
         timesteps = jnp.full(latents.shape[:1], timestep)
-        conditional = call(expert.denoiser, state.latents, timesteps, expert.positive)
-        unconditional = call(expert.denoiser, state.latents, timesteps, expert.negative)
+        conditional = call(expert.denoiser, state.latents, timesteps, expert.cond)
+        unconditional = call(expert.denoiser, state.latents, timesteps, expert.uncond)
         velocity = unconditional + guidance[high] * (conditional - unconditional)
         state = solver.step(state, velocity, jax.tree.map(lambda values, index=index: values[index], coefficients))
     return state.latents
@@ -188,7 +188,7 @@ def test_each_expert_has_its_guidance(experts):
 def test_guidance_1_needs_no_negative_context(experts):
     schedule = make_schedule("official", "euler", 4, 12.0)
     arguments = noise(), schedule, get_solver("euler")
-    without = {name: replace(expert, negative=None) for name, expert in experts.items()}
+    without = {name: replace(expert, uncond=None) for name, expert in experts.items()}
     result = sample(*arguments, 1.0, 0.875, without.__getitem__)
     # Official: two passes whose difference times 1 is added back, which rounds a little.
     np.testing.assert_allclose(result, plain_loop(*arguments, (1.0, 1.0), 0.875, experts), atol=5e-6)
@@ -201,9 +201,7 @@ def test_guidance_1_needs_no_negative_context(experts):
 
 def test_guidance_1_skips_the_second_pass(experts):
     """A negative context that would poison the result is not looked at."""
-    poisoned = {
-        name: replace(e, negative=Context(jnp.full_like(e.negative.key, jnp.nan))) for name, e in experts.items()
-    }
+    poisoned = {name: replace(e, uncond=Context(jnp.full_like(e.uncond.key, jnp.nan))) for name, e in experts.items()}
     schedule = make_schedule("official", "unipc", 3, 12.0)
     arguments = noise(), schedule, get_solver("unipc")
     assert np.isfinite(sample(*arguments, 1.0, 0.875, poisoned.__getitem__)).all()
@@ -254,7 +252,7 @@ def test_compiling_ahead_with_abstract_arrays(experts):
     )
     contexts = [
         jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), context)
-        for context in (experts["high_noise"].positive, experts["high_noise"].negative)
+        for context in (experts["high_noise"].cond, experts["high_noise"].uncond)
     ]
     state = jax.eval_shape(solver.init, jax.ShapeDtypeStruct(SHAPE, jnp.float32))
     solver.init(noise())  # compiles the copies that init makes
@@ -294,9 +292,7 @@ def test_experts_are_asked_for_once_and_dropped():
         asked.append(name)
         assert all(reference() is None for reference in alive)
         expert = make_expert(len(asked))
-        alive.extend(
-            weakref.ref(x) for x in jax.tree.leaves((nnx.state(expert.denoiser), expert.positive, expert.negative))
-        )
+        alive.extend(weakref.ref(x) for x in jax.tree.leaves((nnx.state(expert.denoiser), expert.cond, expert.uncond)))
         return expert
 
     sample(noise(), make_schedule("official", "unipc", 6, 12.0), get_solver("unipc"), 2.0, 0.875, get_expert)
@@ -328,13 +324,13 @@ def test_memory_of_a_guided_step():
     guided = Expert.prepare(StandIn(nnx.Rngs(0), layers, channels), text, text)
     state = segment.solver.init(jnp.ones(shape))
     sizes = {}
-    for name, expert in (("plain", replace(guided, negative=None)), ("guided", guided)):
+    for name, expert in (("plain", replace(guided, uncond=None)), ("guided", guided)):
         sizes[name] = compile_step(expert, segment, state).memory_analysis()
     latents_bytes = state.latents.nbytes
     assert sizes["guided"].alias_size_in_bytes == 4 * latents_bytes
     extra = sizes["guided"].temp_size_in_bytes - sizes["plain"].temp_size_in_bytes
     # One context and both velocities, but not the model's input before its layers.
-    assert extra <= guided.positive.key.nbytes + 2.5 * latents_bytes
+    assert extra <= guided.cond.key.nbytes + 2.5 * latents_bytes
 
 
 def test_with_the_denoiser():

@@ -90,7 +90,7 @@ def test_rows_may_be_at_different_steps(solver):
         expert = Expert.prepare(model, *(jnp.asarray(text[rows]) for text in TEXTS[:, :2]), placement=SINGLE)
         part = jax.tree.map(lambda x: jnp.array(x[rows]), state)
         compiled = compile_step(expert, plans[0], part)
-        arrays = nnx.state(expert.denoiser), expert.positive, expert.negative
+        arrays = nnx.state(expert.denoiser), expert.cond, expert.uncond
         return compiled(*arrays, part, TEXT_ONLY, inputs, None)
 
     rows = [plan.inputs(np.array([index])) for plan, index in zip(plans, (0, 5), strict=True)]

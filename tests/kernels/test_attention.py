@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from tests.kernels.attention_cases import CASES, LIST_CASES, SIZES, Case, attention_and_lse_float64, lists_per_head
-from wan_jax.errors import InputError
 from wan_jax.kernels.attention import BACKENDS, attention, chunked, cudnn, fastest, pallas_gpu, reference
 from wan_jax.kernels.attention.block_lists import BlockLists, temporal_window
 
@@ -32,7 +31,7 @@ def test_backend_agrees_with_float64_or_refuses(name, case, dtype):
     query, key, value = case.inputs(dtype)
     options = {"block_lists": case.block_lists, "return_lse": case.return_lse}
     if reason := BACKENDS[name].supports(query, key, value, **options):
-        with pytest.raises(InputError, match=re.escape(reason)):
+        with pytest.raises(ValueError, match=re.escape(reason)):
             attention(query, key, value, **options, implementation=name)
         return
     result = jax.jit(lambda q, k, v: attention(q, k, v, **options, implementation=name))(query, key, value)
@@ -83,18 +82,18 @@ def test_chunked_memory_is_not_quadratic(differentiate, lists):
 
 def test_bad_values():
     x = jnp.zeros((1, 300, 2, 8))
-    with pytest.raises(InputError, match=r"positive scale, not -1\.0"):
+    with pytest.raises(ValueError, match=r"positive scale, not -1\.0"):
         attention(x, x, x, scale=-1.0)
-    with pytest.raises(InputError, match="at least one"):
+    with pytest.raises(ValueError, match="at least one"):
         attention(x[:, :0], x, x)
     lists = BlockLists(jnp.zeros((2, 1), int), jnp.zeros(2, int), **SIZES)
-    with pytest.raises(InputError, match="do not fit 300 queries"):
+    with pytest.raises(ValueError, match="do not fit 300 queries"):
         attention(x, x, x, block_lists=lists)
 
 
 def test_unknown_implementation_names_the_known_ones():
     query, key, value = CASES[0].inputs(jnp.float32)
-    with pytest.raises(InputError, match=r"unknown attention implementation 'flash'; use one of .*reference, chunked"):
+    with pytest.raises(ValueError, match=r"unknown attention implementation 'flash'; use one of .*reference, chunked"):
         attention(query, key, value, implementation="flash")
 
 
@@ -108,7 +107,7 @@ def test_unknown_implementation_names_the_known_ones():
     ],
 )
 def test_inputs_that_do_not_fit(key_shape, value_shape, dtype, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         attention(jnp.zeros((1, 3, 2, 8)), jnp.zeros(key_shape, dtype), jnp.zeros(value_shape, dtype))
 
 
@@ -146,7 +145,7 @@ def test_what_cudnn_supports(monkeypatch, capability, platform_version, dtype, h
 def test_cudnn_on_a_cpu_says_why(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices(backend="cpu"))
     tokens = jnp.zeros((1, 3, 2, 64), jnp.bfloat16)
-    with pytest.raises(InputError, match="'cudnn' cannot run here: it needs an NVIDIA GPU and JAX runs on cpu"):
+    with pytest.raises(ValueError, match="'cudnn' cannot run here: it needs an NVIDIA GPU and JAX runs on cpu"):
         attention(tokens, tokens, tokens, implementation="cudnn")
 
 
@@ -198,7 +197,7 @@ def test_the_fastest_is_chosen_by_device_size_and_features(monkeypatch):
 def test_the_chosen_one_has_what_is_asked_for(monkeypatch, options):
     on_device(monkeypatch, "8.0")
     inputs = Case("chosen", 1, 300, 330, 2, 64).inputs(jnp.bfloat16)
-    with pytest.raises(InputError, match="'cudnn' cannot run here"):
+    with pytest.raises(ValueError, match="'cudnn' cannot run here"):
         attention(*inputs, **options, implementation="cudnn")
     chosen, expected = (attention(*inputs, **options, implementation=name) for name in (None, "reference"))
     jax.tree.map(np.testing.assert_array_equal, chosen, expected)
@@ -206,16 +205,16 @@ def test_the_chosen_one_has_what_is_asked_for(monkeypatch, options):
 
 def test_named_kernels_say_what_they_cannot_run(monkeypatch):
     tokens = jnp.zeros((1, 300, 2, 64), jnp.bfloat16)
-    with pytest.raises(InputError, match="'pallas_tpu' cannot run here: it needs a TPU"):
+    with pytest.raises(ValueError, match="'pallas_tpu' cannot run here: it needs a TPU"):
         attention(tokens, tokens, tokens, implementation="pallas_tpu")
     monkeypatch.setattr(pallas_gpu, "JAX_NEEDED", (0, 10, 0))
-    with pytest.raises(InputError, match="'pallas_gpu' cannot run here: it needs a Hopper GPU"):
+    with pytest.raises(ValueError, match="'pallas_gpu' cannot run here: it needs a Hopper GPU"):
         attention(tokens, tokens, tokens, implementation="pallas_gpu")
     on_device(monkeypatch, "9.0")
     lists = BlockLists(jnp.zeros((5, 1), int), jnp.zeros(5, int), query_tile=64, key_block=64)
-    with pytest.raises(InputError, match=r"sizes \[\(128, 64\), .*, not \(64, 64\)"):
+    with pytest.raises(ValueError, match=r"sizes \[\(128, 64\), .*, not \(64, 64\)"):
         attention(tokens, tokens, tokens, block_lists=lists, implementation="pallas_gpu")
     on_device(monkeypatch, None)
     lists = dataclasses.replace(lists, key_block=72)
-    with pytest.raises(InputError, match="multiples of 16, not 64 queries and 72 keys"):
+    with pytest.raises(ValueError, match="multiples of 16, not 64 queries and 72 keys"):
         attention(tokens, tokens, tokens, block_lists=lists, implementation="pallas_tpu")

@@ -10,7 +10,6 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from tests.kernels.attention_cases import CASES, LIST_CASES, Case, attention_and_lse_float64
-from wan_jax.errors import InputError
 from wan_jax.kernels.attention import pallas_tpu
 from wan_jax.kernels.attention.block_lists import BlockLists
 from wan_jax.kernels.attention.pallas_tpu import Tuning, attention
@@ -143,12 +142,12 @@ def test_block_lists_lower_for_tpu(sizes, ranges):
 )
 def test_calls_that_do_not_fit(changes, message):
     x = jnp.zeros((1, 8, 1, 64))
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(ValueError, match=message):
         attention(**({"query": x, "key": x, "value": x} | changes))
 
 
 def test_tunings_that_cannot_be():
-    with pytest.raises(InputError, match="multiples of 16"):
+    with pytest.raises(ValueError, match="multiples of 16"):
         Tuning(100, 128)
 
 

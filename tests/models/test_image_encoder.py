@@ -5,7 +5,6 @@ import pytest
 from flax import nnx
 
 from wan_jax.config import ImageEncoderConfig
-from wan_jax.errors import InputError
 from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.parameters import abstract_parameters
 
@@ -50,5 +49,5 @@ def test_full_size():
 @pytest.mark.parametrize("shape", [(2, 22, 21, 3), (2, 3, 21, 21), (21, 21, 3)])
 def test_images_that_do_not_fit(shape):
     encoder = ImageEncoder(TINY, dtype=jnp.float32, rngs=nnx.Rngs(0))
-    with pytest.raises(InputError, match=r"the image encoder needs \[B, 21, 21, 3\]"):
+    with pytest.raises(ValueError, match=r"the image encoder needs \[B, 21, 21, 3\]"):
         encoder(jnp.zeros(shape))

@@ -12,7 +12,6 @@ from flax import nnx
 from jax import lax
 
 from wan_jax.config import VAEConfig
-from wan_jax.errors import InputError
 from wan_jax.models.nn.causal_conv import overlap_add
 from wan_jax.models.vae import VAE
 from wan_jax.parameters import abstract_parameters, named_parameters, with_parameters
@@ -274,11 +273,11 @@ def test_encode_equals_full_sequence(name, length, chunk):
 
 def test_host_loop_makes_the_same_frames():
     vae, latents, expected, _, _ = make_case("as_wan21")
-    first, cache = fast_jit(lambda vae, latents: vae.decode_first(latents))(vae, latents[:, :, :1])
+    first, cache = fast_jit(lambda vae, latents: vae.decode_step(None, latents))(vae, latents[:, :, :1])
     pieces, shapes = [first], jax.tree.map(jnp.shape, cache)
-    decode_next = fast_jit(lambda vae, cache, latents: vae.decode_next(cache, latents), donate_argnums=1)
+    decode_step = fast_jit(lambda vae, cache, latents: vae.decode_step(cache, latents), donate_argnums=1)
     for t in (1, 3):
-        frames, cache = decode_next(vae, cache, latents[:, :, t : t + 2])
+        frames, cache = decode_step(vae, cache, latents[:, :, t : t + 2])
         assert jax.tree.map(jnp.shape, cache) == shapes
         pieces.append(frames)
     assert_close(np.concatenate(pieces, axis=1), expected, time_axis=1)
@@ -286,8 +285,8 @@ def test_host_loop_makes_the_same_frames():
 
 def test_host_loop_makes_the_same_latents():
     vae, _, _, video, expected = make_case("one_halving")
-    first, cache = fast_jit(lambda vae, frame: vae.encode_first(frame))(vae, video[:, :1])
-    rest, _ = fast_jit(lambda vae, cache, frames: vae.encode_next(cache, frames))(vae, cache, video[:, 1:])
+    first, cache = fast_jit(lambda vae, frame: vae.encode_step(None, frame))(vae, video[:, :1])
+    rest, _ = fast_jit(lambda vae, cache, frames: vae.encode_step(cache, frames))(vae, cache, video[:, 1:])
     assert_close(np.concatenate([first, rest], axis=2), expected, time_axis=2)
 
 
@@ -359,19 +358,19 @@ def test_overlap_add_is_a_convolution_over_time(taps, frames):
 
 def test_bad_input_is_named():
     vae = make_vae(CONFIGS["as_wan21"])
-    with pytest.raises(InputError, match=r"cannot take 15 frames; give 1 \+ a multiple of 4"):
+    with pytest.raises(ValueError, match=r"cannot take 15 frames; give 1 \+ a multiple of 4"):
         jax.eval_shape(vae.encode, jnp.zeros((1, 15, 16, 16, 3)))
-    with pytest.raises(InputError, match="divisible by 8"):
+    with pytest.raises(ValueError, match="divisible by 8"):
         vae.encode(jnp.zeros((1, 5, 16, 20, 3)))
-    with pytest.raises(InputError, match="batch, 4, time, height, width"):
+    with pytest.raises(ValueError, match="batch, 4, time, height, width"):
         vae.decode(jnp.zeros((1, 16, 2, 2, 2)))
-    with pytest.raises(InputError, match="takes one frame; it got 2"):
-        vae.decode_first(jnp.zeros((1, 4, 2, 2, 2)))
-    with pytest.raises(InputError, match="multiple of 4 frames; it got 3"):
-        vae.encode_next((), jnp.zeros((1, 3, 16, 16, 3)))
-    with pytest.raises(InputError, match="chunk is 0"):
+    with pytest.raises(ValueError, match="takes one frame; it got 2"):
+        vae.decode_step(None, jnp.zeros((1, 4, 2, 2, 2)))
+    with pytest.raises(ValueError, match="multiple of 4 frames; it got 3"):
+        vae.encode_step((), jnp.zeros((1, 3, 16, 16, 3)))
+    with pytest.raises(ValueError, match="chunk is 0"):
         vae.decode(jnp.zeros((1, 4, 2, 2, 2)), chunk=0)
-    with pytest.raises(InputError, match="divisible by 16"):
+    with pytest.raises(ValueError, match="divisible by 16"):
         make_vae(CONFIGS["as_wan22"]).encode(jnp.zeros((1, 5, 32, 24, 3)))
-    with pytest.raises(InputError, match="channels of a stage do not divide by those before it"):
+    with pytest.raises(ValueError, match="channels of a stage do not divide by those before it"):
         vae_config(4, 3, (1, 2, 4), (False, True), decoder_base_dim=4, residual=True)

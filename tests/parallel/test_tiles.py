@@ -64,10 +64,10 @@ def test_programs_step_by_step_on_three_devices_in_bfloat16() -> None:
         latents, video = inputs(vae, (4, 3))
         vae = place(vae, dict.fromkeys(named_parameters(vae), placement.sharding()))
         programs = CompiledModels(exact=True, placement=placement)
-        first, cache = programs.decode_first(vae, latents[:, :, :1])
-        second, _ = programs.decode_next(vae, cache, latents[:, :, 1:])
-        third, cache = programs.encode_first(vae, jnp.asarray(video[:1]))
-        fourth, _ = programs.encode_next(vae, cache, jnp.asarray(video[1:]))
+        first, cache = programs.decode(vae, None, latents[:, :, :1])
+        second, _ = programs.decode(vae, cache, latents[:, :, 1:])
+        third, cache = programs.encode(vae, None, jnp.asarray(video[:1]))
+        fourth, _ = programs.encode(vae, cache, jnp.asarray(video[1:]))
         return [np.asarray(x) for x in (first, second, third, fourth)]
 
     for tiled, alone in zip(run(Placement.over(MeshSpec(ring=3))), run(Placement()), strict=True):

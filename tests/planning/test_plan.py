@@ -30,7 +30,7 @@ A14B = get_preset("t2v-a14b")
 SIZES = {"480p": (832, 480), "720p": (1280, 720)}
 SMALL = {"size": (48, 32), "frames": 5, "steps": 2, "shift": 5.0}
 # What a plan compiles; a run compiles some small ones beside them.
-PROGRAMS = {f"jit({name})" for name in ("encode_text", "_placed_step", "_decode_first", "_decode_next", "_encode_next")}
+PROGRAMS = {f"jit({name})" for name in ("encode_text", "_placed_step", "_decode", "_encode")}
 GIB = 2**30
 WITH_CLIP = replace(
     DEMO,
@@ -141,7 +141,7 @@ def test_formula_for_denoising_is_a_little_above_what_is_compiled(size, profile,
 @pytest.mark.quick
 @pytest.mark.parametrize(
     ("preset", "size", "vae_dtype", "decode", "encode"),
-    # memory_analysis() of decode_next and encode_next as jax 0.11.2 compiles them for an H200.
+    # memory_analysis() of decode_step and encode_step as jax 0.11.2 compiles them for an H200.
     [
         ("i2v-a14b", (832, 480), "float32", 1.05, 1.71),
         ("i2v-a14b", (832, 480), "bfloat16", 0.61, 1.07),
@@ -182,12 +182,12 @@ def test_flops_of_the_vae(monkeypatch, preset, direction):
     latents = jax.ShapeDtypeStruct((1, config.z_dim, 1, 4, 6), jnp.float32)
     frames = jax.ShapeDtypeStruct((1, 4, height, width, 3), jnp.float32)
     if direction == "decode":
-        cache = jax.eval_shape(lambda vae, latents: vae.decode_first(latents)[1], vae, latents)
-        lowered = jax.jit(lambda vae, cache, latents: vae.decode_next(cache, latents)).lower(vae, cache, latents)
+        cache = jax.eval_shape(lambda vae, latents: vae.decode_step(None, latents)[1], vae, latents)
+        lowered = jax.jit(lambda vae, cache, latents: vae.decode_step(cache, latents)).lower(vae, cache, latents)
         flops = decode_flops(config, 4 * height * width)
     else:
-        cache = jax.eval_shape(lambda vae, frames: vae.encode_first(frames[:, :1])[1], vae, frames)
-        lowered = jax.jit(lambda vae, cache, frames: vae.encode_next(cache, frames)).lower(vae, cache, frames)
+        cache = jax.eval_shape(lambda vae, frames: vae.encode_step(None, frames[:, :1])[1], vae, frames)
+        lowered = jax.jit(lambda vae, cache, frames: vae.encode_step(cache, frames)).lower(vae, cache, frames)
         flops = encode_flops(config, 4 * height * width)
     # XLA leaves the padding out, which is much of so small an image, and counts norms and sums: measured 0.93 to 0.94.
     assert lowered.cost_analysis()["flops"] == pytest.approx(flops, rel=0.1)

@@ -83,8 +83,8 @@ def run_segment(
         videos: what the rows of the state are called in events; None counts them from 0.
     """
     if not segment.is_guided:
-        expert = replace(expert, negative=None)
-    elif expert.negative is None:
+        expert = replace(expert, uncond=None)
+    elif expert.uncond is None:
         scale = segment.guidance[segment.guidance != 1][0]
         raise InputError(
             f"guidance {scale:g} of expert {segment.expert!r} needs a negative prompt; give one, or use guidance 1"
@@ -98,7 +98,7 @@ def run_segment(
     step = compile_step(expert, segment, state, conditioning)
     compile_seconds = time.perf_counter() - started
     run.add_seconds("compile", compile_seconds)
-    arrays = nnx.state(expert.denoiser), expert.positive, expert.negative
+    arrays = nnx.state(expert.denoiser), expert.cond, expert.uncond
     carry = initial_carry(expert, state)
     try:
         started = time.perf_counter()
@@ -146,7 +146,7 @@ def _calls(
         for offset, index in enumerate(segment.steps):
             yield (segment.inputs(np.full(videos, offset)), None), index
         return
-    evaluations = 1 if expert.negative is None or spec.cfg > 1 else 2
+    evaluations = 1 if expert.uncond is None or spec.cfg > 1 else 2
     for planned in stages.ticks(len(segment.steps), videos // spec.data, spec.pipeline, evaluations):
         done = None if planned.done is None else segment.steps[planned.done]
         yield (segment.inputs(np.tile(planned.steps_of_videos, spec.data)), planned.tick), done

@@ -32,26 +32,26 @@ from wan_jax.runtime.xla_flags import step_options
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """A denoiser and what it attends to. The contexts are the expert's own: each projects the text itself."""
+    """A denoiser and the keys and values that its cross-attention reads."""
 
     denoiser: Any
-    positive: Any  # Context of the prompts
-    negative: Any = None  # Context of the negative prompts; needed only for guidance
+    cond: Any  # CrossAttentionKV of the prompts
+    uncond: Any = None  # of the negative prompts; needed for guidance alone
     placement: Placement = SINGLE
 
     @classmethod
     def prepare(
         cls,
         denoiser: nnx.Module,
-        positive: jax.Array,
-        negative: jax.Array | None = None,
+        cond: jax.Array,
+        uncond: jax.Array | None = None,
         image: jax.Array | None = None,
         placement: Placement = SINGLE,
     ) -> "Expert":
-        """Computes the contexts from encoded text, [B, text_length, text_dim] each, and an image's features."""
+        """Projects encoded texts, [B, text_length, text_dim], and an image's features, [B, image tokens, image_dim]."""
         graphdef, parameters = nnx.split(denoiser)
         encode = partial(_encode_context, graphdef, placement, parameters, image=image)
-        return cls(denoiser, encode(positive), None if negative is None else encode(negative), placement)
+        return cls(denoiser, encode(cond), None if uncond is None else encode(uncond), placement)
 
     def attention_used(self, latents: tuple[int, ...]) -> str:
         """The implementation of self-attention that the step runs for latents of shape [B, C, F, h, w]."""
@@ -107,7 +107,7 @@ def compile_step(
 
     Args:
         expert: its arrays may be abstract (jax.ShapeDtypeStruct, with the shardings that the real ones will have).
-            Without a negative context the step has no guidance.
+            Without `uncond` the step has no guidance.
         segment: any with the same solver; its numbers and length do not matter.
         state: `solver.init(latents)`, or what jax.eval_shape gives for it.
         conditioning: its arrays, too, may be abstract.
@@ -130,7 +130,7 @@ def compile_step(
     # As shapes with a sharding, arrays in host memory would be taken for arrays on the device and never be fetched.
     arrays = jax.tree.map(
         lambda x: x if on_host(x) else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-        (parameters, expert.positive, expert.negative),
+        (parameters, expert.cond, expert.uncond),
     )
     on_nvidia = _on_nvidia(parameters)
     options = step_options(on_a_mesh=not expert.placement.is_single) if on_nvidia else {}
@@ -157,7 +157,7 @@ def _jitted_step(options: tuple[tuple[str, bool | int | str], ...]) -> Any:
     )
 
 
-def _placed_step(graphdef, solver, placement, parameters, positive, negative, state, conditioning, inputs, tick):
+def _placed_step(graphdef, solver, placement, parameters, cond, uncond, state, conditioning, inputs, tick):
     step, state_specs = _step, placement.batch
     if placement.mesh_spec.pipeline > 1:
         step, state_specs = _pipeline_tick, PipelineState(placement.batch, placement.stages, placement.evaluation)
@@ -165,23 +165,23 @@ def _placed_step(graphdef, solver, placement, parameters, positive, negative, st
     # The inputs are whole on every device, which takes its rows: processes pass them as NumPy arrays.
     in_specs = sharding.state_specs(parameters), *contexts, state_specs, known, PartitionSpec(), PartitionSpec()
     run = placement.run(partial(step, graphdef, solver), in_specs, state_specs)
-    return run(parameters, positive, negative, state, conditioning, inputs, tick)
+    return run(parameters, cond, uncond, state, conditioning, inputs, tick)
 
 
-def _step(graphdef, solver, parameters, positive, negative, state, conditioning, inputs, tick):
+def _step(graphdef, solver, parameters, cond, uncond, state, conditioning, inputs, tick):
     del tick
     inputs = collectives.split_axis(inputs, (DATA,), axis=0)
     denoiser = nnx.merge(graphdef, sharding.gather_outside_layers(parameters))
 
     def evaluate(is_conditional: jax.Array) -> jax.Array:
-        context = jax.tree.map(partial(jnp.where, is_conditional), positive, negative)
+        context = jax.tree.map(partial(jnp.where, is_conditional), cond, uncond)
         # Without the barrier XLA embeds the latents once for both turns and keeps that, the size of all activations
         # between two layers, in memory beside the second turn's own.
         latents, timestep, _ = lax.optimization_barrier((state.latents, inputs.timestep, is_conditional))
         return denoiser(*conditioning.inputs(latents, timestep), context)
 
-    if negative is None:
-        velocity = denoiser(*conditioning.inputs(state.latents, inputs.timestep), positive)
+    if uncond is None:
+        velocity = denoiser(*conditioning.inputs(state.latents, inputs.timestep), cond)
     elif collectives.size(CFG) > 1:
         conditional, unconditional = lax.all_gather(evaluate(lax.axis_index(CFG) == 0), CFG)
         velocity = classifier_free_guidance(conditional, unconditional, inputs.guidance)
@@ -192,7 +192,7 @@ def _step(graphdef, solver, parameters, positive, negative, state, conditioning,
     return _solve(solver, state, velocity, inputs, conditioning)
 
 
-def _pipeline_tick(graphdef, solver, parameters, positive, negative, carry, conditioning, inputs, tick):
+def _pipeline_tick(graphdef, solver, parameters, cond, uncond, carry, conditioning, inputs, tick):
     """Each stage takes a video through its layers, and the last stage's video makes its step if it is due."""
     inputs = collectives.split_axis(inputs, (DATA,), axis=0)
     denoiser = nnx.merge(graphdef, sharding.gather_outside_layers(parameters))
@@ -203,15 +203,15 @@ def _pipeline_tick(graphdef, solver, parameters, positive, negative, carry, cond
 
     stage = lax.axis_index(PIPELINE)
     video, last = tick.videos[stage], tick.videos[-1]
-    context = row(positive, video, axis=1)
-    if negative is not None:
+    context = row(cond, video, axis=1)
+    if uncond is not None:
         conditional = tick.is_conditional[stage] if collectives.size(CFG) == 1 else lax.axis_index(CFG) == 0
-        context = jax.tree.map(partial(jnp.where, conditional), context, row(negative, video, axis=1))
+        context = jax.tree.map(partial(jnp.where, conditional), context, row(uncond, video, axis=1))
     arrived = row((carry.state.latents, inputs.timestep), video)
     hidden, newest = denoiser.run_stage(carry.hidden, *row(conditioning, video).inputs(*arrived), context)
 
     velocity, last_inputs = newest, row(inputs, last)
-    if negative is not None:
+    if uncond is not None:
         conditional, unconditional = carry.velocity, newest
         if collectives.size(CFG) > 1:
             conditional, unconditional = lax.all_gather(newest, CFG)

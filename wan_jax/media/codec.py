@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
 
 import jax
 import numpy as np
@@ -46,12 +48,13 @@ class Codec:
             return host
 
         with self._memory.on_device(self.vae) as vae, run.stage("decode", total):
-            frames, cache = run.call(self._programs.decode_first, vae, placed[:, :, :1])
-            for index in range(1, count, chunk):
+            frames: Any = None
+            cache = None
+            for start, stop in pairwise([0, *range(1, count, chunk), count]):
                 run.check()
-                chunk_latents = placed[:, :, index : index + chunk]
-                following, cache = run.call(self._programs.decode_next, vae, cache, chunk_latents)
-                yield fetch(frames)
+                following, cache = run.call(self._programs.decode, vae, cache, placed[:, :, start:stop])
+                if frames is not None:
+                    yield fetch(frames)
                 frames = following
             yield fetch(frames)
 
@@ -76,14 +79,15 @@ class Codec:
         frames, stride = check_frames(np.asarray(frames), self.vae.config), self.vae.config.temporal_stride
         encoded: list[np.ndarray] = []
         with self._memory.on_device(self.vae) as vae, run.stage("encode", 1 + (len(frames) - 1) // stride):
-            latents, cache = run.call(self._programs.encode_first, vae, self._placement.put(frames[:1]))
-            for index in range(1, len(frames), stride):
+            cache = None
+            pending: list[jax.Array] = []
+            for start, stop in pairwise([0, *range(1, len(frames), stride), len(frames)]):
                 run.check()
-                placed = self._placement.put(frames[index : index + stride])
-                following, cache = run.call(self._programs.encode_next, vae, cache, placed)
-                encoded.append(np.asarray(latents))  # waits, so that no more frames are on their way to the device
+                latents, cache = run.call(self._programs.encode, vae, cache, self._placement.put(frames[start:stop]))
+                # Waits for the latents before, so that the frames of one step at most are on their way to the device.
+                encoded += map(np.asarray, pending)
                 run.progress("encode", len(encoded))
-                latents = following
-            encoded.append(np.asarray(latents))
+                pending = [latents]
+            encoded += map(np.asarray, pending)
             run.progress("encode", len(encoded))
         return np.concatenate(encoded, axis=1)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from wan_jax.models.image_encoder import ImageEncoder
-from wan_jax.models.nn.causal_conv import Cache
+from wan_jax.models.nn.causal_conv import CacheArrays
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.placement import SINGLE, Placement
@@ -32,17 +32,16 @@ class CompiledModels:
         self.encode_text = CompiledFunction(_text_encoding(placement), compiler_options=TEXT_ENCODER_OPTIONS)
         self.encode_image = CompiledFunction(_encode_image)
 
-        def vae_program(function: Callable, **jit_options: Any) -> CompiledFunction:
+        def vae_function(function: Callable) -> CompiledFunction:
             precision = None if exact else "tensorfloat32"
-            return CompiledFunction(_in_tiles(function, placement), matmul_precision=precision, **jit_options)
+            return CompiledFunction(_in_tiles(function, placement), matmul_precision=precision, donate_argnums=(1,))
 
         # Latent frames decoded at once: tiles leave memory for as many as there are devices, and one halo exchange
         # serves them all.
         self.decode_chunk = placement.mesh_spec.devices
-        self.decode_first = vae_program(_decode_first)
-        self.decode_next = vae_program(_decode_next, donate_argnums=(1,))
-        self.encode_first = vae_program(_encode_first)
-        self.encode_next = vae_program(_encode_next, donate_argnums=(1,))
+        # (vae, cache or None, latents or frames) -> (frames or latents, cache); see `VAE`.
+        self.decode = vae_function(_decode)
+        self.encode = vae_function(_encode)
 
 
 def _text_encoding(placement: Placement) -> Callable:
@@ -62,51 +61,31 @@ def _encode_image(encoder: ImageEncoder, images: jax.Array) -> jax.Array:
     return encoder(images)
 
 
-def _decode_first(vae: VAE, latents: jax.Array) -> tuple[jax.Array, Cache]:
-    frames, cache = vae.decode_first(latents)
-    return _to_uint8(frames), cache
+def _decode(vae: VAE, cache: CacheArrays | None, latents: jax.Array) -> tuple[jax.Array, CacheArrays]:
+    """[1, z, k, h, w] -> uint8 [F, H, W, 3], truncated as the official code does."""
+    frames, cache = vae.decode_step(cache, latents)
+    return ((jnp.clip(frames[0], -1.0, 1.0) + 1.0) / 2.0 * 255.0).astype(jnp.uint8), cache
 
 
-def _decode_next(vae: VAE, cache: Cache, latents: jax.Array) -> tuple[jax.Array, Cache]:
-    frames, cache = vae.decode_next(cache, latents)
-    return _to_uint8(frames), cache
-
-
-def _to_uint8(frames: jax.Array) -> jax.Array:
-    """[1, F, H, W, 3] around [-1, 1] -> uint8 [F, H, W, 3], truncated as the official code does."""
-    return ((jnp.clip(frames[0], -1.0, 1.0) + 1.0) / 2.0 * 255.0).astype(jnp.uint8)
-
-
-def _encode_first(vae: VAE, frames: jax.Array) -> tuple[jax.Array, Cache]:
-    latents, cache = vae.encode_first(_from_pixels(frames))
-    return latents[0], cache
-
-
-def _encode_next(vae: VAE, cache: Cache, frames: jax.Array) -> tuple[jax.Array, Cache]:
-    latents, cache = vae.encode_next(cache, _from_pixels(frames))
-    return latents[0], cache
-
-
-def _from_pixels(frames: jax.Array) -> jax.Array:
-    """[F, H, W, 3], uint8 or floats in [-1, 1] -> float32 [1, F, H, W, 3] in [-1, 1]."""
+def _encode(vae: VAE, cache: CacheArrays | None, frames: jax.Array) -> tuple[jax.Array, CacheArrays]:
+    """[F, H, W, 3], uint8 or floats in [-1, 1] -> [z, k, h, w]."""
     if frames.dtype == jnp.uint8:
         frames = (frames.astype(jnp.float32) / 255.0 - 0.5) / 0.5
-    return frames.astype(jnp.float32)[None]
+    latents, cache = vae.encode_step(cache, frames.astype(jnp.float32)[None])
+    return latents[0], cache
 
 
 def _in_tiles(function: Callable, placement: Placement) -> Callable:
-    """One of the VAE's functions, (vae, [cache,] latents or frames) -> (frames or latents, cache), on all devices."""
+    """One of the VAE's functions, on all devices."""
     if placement.is_single:
         return function
 
     @wraps(function)
-    def run(vae: VAE, *arguments: Any) -> Any:
-        *cache, x = arguments
+    def run(vae: VAE, cache: CacheArrays | None, x: jax.Array) -> Any:
         height, width = x.shape[-2:] if x.ndim == 5 else (side // vae.config.spatial_stride for side in x.shape[1:3])
         mesh = frame_mesh(placement.devices, height, width)
-        places = P(), *[TILES] * len(cache), P()
-        return jax.shard_map(function, mesh=mesh, in_specs=places, out_specs=(P(), TILES), check_vma=False)(
-            vae, *arguments
-        )
+        in_specs, out_specs = (P(), TILES, P()), (P(), TILES)
+        on_tiles = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return on_tiles(vae, cache, x)
 
     return run

@@ -23,7 +23,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from wan_jax.config import DenoiserConfig
-from wan_jax.errors import InputError
 from wan_jax.kernels.attention import AttentionOptions, attention
 from wan_jax.kernels.attention.block_lists import BlockLists
 from wan_jax.kernels.precision import gelu, gelu_erf
@@ -38,11 +37,8 @@ IMAGE_EPS = 1e-5  # of the image embedding's norms
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Context:
-    """What the blocks' cross-attention reads of a text and an image: made once, by the denoiser that will use it.
-
-    A scan over layers hands each layer its own, without the leading axis.
-    """
+class CrossAttentionKV:
+    """The cross-attention's keys and values of a text and an image, for all layers; each expert computes its own."""
 
     keys: jax.Array  # [layers, B, text_length, heads, head_dim], normalised
     values: jax.Array  # the same shape
@@ -112,7 +108,7 @@ class Denoiser(nnx.Module):
         other.attention = attention
         return other
 
-    def encode_context(self, text: jax.Array, image: jax.Array | None = None) -> Context:
+    def encode_context(self, text: jax.Array, image: jax.Array | None = None) -> CrossAttentionKV:
         """Projects text and image for the cross-attention of every layer; neither latents nor timestep matter to it.
 
         Args:
@@ -122,7 +118,7 @@ class Denoiser(nnx.Module):
             Needed where the config has an image_dim, and only there.
 
         Raises:
-          InputError: another shape, or an image missing or unexpected.
+          ValueError: another shape, or an image missing or unexpected.
         """
         self.check_context_shapes(text, image)
         text = self.text_embedding(text)
@@ -136,7 +132,7 @@ class Denoiser(nnx.Module):
         )
         return context
 
-    def __call__(self, latents: jax.Array, timesteps: jax.Array, context: Context) -> jax.Array:
+    def __call__(self, latents: jax.Array, timesteps: jax.Array, context: CrossAttentionKV) -> jax.Array:
         """Predicts the velocity noise - clean of latents = (1 - sigma) clean + sigma noise.
 
         Args:
@@ -149,7 +145,7 @@ class Denoiser(nnx.Module):
           [B, out_channels, F, h, w], float32.
 
         Raises:
-          InputError: a shape that does not fit.
+          ValueError: a shape that does not fit.
         """
         grid = self.check_shapes(latents, timesteps, context)
         conditions = self.embed_conditions(timesteps, grid)
@@ -179,24 +175,24 @@ class Denoiser(nnx.Module):
         block_lists = None if make_lists is None else make_lists(grid)
         return Conditions(time, modulation, rotary, tokens, self.attention, block_lists)
 
-    def run_blocks(self, x: jax.Array, conditions: "Conditions", context: Context) -> jax.Array:
+    def run_blocks(self, x: jax.Array, conditions: "Conditions", context: CrossAttentionKV) -> jax.Array:
         """Tokens [B, S, dim] through all layers."""
 
-        def run_layers(x: jax.Array, rows: tuple[jax.Array, jax.Array], context: Context) -> jax.Array:
+        def run_layers(x: jax.Array, rows: tuple[jax.Array, jax.Array], context: CrossAttentionKV) -> jax.Array:
             return self.run_layers(x, replace(conditions, time=rows[0], modulation=rows[1]), context)
 
         return stages.run_stages(run_layers, x, (conditions.time, conditions.modulation), context)
 
-    def run_layers(self, x: jax.Array, conditions: "Conditions", context: Context) -> jax.Array:
+    def run_layers(self, x: jax.Array, conditions: "Conditions", context: CrossAttentionKV) -> jax.Array:
         """Tokens [B, S, dim] through the layers that this device has."""
 
-        def layer(x: jax.Array, block: DenoiserBlock, context: Context) -> tuple[jax.Array, None]:
+        def layer(x: jax.Array, block: DenoiserBlock, context: CrossAttentionKV) -> tuple[jax.Array, None]:
             return block(x, conditions, context), None
 
         return scan_layers(layer, x, self.blocks, context, remat=self.remat, unroll=self.unroll)[0]
 
     def run_stage(
-        self, arrived: jax.Array, latents: jax.Array, timesteps: jax.Array, context: Context
+        self, arrived: jax.Array, latents: jax.Array, timesteps: jax.Array, context: CrossAttentionKV
     ) -> tuple[jax.Array, jax.Array]:
         """One turn of a pipeline: each stage takes a video of its own through its layers.
 
@@ -226,11 +222,11 @@ class Denoiser(nnx.Module):
     def check_context_shapes(self, text: jax.Array, image: jax.Array | None) -> None:
         config = self.config
         if text.shape[1:] != (config.text_length, config.text_dim):
-            raise InputError(
+            raise ValueError(
                 f"the text has shape {text.shape}; the denoiser needs [B, {config.text_length}, {config.text_dim}]"
             )
         if (image is None) != (config.image_dim is None):
-            raise InputError(
+            raise ValueError(
                 f"this denoiser attends to an image's features; give them, [B, image tokens, {config.image_dim}]"
                 if image is None
                 else "this denoiser attends to no image; give the text alone"
@@ -239,33 +235,33 @@ class Denoiser(nnx.Module):
             return
         tokens = image.shape[1] if config.image_position_length is None else config.image_position_length
         if image.shape != (text.shape[0], tokens, config.image_dim):
-            raise InputError(
+            raise ValueError(
                 f"the image's features have shape {image.shape}; the denoiser needs "
                 f"[{text.shape[0]}, {config.image_position_length or 'image tokens'}, {config.image_dim}]"
             )
 
-    def check_shapes(self, latents: jax.Array, timesteps: jax.Array, context: Context) -> tuple[int, int, int]:
+    def check_shapes(self, latents: jax.Array, timesteps: jax.Array, context: CrossAttentionKV) -> tuple[int, int, int]:
         """Returns the number of tokens along frames, height and width."""
         config, patch = self.config, self.config.patch_size
         if latents.ndim != 5 or latents.shape[1] != config.in_channels:
-            raise InputError(
+            raise ValueError(
                 f"latents have shape {latents.shape}; the denoiser needs [B, {config.in_channels}, F, h, w]"
             )
         batch, _, *sizes = latents.shape
         if any(size % step for size, step in zip(sizes, patch, strict=True)):
-            raise InputError(
+            raise ValueError(
                 f"latents of {sizes} (frames, height, width) do not divide into patches of {list(patch)}; "
                 "choose multiples of them"
             )
         frames, height, width = (size // step for size, step in zip(sizes, patch, strict=True))
         tokens = frames * height * width
         if timesteps.shape not in ((batch,), (batch, frames), (batch, tokens)):
-            raise InputError(
+            raise ValueError(
                 f"timesteps have shape {timesteps.shape}; give ({batch},), one for each of the latents, "
                 f"({batch}, {frames}), one for each frame, or ({batch}, {tokens}), one for each token"
             )
         if context.batch != batch:
-            raise InputError(
+            raise ValueError(
                 f"the context holds {context.batch} texts and there are {batch} latents; give one for each"
             )
         return frames, height, width
@@ -282,7 +278,7 @@ class DenoiserBlock(nnx.Module):
         self.feed_forward = FeedForward(config, dtype, param_dtype, rngs)
         self.eps = config.eps
 
-    def __call__(self, x: jax.Array, conditions: Conditions, context: Context) -> jax.Array:
+    def __call__(self, x: jax.Array, conditions: Conditions, context: CrossAttentionKV) -> jax.Array:
         """x [B, S, dim] in float32; this layer's part of the context."""
         vectors = modulate(self.modulation, conditions.modulation, x.shape[1])
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors
@@ -344,15 +340,15 @@ class CrossAttention(MultiHeadAttention):
         super().__init__(config, dtype, param_dtype, rngs)
         self.image = None if config.image_dim is None else ImageKeyValue(config, dtype, param_dtype, rngs)
 
-    def project_context(self, text: jax.Array, image: jax.Array | None) -> Context:
+    def project_context(self, text: jax.Array, image: jax.Array | None) -> CrossAttentionKV:
         """The part that does not depend on the video; text and image are [B, T, dim]."""
-        context = Context(*self.project_key_value(text))
+        context = CrossAttentionKV(*self.project_key_value(text))
         if image is None or self.image is None:
             return context
         keys, values = map(self.split_heads, self.image(image))
         return replace(context, image_keys=keys, image_values=values)
 
-    def __call__(self, x: jax.Array, context: Context, implementation: str | None) -> jax.Array:
+    def __call__(self, x: jax.Array, context: CrossAttentionKV, implementation: str | None) -> jax.Array:
         attend = partial(attention, self.project_query(x), implementation=implementation)
         y = attend(context.keys, context.values)
         if context.image_keys is not None and context.image_values is not None:

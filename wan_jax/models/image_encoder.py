@@ -13,7 +13,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from wan_jax.config import ImageEncoderConfig
-from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
 from wan_jax.kernels.precision import gelu_erf
 from wan_jax.models.nn.linear import Linear
@@ -60,11 +59,11 @@ class ImageEncoder(nnx.Module):
           [B, num_tokens, dim] float32: one token for the whole image, then its patches row by row.
 
         Raises:
-          InputError: another shape.
+          ValueError: another shape.
         """
         size, patch = self.config.image_size, self.config.patch_size
         if images.ndim != 4 or images.shape[1:] != (size, size, CHANNELS):
-            raise InputError(f"images have shape {images.shape}; the image encoder needs [B, {size}, {size}, 3]")
+            raise ValueError(f"images have shape {images.shape}; the image encoder needs [B, {size}, {size}, 3]")
         patches = rearrange(images, "b (h ph) (w pw) c -> b (h w) (c ph pw)", ph=patch, pw=patch)
         patches = self.patch_embedding(patches).astype(jnp.float32)
         whole = jnp.broadcast_to(self.class_embedding[...].astype(jnp.float32), (len(images), 1, self.config.dim))

@@ -26,10 +26,9 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from wan_jax.config import VAEConfig
-from wan_jax.errors import InputError
 from wan_jax.kernels.attention import attention
 from wan_jax.kernels.precision import matmul_precision
-from wan_jax.models.nn.causal_conv import Cache, History, overlap_add, scan_over_time, sum_float32
+from wan_jax.models.nn.causal_conv import CacheArrays, CausalCache, overlap_add, scan_over_time, sum_float32
 from wan_jax.models.nn.linear import Linear
 from wan_jax.models.nn.pixel_shuffle import average_down, patchify, repeat_up, unpatchify
 from wan_jax.parallel.tiles import SpatialSharding
@@ -75,7 +74,7 @@ def time_taps(x: jax.Array, kernel: jax.Array, sharding: SpatialSharding) -> lis
 class CausalConv(nnx.Module):
     """Convolution over (time, height, width) in which no output frame sees a later input frame.
 
-    Space is padded to keep its size, time is not: what came before is in the history.
+    Space is padded to keep its size, time is not: what came before is in the cache.
     """
 
     def __init__(
@@ -85,31 +84,31 @@ class CausalConv(nnx.Module):
         self.time_stride = time_stride
         self.dtype = options["dtype"]
 
-    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+    def __call__(self, x: jax.Array, cache: CausalCache) -> jax.Array:
         """[B, T, H, W, C_in] -> [B, T / time_stride, H, W, C_out] in float32."""
         kernel = self.kernel[...].astype(self.dtype)
-        x = history.settle(x.astype(self.dtype))
+        x = cache.force_write(x.astype(self.dtype))
         if self.time_stride > 1:
-            frames = self.strided(x, kernel, history)
+            frames = self.strided(x, kernel, cache)
         else:
-            taps = time_taps(x, kernel, history.sharding)
-            frames, future = overlap_add(taps, history.recall(taps[0], len(taps) - 1) if len(taps) > 1 else ())
+            taps = time_taps(x, kernel, cache.sharding)
+            frames, future = overlap_add(taps, cache.read(taps[0], len(taps) - 1) if len(taps) > 1 else ())
             if future:
-                history.remember(tuple(frame.astype(self.dtype) for frame in future))
+                cache.write(tuple(frame.astype(self.dtype) for frame in future))
         return jnp.concatenate(frames, axis=1) + self.bias[...].astype(jnp.float32)
 
-    def remember_zeros(self, x: jax.Array, history: History) -> None:
+    def write_zeros(self, x: jax.Array, cache: CausalCache) -> None:
         """Leaves behind what frames of zeros, of x's size, would."""
         taps, channels = self.kernel.shape[0], self.kernel.shape[-1]
-        history.remember((jnp.zeros((x.shape[0], 1, *x.shape[2:4], channels), self.dtype),) * (taps - 1))
+        cache.write((jnp.zeros((x.shape[0], 1, *x.shape[2:4], channels), self.dtype),) * (taps - 1))
 
-    def strided(self, x: jax.Array, kernel: jax.Array, history: History) -> list[jax.Array]:
+    def strided(self, x: jax.Array, kernel: jax.Array, cache: CausalCache) -> list[jax.Array]:
         """Only every `time_stride`-th frame is computed, of the frames themselves: the past is the last of them."""
         length, frames = x.shape[1], kernel.shape[0] - self.time_stride
-        x = jnp.concatenate([*history.recall(x, frames), x], axis=1)
-        history.remember(tuple(jnp.split(x[:, -frames:], frames, axis=1)))
+        x = jnp.concatenate([*cache.read(x, frames), x], axis=1)
+        cache.write(tuple(jnp.split(x[:, -frames:], frames, axis=1)))
         windows = [x[:, tap : tap + length : self.time_stride] for tap in range(kernel.shape[0])]
-        taps = [time_taps(window, kernel[tap, None], history.sharding)[0] for tap, window in enumerate(windows)]
+        taps = [time_taps(window, kernel[tap, None], cache.sharding)[0] for tap, window in enumerate(windows)]
         return [sum_float32(taps)]
 
 
@@ -163,11 +162,11 @@ class ResidualBlock(nnx.Module):
         widens = in_channels != out_channels
         self.shortcut = CausalConv(in_channels, out_channels, (1, 1, 1), **options) if widens else None
 
-    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+    def __call__(self, x: jax.Array, cache: CausalCache) -> jax.Array:
         """[B, T, H, W, C_in] -> [B, T, H, W, C_out]."""
-        y = self.conv_1(nnx.silu(self.norm_1(x)), history)
-        y = self.conv_2(nnx.silu(self.norm_2(y)), history)
-        y = y + (x if self.shortcut is None else self.shortcut(x, history))
+        y = self.conv_1(nnx.silu(self.norm_1(x)), cache)
+        y = self.conv_2(nnx.silu(self.norm_2(y)), cache)
+        y = y + (x if self.shortcut is None else self.shortcut(x, cache))
         # Without the barrier XLA sums anew, from all the convolutions before, wherever the sum is read.
         return lax.optimization_barrier(y)
 
@@ -206,9 +205,9 @@ class Middle(nnx.Module):
         self.attention = AttentionBlock(channels, **options)
         self.block_2 = ResidualBlock(channels, channels, **options)
 
-    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+    def __call__(self, x: jax.Array, cache: CausalCache) -> jax.Array:
         """[B, T, H, W, C] -> the same shape."""
-        return self.block_2(self.attention(self.block_1(x, history), history.sharding), history)
+        return self.block_2(self.attention(self.block_1(x, cache), cache.sharding), cache)
 
 
 class Downsample(nnx.Module):
@@ -218,15 +217,15 @@ class Downsample(nnx.Module):
         self.conv = SpatialConv(channels, channels, stride=2, **options)
         self.time_conv = CausalConv(channels, channels, (3, 1, 1), 2, **options) if temporal else None
 
-    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+    def __call__(self, x: jax.Array, cache: CausalCache) -> jax.Array:
         """[B, T, H, W, C] -> [B, T or T / 2, H / 2, W / 2, C]; the first frame stays one frame."""
-        x = self.conv(x, history.sharding)
+        x = self.conv(x, cache.sharding)
         if self.time_conv is None:
             return x
-        if history.is_first_frame:
-            history.remember((x,))
+        if cache.is_first_frame:
+            cache.write((x,))
             return x
-        return self.time_conv(x, history)
+        return self.time_conv(x, cache)
 
 
 class Upsample(nnx.Module):
@@ -236,16 +235,16 @@ class Upsample(nnx.Module):
         self.time_conv = CausalConv(in_channels, 2 * in_channels, (3, 1, 1), **options) if temporal else None
         self.conv = SpatialConv(in_channels, out_channels, **options)
 
-    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+    def __call__(self, x: jax.Array, cache: CausalCache) -> jax.Array:
         """[B, T, H, W, C_in] -> [B, T or 2 T, 2 H, 2 W, C_out]; the first frame stays one frame."""
         if self.time_conv is not None:
-            if history.is_first_frame:
+            if cache.is_first_frame:
                 # The original's time convolution never sees the first frame: zeros stand before the second.
-                self.time_conv.remember_zeros(x, history)
+                self.time_conv.write_zeros(x, cache)
             else:
-                x = rearrange(self.time_conv(x, history), "b t h w (two c) -> b (t two) h w c", two=2)
+                x = rearrange(self.time_conv(x, cache), "b t h w (two c) -> b (t two) h w c", two=2)
         x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-        return self.conv(x, history.sharding)
+        return self.conv(x, cache.sharding)
 
 
 class EncoderStage(nnx.Module):
@@ -266,12 +265,12 @@ class EncoderStage(nnx.Module):
         self.downsample = None if temporal is None else Downsample(out_channels, temporal, **options)
         self.temporal, self.residual = temporal, residual
 
-    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+    def __call__(self, x: jax.Array, cache: CausalCache) -> jax.Array:
         y = x
         for block in self.blocks:
-            y = block(y, history)
+            y = block(y, cache)
         if self.downsample is not None:
-            y = self.downsample(y, history)
+            y = self.downsample(y, cache)
         if self.residual:
             space = 1 if self.temporal is None else 2
             shortcut = average_down(x, y.shape[-1], time=2 if self.temporal else 1, space=space)
@@ -302,13 +301,13 @@ class DecoderStage(nnx.Module):
         self.upsample = None if temporal is None else Upsample(out_channels, upsampled, temporal, **options)
         self.temporal, self.residual = temporal, residual
 
-    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+    def __call__(self, x: jax.Array, cache: CausalCache) -> jax.Array:
         y = x
         for block in self.blocks:
-            y = block(y, history)
+            y = block(y, cache)
         if self.upsample is None:
             return y
-        y = self.upsample(y, history)
+        y = self.upsample(y, cache)
         if self.residual:
             shortcut = repeat_up(x, y.shape[-1], time=2 if self.temporal else 1, space=2)
             # The first frame stays one frame: its last copy.
@@ -331,19 +330,19 @@ class Encoder(nnx.Module):
         self.conv_out = CausalConv(last, 2 * config.z_dim, **options)
         self.full_rate_stages = config.full_rate_stages
 
-    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+    def __call__(self, x: jax.Array, cache: CausalCache) -> jax.Array:
         """[B, F, H, W, image_channels] -> [B, T, h, w, 2 z]."""
-        x = history.in_slices(self.full_rate, x, FRAMES_AT_ONCE)
+        x = cache.in_slices(self.full_rate, x, FRAMES_AT_ONCE)
         for stage in self.stages[self.full_rate_stages :]:
-            x = stage(x, history)
-        x = self.middle(x, history)
-        return self.conv_out(nnx.silu(self.norm_out(x)), history)
+            x = stage(x, cache)
+        x = self.middle(x, cache)
+        return self.conv_out(nnx.silu(self.norm_out(x)), cache)
 
-    def full_rate(self, x: jax.Array, history: History) -> jax.Array:
+    def full_rate(self, x: jax.Array, cache: CausalCache) -> jax.Array:
         """The layers before time is halved."""
-        x = self.conv_in(x, history)
+        x = self.conv_in(x, cache)
         for stage in self.stages[: self.full_rate_stages]:
-            x = stage(x, history)
+            x = stage(x, cache)
         return x
 
 
@@ -362,37 +361,37 @@ class Decoder(nnx.Module):
         self.conv_out = CausalConv(last, config.image_channels, **options)
         self.full_rate_stages = 1 + config.full_rate_stages
 
-    def __call__(self, x: jax.Array, history: History) -> jax.Array:
+    def __call__(self, x: jax.Array, cache: CausalCache) -> jax.Array:
         """[B, T, h, w, z] -> [B, F, H, W, image_channels]."""
-        x = self.conv_in(x, history)
-        x = self.middle(x, history)
+        x = self.conv_in(x, cache)
+        x = self.middle(x, cache)
         for stage in self.stages[: -self.full_rate_stages]:
-            x = stage(x, history)
+            x = stage(x, cache)
         # In tiles the device's share of the cache is smaller, and in bfloat16 there is room for two.
-        several = 4 // jnp.dtype(self.conv_in.dtype).itemsize if history.sharding.tiles > 1 else 1
-        return history.in_slices(self.full_rate, x, several * FRAMES_AT_ONCE)
+        several = 4 // jnp.dtype(self.conv_in.dtype).itemsize if cache.sharding.tiles > 1 else 1
+        return cache.in_slices(self.full_rate, x, several * FRAMES_AT_ONCE)
 
-    def full_rate(self, x: jax.Array, history: History) -> jax.Array:
+    def full_rate(self, x: jax.Array, cache: CausalCache) -> jax.Array:
         """The layers after time was doubled for the last time."""
         for stage in self.stages[-self.full_rate_stages :]:
-            x = stage(x, history)
-        return self.conv_out(nnx.silu(self.norm_out(x)), history)
+            x = stage(x, cache)
+        return self.conv_out(nnx.silu(self.norm_out(x)), cache)
 
 
 class VAE(nnx.Module):
     """The video VAE: normalised latents [B, z, T, h, w] to and from frames [B, F, H, W, 3] in [-1, 1], both float32.
 
     F = 1 + temporal_stride * (T - 1), H = spatial_stride * h, W = spatial_stride * w. `encode` and `decode` scan over
-    time. `encode_first`, `encode_next`, `decode_first` and `decode_next` are their steps, for a loop on the host:
+    time. `encode_step` and `decode_step` are their steps, for a loop on the host:
 
-        frames, cache = vae.decode_first(latents[:, :, :1])
-        for t in range(1, latents.shape[2]):
-            frames, cache = vae.decode_next(cache, latents[:, :, t : t + 1])
+        cache = None
+        for t in range(latents.shape[2]):
+            frames, cache = vae.decode_step(cache, latents[:, :, t : t + 1])
 
     A cache is a tuple of arrays in `dtype`, of the same shapes after every step of one direction: donate it.
     In bfloat16 norms, SiLU, the sums over time taps and those of residual blocks stay float32. The latents'
     distribution is never sampled: encoding gives its mean, as in all Wan pipelines. Whatever does not fit raises
-    InputError.
+    ValueError.
 
     Inside `jax.shard_map` each device computes its tile of the frames (parallel/tiles.py): what goes in and comes out
     is whole on all of them, a cache's arrays are in tiles (`tiles.TILES`).
@@ -409,20 +408,18 @@ class VAE(nnx.Module):
     def encode(self, frames: jax.Array, *, chunk: int = 1) -> jax.Array:
         """[B, F, H, W, 3] in [-1, 1] -> [B, z, T, h, w].
 
-        `chunk` latent frames are made per scan step: more memory, the same result. Raises InputError where F is not
+        `chunk` latent frames are made per scan step: more memory, the same result. Raises ValueError where F is not
         1 + a multiple of the temporal stride, or H or W no multiple of the spatial stride.
         """
         stride = self.config.temporal_stride
         latents = scan_over_time(self._encode, frames, in_stride=stride, out_stride=1, chunk=chunk)
         return rearrange(latents, "b t h w z -> b z t h w")
 
-    def encode_first(self, frame: jax.Array) -> tuple[jax.Array, Cache]:
-        """The first frame [B, 1, H, W, 3] -> [B, z, 1, h, w], and the cache for what follows."""
-        latents, cache = self._encode(None, frame)
-        return rearrange(latents, "b t h w z -> b z t h w"), cache
+    def encode_step(self, cache: CacheArrays | None, frames: jax.Array) -> tuple[jax.Array, CacheArrays]:
+        """The next frames [B, k * temporal_stride, H, W, 3] -> [B, z, k, h, w], and the next cache.
 
-    def encode_next(self, cache: Cache, frames: jax.Array) -> tuple[jax.Array, Cache]:
-        """The next frames [B, k * temporal_stride, H, W, 3] -> [B, z, k, h, w], and the next cache."""
+        Without a cache it takes the first frame alone, [B, 1, H, W, 3] -> [B, z, 1, h, w].
+        """
         latents, cache = self._encode(cache, frames)
         return rearrange(latents, "b t h w z -> b z t h w"), cache
 
@@ -434,44 +431,43 @@ class VAE(nnx.Module):
         stride = self.config.temporal_stride
         return scan_over_time(self._decode, self._channels_last(latents), in_stride=1, out_stride=stride, chunk=chunk)
 
-    def decode_first(self, latents: jax.Array) -> tuple[jax.Array, Cache]:
-        """The first latent frame [B, z, 1, h, w] -> one frame [B, 1, H, W, 3], and the cache for what follows."""
-        return self._decode(None, self._channels_last(latents))
+    def decode_step(self, cache: CacheArrays | None, latents: jax.Array) -> tuple[jax.Array, CacheArrays]:
+        """The next latent frames [B, z, k, h, w] -> [B, k * temporal_stride, H, W, 3], and the next cache.
 
-    def decode_next(self, cache: Cache, latents: jax.Array) -> tuple[jax.Array, Cache]:
-        """The next latent frames [B, z, k, h, w] -> [B, k * temporal_stride, H, W, 3], and the next cache."""
+        Without a cache it takes the first latent frame alone, [B, z, 1, h, w] -> [B, 1, H, W, 3].
+        """
         return self._decode(cache, self._channels_last(latents))
 
-    def _encode(self, cache: Cache | None, frames: jax.Array) -> tuple[jax.Array, Cache]:
-        """One step, channels-last; the first where there is no cache."""
+    def _encode(self, arrays: CacheArrays | None, frames: jax.Array) -> tuple[jax.Array, CacheArrays]:
+        """`encode_step`, channels-last."""
         stride = self.config.spatial_stride
         if frames.ndim != 5 or frames.shape[-1] != 3 or frames.shape[2] % stride or frames.shape[3] % stride:
-            raise InputError(
+            raise ValueError(
                 f"cannot encode frames of shape {frames.shape}; give [batch, frames, height, width, 3] with height and "
                 f"width divisible by {stride}"
             )
-        _check_step(cache, frames, self.config.temporal_stride)
+        _check_step(arrays, frames, self.config.temporal_stride)
         sharding = SpatialSharding.of(frames, stride)
-        history = History(cache, sharding)
-        moments = self.encoder(patchify(sharding.split(frames), self.config.patch_size), history)
-        moments = sharding.join(self.quant_conv(moments, history))
+        cache = CausalCache(arrays, sharding)
+        moments = self.encoder(patchify(sharding.split(frames), self.config.patch_size), cache)
+        moments = sharding.join(self.quant_conv(moments, cache))
         latents_mean, reciprocal_std = self._normalisation
-        return (moments[..., : self.config.z_dim].astype(jnp.float32) - latents_mean) * reciprocal_std, history.cache
+        return (moments[..., : self.config.z_dim].astype(jnp.float32) - latents_mean) * reciprocal_std, cache.arrays
 
-    def _decode(self, cache: Cache | None, latents: jax.Array) -> tuple[jax.Array, Cache]:
-        """One step, channels-last; the first where there is no cache."""
-        _check_step(cache, latents, 1)
+    def _decode(self, arrays: CacheArrays | None, latents: jax.Array) -> tuple[jax.Array, CacheArrays]:
+        """`decode_step`, channels-last."""
+        _check_step(arrays, latents, 1)
         sharding = SpatialSharding.of(latents)
-        history = History(cache, sharding)
+        cache = CausalCache(arrays, sharding)
         latents_mean, reciprocal_std = self._normalisation
         latents = sharding.split(latents).astype(jnp.float32) / reciprocal_std + latents_mean
-        frames = self.decoder(self.post_quant_conv(latents, history), history).astype(jnp.float32)
-        return sharding.join(unpatchify(frames, self.config.patch_size)), history.cache
+        frames = self.decoder(self.post_quant_conv(latents, cache), cache).astype(jnp.float32)
+        return sharding.join(unpatchify(frames, self.config.patch_size)), cache.arrays
 
     def _channels_last(self, latents: jax.Array) -> jax.Array:
         z_dim = self.config.z_dim
         if latents.ndim != 5 or latents.shape[1] != z_dim:
-            raise InputError(
+            raise ValueError(
                 f"cannot decode latents of shape {latents.shape}; give [batch, {z_dim}, time, height, width]"
             )
         return rearrange(latents, "b z t h w -> b t h w z")
@@ -483,9 +479,9 @@ class VAE(nnx.Module):
         return mean, np.float32(1) / std
 
 
-def _check_step(cache: Cache | None, x: jax.Array, stride: int) -> None:
+def _check_step(cache: CacheArrays | None, x: jax.Array, stride: int) -> None:
     length = x.shape[1]
     if cache is None and length != 1:
-        raise InputError(f"the first step of the VAE takes one frame; it got {length}")
+        raise ValueError(f"the first step of the VAE takes one frame; it got {length}")
     if cache is not None and (length == 0 or length % stride):
-        raise InputError(f"a later step of the VAE takes a multiple of {stride} frames; it got {length}")
+        raise ValueError(f"a later step of the VAE takes a multiple of {stride} frames; it got {length}")

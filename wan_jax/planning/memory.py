@@ -28,8 +28,8 @@ from wan_jax.diffusion.step import Expert, compile_step
 from wan_jax.kernels.attention import AttentionOptions
 from wan_jax.models.build import build_model
 from wan_jax.models.compiled import CompiledModels
-from wan_jax.models.denoiser import Context
-from wan_jax.models.nn.causal_conv import Cache
+from wan_jax.models.denoiser import CrossAttentionKV
+from wan_jax.models.nn.causal_conv import CacheArrays
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parameters import dotted, named_parameters
@@ -221,16 +221,16 @@ class Plan:
         frame = self._latent_frame(here)
         cache = _on(here, jax.eval_shape(_decode_cache, vae, frame))
         # The first call's result, the cache, is an input of those after it.
-        decode = self._programs.decode_first.workspace_bytes(vae, frame) - _nbytes(cache)
+        decode = self._programs.decode.workspace_bytes(vae, None, frame) - _nbytes(cache)
         if self.settings.frames > 1:
-            decode = max(decode, self._programs.decode_next.workspace_bytes(vae, cache, frame))
+            decode = max(decode, self._programs.decode.workspace_bytes(vae, cache, frame))
         sizes = {"text": text, "denoise": denoise, "decode": decode}
         if self._encoded_frames:
             first, following = self._frames(1, here), self._frames(self.config.vae.temporal_stride, here)
             cache = _on(here, jax.eval_shape(_encode_cache, vae, first))
-            sizes["encode"] = self._programs.encode_first.workspace_bytes(vae, first) - _nbytes(cache)
+            sizes["encode"] = self._programs.encode.workspace_bytes(vae, None, first) - _nbytes(cache)
             if self._encoded_frames > 1:
-                following_bytes = self._programs.encode_next.workspace_bytes(vae, cache, following)
+                following_bytes = self._programs.encode.workspace_bytes(vae, cache, following)
                 sizes["encode"] = max(sizes["encode"], following_bytes)
         if (clip := self.config.image_encoder) is not None:
             shape = (self._image_tokens() // clip.num_tokens, clip.image_size, clip.image_size, 3)
@@ -331,7 +331,7 @@ class Plan:
         assert self.config.image_encoder is not None
         return self.config.denoiser.image_position_length or self.config.image_encoder.num_tokens
 
-    def _context(self, sharding: Sharding | None) -> Context:
+    def _context(self, sharding: Sharding | None) -> CrossAttentionKV:
         config = self.config.denoiser
 
         def array(tokens: int) -> Any:
@@ -341,9 +341,9 @@ class Plan:
         text, image = array(config.text_length), None
         if self.config.image_encoder is not None:
             image = array(self._image_tokens())
-        return Context(text, text, image, image)
+        return CrossAttentionKV(text, text, image, image)
 
-    def _cache_bytes(self, cache: Cache) -> int:
+    def _cache_bytes(self, cache: CacheArrays) -> int:
         return _nbytes(cache)
 
     def _context_bytes(self) -> int:
@@ -401,12 +401,12 @@ def _on(sharding: Sharding, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def _decode_cache(vae: VAE, frame: jax.Array) -> Cache:
-    return vae.decode_first(frame)[1]
+def _decode_cache(vae: VAE, frame: jax.Array) -> CacheArrays:
+    return vae.decode_step(None, frame)[1]
 
 
-def _encode_cache(vae: VAE, frames: jax.Array) -> Cache:
-    return vae.encode_first(frames[None])[1]
+def _encode_cache(vae: VAE, frames: jax.Array) -> CacheArrays:
+    return vae.encode_step(None, frames[None])[1]
 
 
 def _nbytes(tree: Any) -> int:

@@ -21,7 +21,7 @@ from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
 from wan_jax.models.build import abstract_model
 from wan_jax.models.compiled import CompiledModels
-from wan_jax.models.nn.causal_conv import Cache
+from wan_jax.models.nn.causal_conv import CacheArrays
 from wan_jax.parallel.mesh_spec import ONE_DEVICE, MeshSpec
 from wan_jax.parallel.placement import Placement
 from wan_jax.planning.memory import Plan, Prediction, choose_profile, memory_limit
@@ -106,7 +106,7 @@ class MeshPlan(Plan):
         """A context's keys and values are split by layers and heads."""
         return super()._context_bytes() // (self.mesh_spec.pipeline * self.mesh_spec.tensor)
 
-    def _cache_bytes(self, cache: Cache) -> int:
+    def _cache_bytes(self, cache: CacheArrays) -> int:
         """The VAE's cache is in tiles."""
         return super()._cache_bytes(cache) // self.mesh_spec.devices
 

@@ -1,49 +1,22 @@
 """Attention: one function, several backends.
 
-A backend has two functions: `supports`, which returns None or the reason why it cannot run a call on this device, and
-`attention`, differentiable. Most are modules; a Pallas kernel becomes one with PallasBackend. Adding one is a file and
-a line in BACKENDS.
+A backend has two functions of (query, key, value, *, block_lists=None, return_lse=False): `supports`, which returns
+None or the reason why it cannot run a call on this device, and `attention`, differentiable, which takes a `scale`, too.
+Most are modules; a Pallas kernel becomes one with PallasBackend. Adding one is a file and a line in BACKENDS.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from wan_jax.errors import InputError
 from wan_jax.kernels.attention import chunked, cudnn, pallas_gpu, pallas_tpu, reference
 from wan_jax.kernels.attention.backward import with_recomputed_gradients
 from wan_jax.kernels.attention.block_lists import BlockLists
-
-Result = jax.Array | tuple[jax.Array, jax.Array]
-
-
-class Backend(Protocol):
-    """What a backend offers."""
-
-    def supports(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        block_lists: BlockLists | None = None,
-        return_lse: bool = False,
-    ) -> str | None: ...
-
-    def attention(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        scale: float,
-        block_lists: BlockLists | None = None,
-        return_lse: bool = False,
-    ) -> Result: ...
+from wan_jax.kernels.attention.reference import Result
 
 
 @dataclass(frozen=True)
@@ -76,7 +49,7 @@ class PallasBackend:
             value,
             scale=scale,
             **wanted,
-            instead=cudnn.run if by_cudnn else None,
+            faster=cudnn.run if by_cudnn else None,
         )
 
 
@@ -92,7 +65,7 @@ def unsupported_by_hopper(block_lists: BlockLists) -> str | None:
 
 
 # Fastest first: the order in which `implementation=None` tries them.
-BACKENDS: dict[str, Backend] = {
+BACKENDS: dict[str, Any] = {
     "pallas_gpu": PallasBackend(pallas_gpu, unsupported_by_hopper),
     "pallas_tpu": PallasBackend(pallas_tpu, pallas_tpu.unsupported_lists),
     "cudnn": cudnn,
@@ -119,32 +92,6 @@ class AttentionOptions:
 REFERENCE_LOGITS_BYTES = 4 * 2**20
 
 
-@overload
-def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    scale: float | None = None,
-    block_lists: BlockLists | None = None,
-    return_lse: Literal[False] = False,
-    implementation: str | None = None,
-) -> jax.Array: ...
-
-
-@overload
-def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    scale: float | None = None,
-    block_lists: BlockLists | None = None,
-    return_lse: Literal[True],
-    implementation: str | None = None,
-) -> tuple[jax.Array, jax.Array]: ...
-
-
 def attention(
     query: jax.Array,
     key: jax.Array,
@@ -154,7 +101,7 @@ def attention(
     block_lists: BlockLists | None = None,
     return_lse: bool = False,
     implementation: str | None = None,
-) -> Result:
+) -> Any:
     """softmax(query key^T scale) value per head, over all keys or over the blocks of keys that `block_lists` names.
 
     Differentiable with respect to query, key and value, in bounded memory but for the reference.
@@ -173,7 +120,7 @@ def attention(
       they meet the values.
 
     Raises:
-      InputError: shapes, dtypes, a scale or block lists that do not fit, an unknown implementation, or one that cannot
+      ValueError: shapes, dtypes, a scale or block lists that do not fit, an unknown implementation, or one that cannot
         run the call.
     """
     if scale is None:
@@ -182,28 +129,21 @@ def attention(
     if implementation is None:
         implementation = fastest(query, key, value, block_lists=block_lists, return_lse=return_lse)
     if implementation not in BACKENDS:
-        raise InputError(f"unknown attention implementation {implementation!r}; use one of {', '.join(BACKENDS)}")
+        raise ValueError(f"unknown attention implementation {implementation!r}; use one of {', '.join(BACKENDS)}")
     backend = BACKENDS[implementation]
     if reason := backend.supports(query, key, value, block_lists=block_lists, return_lse=return_lse):
-        raise InputError(f"attention implementation {implementation!r} cannot run here: {reason}; use another or None")
+        raise ValueError(f"attention implementation {implementation!r} cannot run here: {reason}; use another or None")
     return backend.attention(query, key, value, scale=scale, block_lists=block_lists, return_lse=return_lse)
 
 
-def fastest(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    block_lists: BlockLists | None = None,
-    return_lse: bool = False,
-) -> str:
-    """The name of the fastest backend that can run this call on the default device."""
+def fastest(query: jax.Array, key: jax.Array, value: jax.Array, **options: Any) -> str:
+    """The name of the fastest backend that can run this call on the default device; options as of `attention`."""
     batch, query_length, heads, _ = query.shape
     logits_bytes = 4 * batch * heads * query_length * key.shape[1]
     for name, backend in BACKENDS.items():
         if name == "reference" and logits_bytes > REFERENCE_LOGITS_BYTES:
             continue
-        if backend.supports(query, key, value, block_lists=block_lists, return_lse=return_lse) is None:
+        if backend.supports(query, key, value, **options) is None:
             return name
     raise AssertionError("unreachable: 'chunked' runs everywhere")
 
@@ -212,19 +152,19 @@ def check_arguments(
     query: jax.Array, key: jax.Array, value: jax.Array, scale: float, block_lists: BlockLists | None
 ) -> None:
     if query.ndim != 4 or key.shape != value.shape or key.shape != (query.shape[0], *key.shape[1:2], *query.shape[2:]):
-        raise InputError(
+        raise ValueError(
             "attention needs a query [B, Sq, H, D] and a key and value [B, Sk, H, D]; "
             f"it got {query.shape}, {key.shape} and {value.shape}"
         )
     if 0 in query.shape or 0 in key.shape:
-        raise InputError(f"attention needs at least one of everything; it got {query.shape} and {key.shape}")
+        raise ValueError(f"attention needs at least one of everything; it got {query.shape} and {key.shape}")
     if not query.dtype == key.dtype == value.dtype or query.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise InputError(
+        raise ValueError(
             "attention needs query, key and value of one dtype, bfloat16, float16 or float32; "
             f"it got {query.dtype}, {key.dtype} and {value.dtype}"
         )
     if scale <= 0:
-        raise InputError(f"attention needs a positive scale, not {scale}; negate the query instead")
+        raise ValueError(f"attention needs a positive scale, not {scale}; negate the query instead")
     if block_lists is not None:
         batch, query_length, heads, _ = query.shape
         block_lists.check(batch, heads, query_length, key.shape[1])

@@ -8,8 +8,9 @@ the inputs' dtype.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,28 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from wan_jax.kernels.attention.block_lists import BlockLists
 from wan_jax.kernels.attention.chunks import chunk_lengths, merge, split, visibility
-from wan_jax.kernels.attention.reference import einsum_float32
-
-
-class Forward(Protocol):
-    """Attention without gradients; see the package for shapes."""
-
-    def __call__(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        scale: float,
-        block_lists: BlockLists | None,
-        return_lse: bool,
-    ) -> jax.Array | tuple[jax.Array, jax.Array]: ...
-
-
-class Differentiable(Protocol):
-    """Attention with gradients of its own, without block lists and log-sum-exp."""
-
-    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, *, scale: float) -> jax.Array: ...
+from wan_jax.kernels.attention.reference import Result, einsum_float32
 
 
 @jax.tree_util.register_dataclass
@@ -56,40 +36,37 @@ class Saved:
 
 
 def with_recomputed_gradients(
-    forward: Forward,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
+    forward: Callable[..., Result],
+    *call: jax.Array,
     scale: float,
     block_lists: BlockLists | None,
     return_lse: bool,
-    instead: Differentiable | None = None,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """forward(...), differentiable with respect to query, key and value.
+    faster: Callable[..., jax.Array] | None = None,
+) -> Result:
+    """forward(query, key, value, scale=, block_lists=, return_lse=), differentiable with respect to the three arrays.
 
-    A call that is differentiated runs `instead`, forward and backward, where that is given: the same function, and
-    faster than recomputing in XLA.
+    A call that is differentiated runs `faster`, forward and backward, if it is given: the same function with gradients
+    of its own, without block lists and log-sum-exp.
     """
-    return differentiable(forward, float(scale), return_lse, instead, query, key, value, block_lists)
+    return differentiable(forward, float(scale), return_lse, faster, *call, block_lists)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def differentiable(forward, scale, return_lse, instead, query, key, value, block_lists):
-    del instead
+def differentiable(forward, scale, return_lse, faster, query, key, value, block_lists):
+    del faster
     return forward(query, key, value, scale=scale, block_lists=block_lists, return_lse=return_lse)
 
 
-def forward_and_save(forward, scale, return_lse, instead, query, key, value, block_lists):
-    if instead is not None:
-        return jax.vjp(functools.partial(instead, scale=scale), query, key, value)
+def forward_and_save(forward, scale, return_lse, faster, query, key, value, block_lists):
+    if faster is not None:
+        return jax.vjp(functools.partial(faster, scale=scale), query, key, value)
     output, lse = forward(query, key, value, scale=scale, block_lists=block_lists, return_lse=True)
     output, lse = checkpoint_name(output, RESULTS), checkpoint_name(lse, RESULTS)
     return (output, lse) if return_lse else output, Saved(query, key, value, block_lists, output, lse)
 
 
-def backward(forward, scale, return_lse, instead, saved, cotangents):
-    del forward, instead
+def backward(forward, scale, return_lse, faster, saved, cotangents):
+    del forward, faster
     if not isinstance(saved, Saved):  # the function that jax.vjp made
         return *saved(cotangents), None
     d_output, d_lse = cotangents if return_lse else (cotangents, None)

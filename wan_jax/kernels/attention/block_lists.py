@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from wan_jax.errors import InputError
-
 QUERY_TILE = 128
 KEY_BLOCK = 128
 
@@ -42,26 +40,26 @@ class BlockLists:
     key_block: int = dataclasses.field(default=KEY_BLOCK, metadata={"static": True})
 
     def check(self, batch: int, heads: int, query_length: int, key_length: int) -> None:
-        """Raises InputError where the shapes cannot be those of such a call. Values are not looked at."""
+        """Raises ValueError where the shapes cannot be those of such a call. Values are not looked at."""
         *lead, tiles, max_blocks = self.indices.shape
         whole_lead = (batch, heads)[2 - len(lead) :]
         leads_fit = len(lead) <= 2 and all(size in (1, whole) for size, whole in zip(lead, whole_lead, strict=True))
         if not leads_fit or tiles != -(-query_length // self.query_tile):
-            raise InputError(
+            raise ValueError(
                 f"block lists of shape {self.indices.shape} do not fit {query_length} queries in tiles of "
                 f"{self.query_tile}, {heads} heads and batch {batch}; make them for this shape"
             )
         if max_blocks == 0 or max_blocks > -(-key_length // self.key_block):
-            raise InputError(
+            raise ValueError(
                 f"block lists of {max_blocks} blocks do not fit {key_length} keys in blocks of {self.key_block}; "
                 "make them for this shape"
             )
         if self.counts.shape != self.indices.shape[:-1]:
-            raise InputError(f"block counts {self.counts.shape} do not fit block lists {self.indices.shape}")
+            raise ValueError(f"block counts {self.counts.shape} do not fit block lists {self.indices.shape}")
         if (self.key_ranges is None) != (self.partial_counts is None):
-            raise InputError("block lists need key_ranges and partial_counts together, or neither")
+            raise ValueError("block lists need key_ranges and partial_counts together, or neither")
         if self.key_ranges is not None and self.key_ranges.shape != (query_length, 2):
-            raise InputError(f"key ranges {self.key_ranges.shape} do not fit {query_length} queries; make them [S, 2]")
+            raise ValueError(f"key ranges {self.key_ranges.shape} do not fit {query_length} queries; make them [S, 2]")
 
     def mask(self, query_length: int, key_length: int) -> jax.Array:
         """The same as a mask, bool [..., query_length, key_length]: for references and for looking at."""
@@ -95,11 +93,11 @@ def from_key_ranges(
       BlockLists without leading axes.
 
     Raises:
-      InputError: a range that leaves the keys.
+      ValueError: a range that leaves the keys.
     """
     key_ranges = np.asarray(key_ranges, np.int32)
     if key_ranges.size and (key_ranges.min() < 0 or key_ranges.max() > key_length):
-        raise InputError(f"a key range leaves the {key_length} keys; clip the ranges")
+        raise ValueError(f"a key range leaves the {key_length} keys; clip the ranges")
     first = np.arange(-(-key_length // key_block)) * key_block
     lists = []
     for row in range(0, len(key_ranges), query_tile):
@@ -135,7 +133,7 @@ def temporal_window(
     """
     frames, height, width = shape
     if window < 0:
-        raise InputError(f"a temporal window of {window} frames sees nothing; use 0 or more")
+        raise ValueError(f"a temporal window of {window} frames sees nothing; use 0 or more")
     frame = np.repeat(np.arange(frames), height * width)
     first, last = np.maximum(frame - window, 0), np.minimum(frame + window, frames - 1)
     ranges = np.stack([first, last + 1], -1) * (height * width)

@@ -4,55 +4,28 @@ Queries are taken a chunk at a time; for each, a scan over chunks of keys keeps 
 the unnormalised output (online softmax: Milakov and Gimelshein 2018; Rabe and Staats 2021). All three are float32.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from wan_jax.kernels.attention.backward import with_recomputed_gradients
-from wan_jax.kernels.attention.block_lists import BlockLists
 from wan_jax.kernels.attention.chunks import chunk_lengths, merge, split, visibility
-from wan_jax.kernels.attention.reference import einsum_float32
+from wan_jax.kernels.attention.reference import Result, einsum_float32
 
 LOWEST = -1e30  # where a running maximum starts: finite, so that LOWEST - LOWEST is 0 and never NaN
 
 
-def supports(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    block_lists: BlockLists | None = None,
-    return_lse: bool = False,
-) -> str | None:
-    """None: it runs everywhere and has everything."""
-    del query, key, value, block_lists, return_lse
-    return None
+def supports(*call, **options) -> None:
+    """It runs every call everywhere."""
 
 
-def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    scale: float,
-    block_lists: BlockLists | None = None,
-    return_lse: bool = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """softmax(query key^T scale) value; see the package for shapes."""
+def attention(query, key, value, *, scale, block_lists=None, return_lse=False) -> Result:
+    """softmax(query key^T scale) value; see the package."""
     return with_recomputed_gradients(
         forward, query, key, value, scale=scale, block_lists=block_lists, return_lse=return_lse
     )
 
 
-def forward(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    scale: float,
-    block_lists: BlockLists | None,
-    return_lse: bool,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+def forward(query, key, value, *, scale, block_lists, return_lse) -> Result:
     query_length, key_length = query.shape[1], key.shape[1]
     query_chunk, key_chunk = chunk_lengths(query_length, key_length, block_lists)
     visible = visibility(block_lists, query_length, key_length, query_chunk, key_chunk)

@@ -9,17 +9,10 @@ import jax.numpy as jnp
 
 from wan_jax.kernels.attention import chunked
 from wan_jax.kernels.attention.backward import with_recomputed_gradients
-from wan_jax.kernels.attention.block_lists import BlockLists
+from wan_jax.kernels.attention.reference import Result
 
 
-def supports(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    block_lists: BlockLists | None = None,
-    return_lse: bool = False,
-) -> str | None:
+def supports(query, key, value, *, block_lists=None, return_lse=False) -> str | None:
     """Why cuDNN cannot run this call here, or None."""
     del key, value
     device = jax.devices()[0]
@@ -39,16 +32,8 @@ def supports(
     return None
 
 
-def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    scale: float,
-    block_lists: BlockLists | None = None,
-    return_lse: bool = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """softmax(query key^T scale) value; see the package for shapes."""
+def attention(query, key, value, *, scale, block_lists=None, return_lse=False) -> Result:
+    """softmax(query key^T scale) value; see the package."""
     del block_lists, return_lse  # refused by supports
     if differentiates(query, key):
         return run(query, key, value, scale=scale)

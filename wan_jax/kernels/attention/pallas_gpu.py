@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from wan_jax.errors import InputError
 from wan_jax.kernels.attention.block_lists import BlockLists
 from wan_jax.kernels.attention.pallas_gpu_kernel import JAX_NEEDED, Tuning, forward
 
@@ -75,7 +74,7 @@ def attention(
       [B, Sq, H, D] bfloat16, and [B, H, Sq] float32 if return_lse. A query that sees no key gives 0 and -inf.
 
     Raises:
-      InputError: an old jax, or a call that this kernel cannot run. Whether the arguments fit each other is for the
+      ValueError: an old jax, or a call that this kernel cannot run. Whether the arguments fit each other is for the
         package to check.
     """
     query_length, key_length = query.shape[1], key.shape[1]
@@ -83,15 +82,15 @@ def attention(
     if tuning is None:
         tuning = default_tuning(key_length, block_lists)
     if jax.__version_info__ < JAX_NEEDED:
-        raise InputError(f"the pallas_gpu attention cannot run here: {TOO_OLD}")
+        raise ValueError(f"the pallas_gpu attention cannot run here: {TOO_OLD}")
     if reason := unsupported_shape(query):
-        raise InputError(f"the pallas_gpu attention cannot run this call: {reason}")
+        raise ValueError(f"the pallas_gpu attention cannot run this call: {reason}")
     if block_lists is not None:
         sizes = block_lists.query_tile, block_lists.key_block
         if sizes != (tuning.query_tile, tuning.key_block):
-            raise InputError(f"block lists of {sizes} queries and keys do not fit {tuning}; use 128 or 192 queries")
+            raise ValueError(f"block lists of {sizes} queries and keys do not fit {tuning}; use 128 or 192 queries")
         if block_lists.key_ranges is not None and tuning.schedule == "two_stage_ping_pong":
-            raise InputError("block lists with key ranges do not run in two stages; use ping_pong")
+            raise ValueError("block lists with key ranges do not run in two stages; use ping_pong")
     arrays = () if block_lists is None else kernel_arrays(block_lists, key_length)
     # TMA takes rows in eights.
     padded = (pad_rows_to_eights(x) for x in (query, key, value))

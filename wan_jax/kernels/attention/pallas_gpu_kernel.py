@@ -20,8 +20,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from wan_jax.errors import InputError
-
 JAX_NEEDED = (0, 11, 0)
 # Older versions have the module, without what is needed here.
 plgpu: Any = (
@@ -58,7 +56,7 @@ class Tuning:
 
     def __post_init__(self):
         if self.schedule not in CONSUMERS or self.key_block % 64 or self.stages < 2:
-            raise InputError(f"{self} needs one of {sorted(CONSUMERS)}, key_block in 64s, and 2 or more stages")
+            raise ValueError(f"{self} needs one of {sorted(CONSUMERS)}, key_block in 64s, and 2 or more stages")
 
     @property
     def consumers(self) -> int:

@@ -20,7 +20,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from wan_jax.errors import InputError
 from wan_jax.kernels.attention.block_lists import BlockLists
 from wan_jax.kernels.precision import matmul_precision
 
@@ -44,7 +43,7 @@ class Tuning:
 
     def __post_init__(self):
         if self.query_tile % ROWS or self.key_block % ROWS:
-            raise InputError(f"{self} needs multiples of {ROWS}")
+            raise ValueError(f"{self} needs multiples of {ROWS}")
 
 
 def default_tuning(query_length: int, key_length: int, head_dim: int) -> Tuning:
@@ -115,18 +114,18 @@ def attention(
       -inf.
 
     Raises:
-      InputError: shapes, dtypes or block lists that do not fit.
+      ValueError: shapes, dtypes or block lists that do not fit.
     """
     batch, query_length, heads, head_dim = query.shape
     key_length = key.shape[1]
     if reason := unsupported_shape(query) or (block_lists is not None and unsupported_lists(block_lists)):
-        raise InputError(f"the pallas_tpu attention cannot run this call: {reason}")
+        raise ValueError(f"the pallas_tpu attention cannot run this call: {reason}")
     if key.shape != value.shape or key.shape != (batch, key_length, heads, head_dim):
-        raise InputError(f"attention of a query {query.shape} needs key and value [B, Sk, H, D]; got {key.shape}")
+        raise ValueError(f"attention of a query {query.shape} needs key and value [B, Sk, H, D]; got {key.shape}")
     if not query.dtype == key.dtype == value.dtype:
-        raise InputError(f"attention needs one dtype; got {query.dtype}, {key.dtype} and {value.dtype}")
+        raise ValueError(f"attention needs one dtype; got {query.dtype}, {key.dtype} and {value.dtype}")
     if key_length == 0 or query_length == 0:
-        raise InputError(f"attention needs at least one query and one key; got {query.shape} and {key.shape}")
+        raise ValueError(f"attention needs at least one query and one key; got {query.shape} and {key.shape}")
     if block_lists is not None:
         block_lists.check(batch, heads, query_length, key_length)
         tuning = Tuning(block_lists.query_tile, block_lists.key_block)

@@ -6,33 +6,18 @@ Materialises the logits [B, H, Sq, Sk] in float32.
 import jax
 import jax.numpy as jnp
 
-from wan_jax.kernels.attention.block_lists import BlockLists
 from wan_jax.kernels.precision import matmul_precision
 
-
-def supports(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    block_lists: BlockLists | None = None,
-    return_lse: bool = False,
-) -> str | None:
-    """None: it runs everywhere and has everything."""
-    del query, key, value, block_lists, return_lse
-    return None
+# What attention returns: [B, Sq, H, D], and with return_lse also the logits' log-sum-exp [B, H, Sq].
+Result = jax.Array | tuple[jax.Array, jax.Array]
 
 
-def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    scale: float,
-    block_lists: BlockLists | None = None,
-    return_lse: bool = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """softmax(query key^T scale) value; see the package for shapes."""
+def supports(*call, **options) -> None:
+    """It runs every call everywhere."""
+
+
+def attention(query, key, value, *, scale, block_lists=None, return_lse=False) -> Result:
+    """softmax(query key^T scale) value; see the package."""
     logits = einsum_float32("b q h d, b k h d -> b h q k", query, key) * scale
     if block_lists is not None:
         mask = block_lists.mask(query.shape[1], key.shape[1])

@@ -1,4 +1,4 @@
-"""What causal convolutions over time keep between one call and the next, so that a sequence can pass in pieces."""
+"""The causal convolution cache: what convolutions over time keep, so that a video can pass in chunks of frames."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -9,71 +9,71 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
-from wan_jax.errors import InputError
 from wan_jax.parallel.tiles import SpatialSharding
 
-# Nested tuples of frames [B, 1, H, W, C]: what each temporal convolution left behind, in the order of the network.
-# One array a frame, so that a step can put the new ones into the old one's memory.
-Cache = tuple[Any, ...]
+# Nested tuples of frames [B, 1, H, W, C]: what each temporal convolution needs of the past, in the network's order.
+# Frames are arrays of their own, so that a step can write the new ones into the memory of the old ones.
+CacheArrays = tuple[Any, ...]
 
 
-class History:
-    """Hands each temporal convolution what its past left for it, and collects what it leaves for the next call.
+class CausalCache:
+    """The caches of all temporal convolutions during one pass: each reads its own and writes that of the next call.
 
-    It lives for one pass through the network. Without a cache the input is the first frame, preceded by zeros.
-    `sharding` says how the frames of this pass are split over a mesh.
+    Args:
+      arrays: what the call before wrote; None for the first frame, which zeros precede.
+      sharding: how the frames of this pass are split over a mesh.
     """
 
-    def __init__(self, cache: Cache | None, sharding: SpatialSharding):
+    def __init__(self, arrays: CacheArrays | None, sharding: SpatialSharding):
         self.sharding = sharding
-        self.is_first_frame = cache is None
-        self.previous: Iterator[Any] = iter(cache or ())
-        self.collected: list[Any] = []
+        self.is_first_frame = arrays is None
+        self.previous: Iterator[Any] = iter(arrays or ())
+        self.written: list[Any] = []
 
-    def recall(self, like: jax.Array, frames: int) -> tuple[jax.Array, ...]:
-        """What the last call left at this point: `frames` times [B, 1, H, W, C], as a frame of `like`."""
+    def read(self, like: jax.Array, frames: int) -> tuple[jax.Array, ...]:
+        """The next convolution's cache: `frames` times [B, 1, H, W, C], as a frame of `like`."""
         return (jnp.zeros_like(like[:, :1]),) * frames if self.is_first_frame else next(self.previous)
 
-    def remember(self, frames: tuple[jax.Array, ...]) -> None:
-        """Sets what will be recalled at this point."""
-        self.collected.append(frames)
+    def write(self, frames: tuple[jax.Array, ...]) -> None:
+        self.written.append(frames)
 
-    def settle(self, x: jax.Array) -> jax.Array:
-        """x, but not before what was remembered last is computed.
+    def force_write(self, x: jax.Array) -> jax.Array:
+        """Returns x after forcing the last write.
 
-        Left to itself XLA does that at the end of a step, and holds all that it needs until then.
+        XLA would otherwise delay it to the end of the step and keep its operands alive until then.
         """
-        if self.collected:
-            x, self.collected[-1] = lax.optimization_barrier((x, self.collected[-1]))
+        if self.written:
+            x, self.written[-1] = lax.optimization_barrier((x, self.written[-1]))
         return x
 
-    def in_slices(self, function: Callable[[jax.Array, "History"], jax.Array], x: jax.Array, frames: int) -> jax.Array:
-        """function(x, history), run on few frames of x [B, T, ...] at a time, to hold less at once.
+    def in_slices(
+        self, function: Callable[[jax.Array, "CausalCache"], jax.Array], x: jax.Array, frames: int
+    ) -> jax.Array:
+        """function(x, cache), run on few frames of x [B, T, ...] at a time, to hold less at once.
 
-        `frames` counts whole frames. Of frames in tiles a slice has as many more as there are tiles: a device holds the
+        `frames` counts whole frames. A slice of tiled frames has as many more as there are tiles: a device holds the
         same, and neighbours exchange halos less often.
         """
         frames = max(count for count in range(1, frames * self.sharding.tiles + 1) if x.shape[1] % count == 0)
-        cache: Any = None if self.is_first_frame else next(self.previous)
+
+        def step(arrays: CacheArrays | None, x: jax.Array) -> tuple[CacheArrays, jax.Array]:
+            cache = CausalCache(arrays, self.sharding)
+            y = function(x, cache)
+            return cache.arrays, y
+
+        arrays: Any = None if self.is_first_frame else next(self.previous)
         if x.shape[1] <= frames:
-            history = History(cache, self.sharding)
-            y = function(x, history)
-            self.collected.append(history.cache)
-            return y
-
-        def step(cache: Cache, x: jax.Array) -> tuple[Cache, jax.Array]:
-            history = History(cache, self.sharding)
-            y = function(x, history)
-            return history.cache, y
-
-        slices = rearrange(x, "b (n frames) h w c -> n b frames h w c", frames=frames)
-        cache, y = lax.scan(step, cache, slices)
-        self.collected.append(cache)
-        return rearrange(y, "n b frames h w c -> b (n frames) h w c")
+            arrays, y = step(arrays, x)
+        else:
+            arrays, y = lax.scan(step, arrays, rearrange(x, "b (n frames) h w c -> n b frames h w c", frames=frames))
+            y = rearrange(y, "n b frames h w c -> b (n frames) h w c")
+        self.written.append(arrays)
+        return y
 
     @property
-    def cache(self) -> Cache:
-        return tuple(self.collected)
+    def arrays(self) -> CacheArrays:
+        """What was written, for the next call."""
+        return tuple(self.written)
 
 
 def overlap_add(taps: list[jax.Array], past: tuple[jax.Array, ...]) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
@@ -108,7 +108,7 @@ def sum_float32(parts: list[jax.Array]) -> jax.Array:
 
 
 def scan_over_time(
-    step: Callable[[Cache | None, jax.Array], tuple[jax.Array, Cache]],
+    step: Callable[[CacheArrays | None, jax.Array], tuple[jax.Array, CacheArrays]],
     x: jax.Array,
     *,
     in_stride: int,
@@ -121,14 +121,14 @@ def scan_over_time(
     so no second copy of the video is ever made.
     """
     if chunk < 1:
-        raise InputError(f"chunk is {chunk}; give at least 1")
+        raise ValueError(f"chunk is {chunk}; give at least 1")
     first, cache = step(None, x[:, :1])
     if (x.shape[1] - 1) % in_stride:
-        raise InputError(f"the VAE cannot take {x.shape[1]} frames; give 1 + a multiple of {in_stride}")
+        raise ValueError(f"the VAE cannot take {x.shape[1]} frames; give 1 + a multiple of {in_stride}")
     steps = (x.shape[1] - 1) // in_stride
     output = jnp.pad(first, [(0, 0), (0, steps * out_stride), *[(0, 0)] * (first.ndim - 2)])
 
-    def body(carry: tuple[Cache, jax.Array], start: int | jax.Array, length: int = chunk):
+    def body(carry: tuple[CacheArrays, jax.Array], start: int | jax.Array, length: int = chunk):
         cache, output = carry
         y, cache = step(cache, lax.dynamic_slice_in_dim(x, 1 + start * in_stride, length * in_stride, axis=1))
         return (cache, lax.dynamic_update_slice_in_dim(output, y, 1 + start * out_stride, axis=1)), None
