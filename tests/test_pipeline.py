@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from wan_jax.diffusion.params import SamplingParams
+from wan_jax.diffusion.state import SamplingState
 from wan_jax.errors import Cancelled, InputError
 from wan_jax.pipeline import WanPipeline
 from wan_jax.runtime.events import CancelToken, FramesDecoded, Run, StageDone, StageStarted, StepDone
@@ -191,6 +192,36 @@ def test_cancelling_frees_the_device(pipe, kind):
     gc.collect()
     assert sum(array.nbytes for array in jax.live_arrays()) <= held
     np.testing.assert_array_equal(pipe("a red circle", **SMALL).latents, before.latents)
+
+
+def test_a_call_goes_on_from_a_state(pipe, tmp_path):
+    """The state after the first step, through a file, gives the same latents to the bit."""
+    token, choices = CancelToken(), SMALL | {"steps": 3}
+
+    def pause(event):
+        if isinstance(event, StepDone) and event.step == 1:
+            event.state().save(tmp_path / "state.npz")
+            token.cancel()
+
+    with pytest.raises(Cancelled):
+        pipe("a red circle", **choices, on_event=pause, cancel=token)
+    steps = []
+    rest = pipe("a red circle", **choices, on_event=steps.append, state=SamplingState.load(tmp_path / "state.npz"))
+    assert [event.step for event in steps if isinstance(event, StepDone)] == [2, 3]
+    np.testing.assert_array_equal(rest.latents, pipe("a red circle", **choices).latents)
+
+
+def test_previews(pipe):
+    shapes = []
+    pipe("a", **SMALL, on_event=lambda event: isinstance(event, StepDone) and shapes.append(event.preview().shape))
+    assert shapes == [(1, 2, 4, 6, 3)] * SMALL["steps"]
+
+
+def test_attention_by_name(pipe):
+    exact, chunked = (pipe("a red circle", **SMALL, attention=name) for name in (None, "chunked"))
+    assert (chunked.metadata["attention"], chunked.metadata["attention_used"]) == ("chunked", "chunked")
+    assert (exact.metadata["attention"], exact.metadata["attention_used"]) == (None, "reference")
+    np.testing.assert_allclose(chunked.latents, exact.latents, rtol=0, atol=1e-4)
 
 
 def test_two_threads(pipe):

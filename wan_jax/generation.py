@@ -84,8 +84,10 @@ class Sampler:
     placement: Placement
     preview: Preview
 
-    def denoise(self, requests: Sequence[SamplingParams], run: Run, state: SamplingState | None = None) -> np.ndarray:
-        """Resolved requests that may be made together -> float32 latents [B, C, F', h, w].
+    def denoise(
+        self, requests: Sequence[SamplingParams], run: Run, state: SamplingState | None = None
+    ) -> tuple[np.ndarray, str]:
+        """Resolved requests that may be made together -> float32 latents [B, C, F', h, w], and the attention that ran.
 
         With a `state` the run goes on from there.
         """
@@ -110,6 +112,7 @@ class Sampler:
         known = [stack_conditioning([each for each, _ in encoded[batch]]) for batch in batches]
         begin: list[Any] = [state] if state is not None else [self._initial_latents(requests[each]) for each in batches]
         placements = self.placement.by_expert(list(self.denoisers))
+        attention: set[str] = set()
 
         def get_expert(name: str, index: int = 0) -> Expert:
             running.close()  # frees the expert before this one
@@ -118,7 +121,9 @@ class Sampler:
             parts = [None if x is None else x[batches[index]] for x in inputs]
             text, negative, image = placements[name].put_batch(parts)
             denoiser = denoiser.with_attention(AttentionOptions(first.attention))
-            return Expert.prepare(denoiser, text, negative, image, placements[name])
+            expert = Expert.prepare(denoiser, text, negative, image, placements[name])
+            attention.add(expert.attention_used((len(text), *first.latents_shape(self.config))))
+            return expert
 
         def prefetch(event: Event) -> None:
             if isinstance(event, StepDone):
@@ -141,7 +146,7 @@ class Sampler:
                 latents = self.placement.gather(denoise(begin.pop(), *common, conditioning, self.preview))
         if not np.isfinite(latents).all():
             raise InputError("the denoised latents are not finite: the weights are damaged, or need float32")
-        return latents
+        return latents, "+".join(sorted(attention))
 
     def _initial_latents(self, requests: Sequence[SamplingParams]) -> jax.Array:
         shape = requests[0].latents_shape(self.config)

@@ -252,9 +252,10 @@ class WanPipeline:
         self.placement.mesh_spec.check(self.config, prompts=len(requests))
         run = Run(listeners(self.on_event, on_event), cancel)
         parts = self.denoisers, self.memory, self.placement, self.codec.preview
-        latents = Sampler(self.config, self._prompts, self._pictures, *parts).denoise(requests, run, state)
+        latents, attention = Sampler(self.config, self._prompts, self._pictures, *parts).denoise(requests, run, state)
         for index, request in enumerate(requests):
-            yield Result(request, latents[index], self.metadata(request), index, self.codec, run)
+            metadata = self.metadata(request) | {"attention_used": attention}
+            yield Result(request, latents[index], metadata, index, self.codec, run)
 
     def extend(self, video: Video, prompt: str, **params: Any) -> Video:
         """Continues a video from its last frame, at its size and rate; returns both parts as one.

@@ -158,6 +158,7 @@ class Job:
     finished: bool = False  # by an earlier run
     failure: str | None = None
     written: list[pathlib.Path] = field(default_factory=list)
+    attention_used: str | None = None  # None: nothing was made
 
     def check_files(self) -> None:
         """What can be checked before the model is known."""
@@ -231,7 +232,7 @@ class Job:
         seconds["save"] += time.perf_counter() - start
         for stage, value in result.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + value
-        self.written = writer.files
+        self.written, self.attention_used = writer.files, result.metadata["attention_used"]
 
     def as_json(self) -> dict[str, Any]:
         """What was asked for and what came of it."""
@@ -242,6 +243,7 @@ class Job:
             "image": options.image,
             "last_image": options.last_image,
             **self.request.as_json(),
+            "attention_used": self.attention_used,
             "output": options.output,
             "status": "finished before" if self.finished else "failed" if self.failure else "made",
             **({"failure": self.failure} if self.failure else {}),
