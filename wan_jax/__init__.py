@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from wan_jax.config import PerExpert, WanConfig
     from wan_jax.diffusion.params import SamplingParams
     from wan_jax.errors import Cancelled, InputError
-    from wan_jax.generation import Result
+    from wan_jax.generation.sampler import Result
     from wan_jax.lora import Lora
     from wan_jax.media.video import Video, read_video
     from wan_jax.pipeline import WanPipeline
@@ -34,7 +34,7 @@ _HOMES = {
     "Lora": "wan_jax.lora",
     "PRESETS": "wan_jax.presets",
     "PerExpert": "wan_jax.config",
-    "Result": "wan_jax.generation",
+    "Result": "wan_jax.generation.sampler",
     "SamplingParams": "wan_jax.diffusion.params",
     "Video": "wan_jax.media.video",
     "WanConfig": "wan_jax.config",

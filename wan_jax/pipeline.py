@@ -13,11 +13,12 @@ from jax.typing import ArrayLike
 from wan_jax.checkpoint import Checkpoint, open_checkpoint
 from wan_jax.checkpoint.load import load_models, load_tokenizer
 from wan_jax.config import WanConfig
-from wan_jax.diffusion.image_conditioning import PictureEncoder
-from wan_jax.diffusion.params import DTYPES, PROFILE_NAMES, SamplingParams, check_name, check_together, make_requests
+from wan_jax.diffusion.params import DTYPES, PROFILE_NAMES, SamplingParams, check_name
 from wan_jax.diffusion.state import SamplingState
 from wan_jax.fields import documented
-from wan_jax.generation import Result, Sampler, extension
+from wan_jax.generation.pictures import PictureEncoder
+from wan_jax.generation.requests import check_together, make_requests
+from wan_jax.generation.sampler import Result, Sampler, extension
 from wan_jax.lora import Lora, LoraFile, Loras, open_loras
 from wan_jax.lora.apply import AdaptedDenoiser, adapter_bytes, with_loras
 from wan_jax.media.codec import Codec
@@ -47,8 +48,7 @@ class WanPipeline:
         text_encoder, denoisers, vae, image_encoder: the models; `denoisers` by expert name, with the LoRAs on them. Few
             have an image encoder.
         loras: what `set_loras` put on the denoisers.
-        placement: the devices that they run on.
-        memory: moves their weights as the placement's offload profile asks.
+        placement, memory: the devices that they run on; moves their weights as its offload profile asks.
         codec: the VAE at work.
         on_event: told of every run's events, beside the run's own listener.
     """
@@ -147,16 +147,16 @@ class WanPipeline:
         run, config = Run(on_event), checkpoint.config
         for note in (*checkpoint.notes, *xla_flags.notes()):
             run.note(note)
-        tokenizer = load_tokenizer(checkpoint)
         opened_loras = open_loras(loras, config)
         adapters = [adapter_bytes(each, config.denoiser) for each in opened_loras.by_expert.values()]
         request = (request or SamplingParams()).resolve(config)
         placement, programs = choose_placement(
             mesh, profile, config, request, dtype, vae_dtype, adapter_bytes=max(adapters), note=run.note
         )
-        models = load_models(checkpoint, checkpoint.components, dtype, vae_dtype, placement, run)
-        models["denoisers"] = {name: models.pop(name) for name in config.experts}
-        pipeline = cls(config, tokenizer=tokenizer, placement=placement, programs=programs, on_event=on_event, **models)
+        parts: Any = {"tokenizer": load_tokenizer(checkpoint), "placement": placement, "programs": programs}
+        parts |= load_models(checkpoint, checkpoint.components, dtype, vae_dtype, placement, run)
+        parts["denoisers"] = {name: parts.pop(name) for name in config.experts}
+        pipeline = cls(config, on_event=on_event, **parts)
         if opened_loras.files:
             pipeline.set_loras(opened_loras)
         return pipeline
@@ -232,11 +232,10 @@ class WanPipeline:
             InputError: an argument that the model cannot serve, named with what to do.
             Cancelled: the token asked for it. Nothing of the run stays on the device.
         """
-        is_single = num_videos is None and isinstance(prompt, (str, SamplingParams))
         requests = make_requests(prompt, params, num_videos or 1)
         results = self.results(requests, on_event=on_event, cancel=cancel, state=state)
         videos = [result.video() for result in results]
-        return videos[0] if is_single else videos
+        return videos[0] if num_videos is None and isinstance(prompt, (str, SamplingParams)) else videos
 
     def results(
         self,
@@ -289,7 +288,7 @@ class WanPipeline:
         return self.codec.encode(frames, Run(self.on_event))
 
     def encode_prompts(self, prompts: Sequence[str]) -> jax.Array:
-        """Prompts -> [B, text_length, text_dim]; each distinct prompt is encoded once and remembered."""
+        """Prompts -> [B, text_length, text_dim]; each is encoded once and remembered."""
         return self._prompts.encode(prompts, Run(self.on_event))
 
     def metadata(self, request: SamplingParams) -> dict[str, Any]:

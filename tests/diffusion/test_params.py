@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from wan_jax.config import OFFICIAL_NEGATIVE_PROMPT, PerExpert, WanConfig
-from wan_jax.diffusion.params import SamplingParams, documented, knobs, make_requests
+from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
+from wan_jax.fields import documented, knobs
+from wan_jax.generation.requests import make_requests
 from wan_jax.media.image import Picture
 from wan_jax.presets import PRESETS, get_preset
 
@@ -163,7 +165,7 @@ def test_requests_of_a_call():
 
 
 def test_python_shows_the_fields():
-    @documented
+    @documented(SamplingParams)
     def call(prompt, **params):
         """Does.
 
@@ -171,7 +173,7 @@ def test_python_shows_the_fields():
             **params: see SamplingParams.
         """
 
-    assert list(inspect.signature(call).parameters) == [each.name for each in knobs()]
+    assert list(inspect.signature(call).parameters) == [each.name for each in knobs(SamplingParams)]
     assert "steps: number of denoising steps" in call.__doc__
 
 

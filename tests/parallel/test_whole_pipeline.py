@@ -6,8 +6,9 @@ import pytest
 from tests.test_image_to_video import I2V, picture
 from wan_jax.checkpoint import memory_checkpoint
 from wan_jax.config import WanConfig
-from wan_jax.diffusion.params import SamplingParams, make_requests
+from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
+from wan_jax.generation.requests import make_requests
 from wan_jax.parameters import named_parameters
 from wan_jax.pipeline import WanPipeline
 from wan_jax.runtime.progress import Bars

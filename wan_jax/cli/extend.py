@@ -26,7 +26,7 @@ def extend(video: str, options: Options) -> list[pathlib.Path]:
     from wan_jax.checkpoint import open_checkpoint
     from wan_jax.cli.generate import latents_kept
     from wan_jax.cli.loading import load_pipeline
-    from wan_jax.generation import extension
+    from wan_jax.generation.sampler import extension
     from wan_jax.media.video import VideoWriter, check_output, read_video
 
     output = check_output(options.output)

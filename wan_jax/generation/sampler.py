@@ -12,7 +12,6 @@ import numpy as np
 from wan_jax.config import PerExpert, WanConfig
 from wan_jax.diffusion.conditioning import stack_conditioning
 from wan_jax.diffusion.experts import as_pair
-from wan_jax.diffusion.image_conditioning import PictureEncoder
 from wan_jax.diffusion.loop import denoise
 from wan_jax.diffusion.noise import initial_noise
 from wan_jax.diffusion.params import SamplingParams
@@ -22,6 +21,7 @@ from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.diffusion.state import Preview, SamplingState
 from wan_jax.diffusion.step import Expert
 from wan_jax.errors import InputError
+from wan_jax.generation.pictures import PictureEncoder
 from wan_jax.kernels.attention import AttentionOptions
 from wan_jax.media.codec import Codec
 from wan_jax.media.image import Picture
@@ -96,7 +96,11 @@ class Sampler:
             fact = f"{first.frames} frames are more than the {trained} that {self.config.name} was trained for"
             run.note(f"{fact}: motion may repeat")
         low, high = zip(*[as_pair(request.guidance) for request in requests], strict=True)
-        guidance = PerExpert(low=list(low), high=list(high))
+        guidance: Any = first.guidance
+        if len({*low}) > 1 or len({*high}) > 1:
+            guidance = PerExpert(low=list(low), high=list(high))
+            if mesh_spec.experts > 1:
+                raise InputError("guidance differs between videos, which experts on devices of their own cannot do")
         segments = plan_segments(first.make_schedule(), get_solvers(first.solver), guidance, first.boundary)
         experts = list(dict.fromkeys(segment.expert for segment in segments))
         guided = {segment.expert for segment in segments if segment.is_guided}

@@ -1,0 +1,80 @@
+"""The requests of a call, and which of them may be one batch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, replace
+from typing import Any
+
+import numpy as np
+
+from wan_jax.diffusion.params import SamplingParams
+from wan_jax.errors import InputError, unknown_name
+from wan_jax.fields import integer, knobs
+
+
+def make_requests(
+    prompt: str | SamplingParams | Sequence[str | SamplingParams],
+    choices: Mapping[str, Any],
+    num_videos: int = 1,
+) -> list[SamplingParams]:
+    """The requests of a call: one video for each prompt, or `num_videos` of them side by side.
+
+    Args:
+        prompt: one or several; a SamplingParams keeps its own choices but for those given beside it.
+        choices: fields of all videos. Those that may differ ("per_row") may be sequences, one value for each video.
+            One seed for several prompts counts up: seed, seed + 1, ...
+
+    Raises:
+        InputError: an argument that does not exist, a sequence of another length, or no prompt at all.
+    """
+    prompts = [prompt] if isinstance(prompt, (str, SamplingParams)) else list(prompt)
+    if not prompts:
+        raise InputError("no prompts: give at least one")
+    names = {each.name: each for each in knobs(SamplingParams)}
+    for name in choices:
+        if name not in names:
+            raise unknown_name("argument", name, names)
+    if num_videos < 1:
+        raise InputError(f"num_videos {num_videos}: give at least 1")
+    prompts = [each for each in prompts for _ in range(num_videos)]
+    given = {name: value for name, value in choices.items() if value is not None}
+    rows = {name: _rows(name, given.pop(name), len(prompts)) for name in list(given) if _is_rows(names[name], given)}
+    requests = []
+    for index, each in enumerate(prompts):
+        own = given | {name: values[index] for name, values in rows.items()}
+        if "seed" in given or ("seed" not in rows and not isinstance(each, SamplingParams)):
+            own["seed"] = integer("seed", given.get("seed", 0)) + index
+        elif "seed" not in rows and num_videos > 1:
+            own["seed"] = vars(each)["seed"] + index % num_videos
+        if isinstance(each, SamplingParams):
+            requests.append(replace(each, **own) if own else each)
+        else:
+            requests.append(SamplingParams(each, **own))
+    return requests
+
+
+# What the videos of one batch have in common.
+SHARED = ("size", "frames", "steps", "shift", "boundary", "solver", "schedule", "attention")
+
+
+def check_together(requests: Sequence[SamplingParams]) -> None:
+    """Raises InputError unless resolved requests may be one batch: all have a prompt, and one size, schedule, ..."""
+    for request in requests:
+        if request.prompt is None:
+            raise InputError("no prompt: write what the video shows")
+        for name in SHARED:
+            if (value := vars(request)[name]) != vars(requests[0])[name]:
+                raise InputError(f"{name} {value}: videos of one batch have the same {name}; make this one apart")
+
+
+def _is_rows(each: Field, choices: Mapping[str, Any]) -> bool:
+    value = choices[each.name]
+    if isinstance(value, (list, tuple)):
+        return each.metadata["per_row"]
+    dims = np.ndim(value) if hasattr(value, "shape") else 0
+    return (each.name == "initial_latents" and dims == 5) or (each.name == "seed" and dims == 1)
+
+
+def _rows(name: str, values: Sequence[Any], count: int) -> Sequence[Any]:
+    if len(values) != count:
+        raise InputError(f"{name} has {len(values)} values for {count} videos; give one for each, or one for all")
+    return values
