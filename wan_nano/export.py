@@ -152,7 +152,7 @@ def _stages(run: Path) -> str:
         seconds, steps = (sum(row[name] for row in calls) for name in ("seconds", "steps"))
         left_out = ("stage", "seconds", "steps", "step", "learning_rate", "steps_per_second")
         figures = ", ".join(f"{name} {value}" for name, value in calls[-1].items() if name not in left_out)
-        lines.append(f"| {stage} | {seconds:.0f} | {steps:,} | {figures} |")
+        lines.append(f"| {stage} | {seconds:.0f} | {steps:,.0f} | {figures} |")
     return "\n".join(lines)
 
 

@@ -150,7 +150,7 @@ class NanoRun:
         for stage, trainer in trainers.items():
             figures = {**read_metrics(trainer.folder)[-1], **({} if evaluate is None else evaluate(trainer))}
             taken = {"steps": trainer.step - before[stage], "seconds": trainer.seconds}
-            row = {"stage": stage, **{name: round(value, 5) for name, value in (taken | figures).items()}}
+            row = {"stage": stage, **{name: float(f"{value:.5g}") for name, value in (taken | figures).items()}}
             with (self.output / STAGES_LOG).open("a") as file:
                 file.write(json.dumps(row) + "\n")
             show_line("  ".join(f"{name} {value}" for name, value in row.items()))
