@@ -6,7 +6,7 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from wan_jax.kernels import precision
-from wan_jax.models.denoiser import FeedForward
+from wan_jax.models.denoiser import DenoiserBlock
 from wan_jax.testing.models import DEMO
 
 pytestmark = pytest.mark.quick
@@ -45,7 +45,8 @@ def test_gelu_is_written_for_the_epilogue_where_that_is_asked_for():
 
 
 def test_the_feed_forward_layer_asks():
-    layer = FeedForward(DEMO.denoiser, jnp.bfloat16, jnp.bfloat16, nnx.Rngs(0))
+    options = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16, "rngs": nnx.Rngs(0)}
+    layer = DenoiserBlock(DEMO.denoiser, **options).feed_forward
     x = jnp.ones((1, 3, DEMO.denoiser.dim), jnp.bfloat16)
     assert "float32" in arithmetic(layer, x)
     with precision.gelu_in_epilogue(True):

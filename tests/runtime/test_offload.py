@@ -236,15 +236,14 @@ def test_streamed_parameters_are_nearly_all():
 @pytest.fixture
 def layers():
     class Layer(nnx.Module):
-        def __init__(self, rngs):
-            options = {"axes": (None, None), "dtype": jnp.float32, "param_dtype": jnp.float32, "rngs": rngs}
-            self.read = Linear(8, 8, **options)
-            self.unread = Linear(8, 8, **options)
+        def __init__(self, size, **options):
+            self.read = Linear(size, size, axes=(None, None), **options)
+            self.unread = Linear(size, size, axes=(None, None), **options)
 
         def __call__(self, x):
             return jnp.tanh(self.read(x))
 
-    return stack_layers(Layer, 5, nnx.Rngs(0))
+    return stack_layers(Layer, 5, 8, dtype=jnp.float32, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
 
 
 def fetched(layers, names=(".kernel",)):

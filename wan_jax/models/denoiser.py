@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +25,8 @@ from jax.typing import DTypeLike
 
 from wan_jax.config import DenoiserConfig
 from wan_jax.kernels.attention import AttentionOptions, attention
-from wan_jax.kernels.attention.block_lists import BlockLists
 from wan_jax.kernels.precision import gelu, gelu_erf
-from wan_jax.models.nn.linear import Linear
+from wan_jax.models.nn.linear import FeedForward, Linear, Options
 from wan_jax.models.nn.norms import LayerNorm, RMSNorm, layer_norm
 from wan_jax.models.nn.rope import apply_rope, rope_tables
 from wan_jax.models.nn.stacked_layers import scan_layers, stack_layers
@@ -58,8 +58,8 @@ class Conditions:
     modulation: jax.Array  # [B, n, 6, dim] float32
     rotary: tuple[jax.Array, jax.Array]  # cos, sin [S, 1, head_dim / 2] float32
     tokens: int  # of the whole video
-    attention: AttentionOptions
-    block_lists: BlockLists | None  # of self-attention; None: every token sees every token
+    attend: Callable[..., jax.Array]  # self-attention of query, key and value
+    cross_attend: Callable[..., jax.Array]
 
 
 class Denoiser(nnx.Module):
@@ -82,20 +82,16 @@ class Denoiser(nnx.Module):
         unroll: bool = False,
         rngs: nnx.Rngs,
     ):
-        param_dtype = dtype if param_dtype is None else param_dtype
-        linear = partial(Linear, param_dtype=param_dtype, rngs=rngs)
-        embedding = partial(TimestepEmbedder, param_dtype=param_dtype, rngs=rngs)
-        patch_features = config.in_channels * int(np.prod(config.patch_size))
-        self.patch_embedding = linear(patch_features, config.dim, axes=(None, "embed"), dtype=dtype)
-        self.text_embedding = embedding(config.text_dim, config.dim, activation=gelu, dtype=dtype)
-        self.time_embedding = embedding(config.freq_dim, config.dim, activation=jax.nn.silu, dtype=jnp.float32)
-        image_embedding = partial(ImageEmbedding, config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.image_embedding = None if config.image_dim is None else image_embedding(config.image_dim)
-        self.time_projection = linear(config.dim, 6 * config.dim, axes=("embed", None), dtype=jnp.float32)
-        self.blocks = stack_layers(
-            lambda rngs: DenoiserBlock(config, dtype, param_dtype, rngs), config.num_layers, rngs
-        )
-        self.head = Head(config, param_dtype, rngs)
+        options = Options(dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype, rngs=rngs)
+        in_float32 = options | Options(dtype=jnp.float32)
+        dim, patch_features = config.dim, config.in_channels * math.prod(config.patch_size)
+        self.patch_embedding = Linear(patch_features, dim, axes=(None, "embed"), **options)
+        self.text_embedding = TimestepEmbedder(config.text_dim, dim, gelu, **options)
+        self.time_embedding = TimestepEmbedder(config.freq_dim, dim, jax.nn.silu, **in_float32)
+        self.image_embedding = None if config.image_dim is None else ImageEmbedding(config, config.image_dim, **options)
+        self.time_projection = Linear(dim, 6 * dim, axes=("embed", None), **in_float32)
+        self.blocks = stack_layers(DenoiserBlock, config.num_layers, config, **options)
+        self.head = Head(config, **in_float32)
         self.config = config
         self.dtype = dtype
         self.attention = AttentionOptions()
@@ -171,9 +167,13 @@ class Denoiser(nnx.Module):
             places = sequence.split_tokens(jnp.arange(tokens) // (tokens // time.shape[1]), axis=0)
             time, modulation = time[:, places], modulation[:, places]
         rotary = sequence.split_tokens(rope_tables(grid, self.config.head_dim), axis=0)
-        make_lists = self.attention.block_lists
+        make_lists, implementation = self.attention.block_lists, self.attention.implementation
         block_lists = None if make_lists is None else make_lists(grid)
-        return Conditions(time, modulation, rotary, tokens, self.attention, block_lists)
+        cross_attend = partial(attention, implementation=implementation)
+        attend = partial(sequence.sequence_parallel_attention, tokens=tokens, block_lists=block_lists)
+        return Conditions(
+            time, modulation, rotary, tokens, partial(attend, implementation=implementation), cross_attend
+        )
 
     def run_blocks(self, x: jax.Array, conditions: "Conditions", context: CrossAttentionKV) -> jax.Array:
         """Tokens [B, S, dim] through all layers."""
@@ -221,61 +221,47 @@ class Denoiser(nnx.Module):
 
     def check_context_shapes(self, text: jax.Array, image: jax.Array | None) -> None:
         config = self.config
-        if text.shape[1:] != (config.text_length, config.text_dim):
-            raise ValueError(
-                f"the text has shape {text.shape}; the denoiser needs [B, {config.text_length}, {config.text_dim}]"
-            )
-        if (image is None) != (config.image_dim is None):
-            raise ValueError(
-                f"this denoiser attends to an image's features; give them, [B, image tokens, {config.image_dim}]"
-                if image is None
-                else "this denoiser attends to no image; give the text alone"
-            )
+        needed = f"the denoiser needs [B, {config.text_length}, {config.text_dim}]"
+        check(text.shape[1:] == (config.text_length, config.text_dim), f"the text has shape {text.shape}; {needed}")
         if image is None:
+            needed = f"[B, image tokens, {config.image_dim}]"
+            check(config.image_dim is None, f"this denoiser attends to an image's features; give them, {needed}")
             return
+        check(config.image_dim is not None, "this denoiser attends to no image; give the text alone")
+        needed = f"[{len(text)}, {config.image_position_length or 'image tokens'}, {config.image_dim}]"
         tokens = image.shape[1] if config.image_position_length is None else config.image_position_length
-        if image.shape != (text.shape[0], tokens, config.image_dim):
-            raise ValueError(
-                f"the image's features have shape {image.shape}; the denoiser needs "
-                f"[{text.shape[0]}, {config.image_position_length or 'image tokens'}, {config.image_dim}]"
-            )
+        fits = image.shape == (len(text), tokens, config.image_dim)
+        check(fits, f"the image's features have shape {image.shape}; the denoiser needs {needed}")
 
     def check_shapes(self, latents: jax.Array, timesteps: jax.Array, context: CrossAttentionKV) -> tuple[int, int, int]:
         """Returns the number of tokens along frames, height and width."""
-        config, patch = self.config, self.config.patch_size
-        if latents.ndim != 5 or latents.shape[1] != config.in_channels:
-            raise ValueError(
-                f"latents have shape {latents.shape}; the denoiser needs [B, {config.in_channels}, F, h, w]"
-            )
+        channels, patch = self.config.in_channels, self.config.patch_size
+        fits = latents.ndim == 5 and latents.shape[1] == channels
+        check(fits, f"latents have shape {latents.shape}; the denoiser needs [B, {channels}, F, h, w]")
         batch, _, *sizes = latents.shape
-        if any(size % step for size, step in zip(sizes, patch, strict=True)):
-            raise ValueError(
-                f"latents of {sizes} (frames, height, width) do not divide into patches of {list(patch)}; "
-                "choose multiples of them"
-            )
+        fits = not any(size % step for size, step in zip(sizes, patch, strict=True))
+        check(fits, f"latents of {sizes} (frames, height, width) do not divide into patches of {list(patch)}")
         frames, height, width = (size // step for size, step in zip(sizes, patch, strict=True))
-        tokens = frames * height * width
-        if timesteps.shape not in ((batch,), (batch, frames), (batch, tokens)):
-            raise ValueError(
-                f"timesteps have shape {timesteps.shape}; give ({batch},), one for each of the latents, "
-                f"({batch}, {frames}), one for each frame, or ({batch}, {tokens}), one for each token"
-            )
-        if context.batch != batch:
-            raise ValueError(
-                f"the context holds {context.batch} texts and there are {batch} latents; give one for each"
-            )
+        shapes = (batch,), (batch, frames), (batch, frames * height * width)  # one for each video, frame or token
+        check(timesteps.shape in shapes, f"timesteps have shape {timesteps.shape}; give one of {shapes}")
+        check(context.batch == batch, f"the context holds {context.batch} texts and there are {batch} latents")
         return frames, height, width
+
+
+def check(fits: bool, message: str) -> None:
+    if not fits:
+        raise ValueError(message)
 
 
 class DenoiserBlock(nnx.Module):
     """One layer of the transformer."""
 
-    def __init__(self, config: DenoiserConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        self.modulation = scale_shift_table(6, config.dim, param_dtype, rngs)
-        self.self_attention = SelfAttention(config, dtype, param_dtype, rngs)
-        self.cross_attention_norm = LayerNorm(config.dim, axis="embed", eps=config.eps, param_dtype=param_dtype)
-        self.cross_attention = CrossAttention(config, dtype, param_dtype, rngs)
-        self.feed_forward = FeedForward(config, dtype, param_dtype, rngs)
+    def __init__(self, config: DenoiserConfig, **options: Unpack[Options]):
+        self.modulation = scale_shift_table(6, config.dim, **options)
+        self.self_attention = SelfAttention(config, **options)
+        self.cross_attention_norm = LayerNorm(config.dim, axis="embed", eps=config.eps, **options)
+        self.cross_attention = CrossAttention(config, **options)
+        self.feed_forward = FeedForward(config.dim, config.ffn_dim, gelu, **options)
         self.eps = config.eps
 
     def __call__(self, x: jax.Array, conditions: Conditions, context: CrossAttentionKV) -> jax.Array:
@@ -284,7 +270,7 @@ class DenoiserBlock(nnx.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = vectors
         y = layer_norm(x, self.eps) * (1 + scale_1) + shift_1
         x = x + gate_1 * self.self_attention(y, conditions)
-        x = x + self.cross_attention(self.cross_attention_norm(x), context, conditions.attention.implementation)
+        x = x + self.cross_attention(self.cross_attention_norm(x), context, conditions.cross_attend)
         y = layer_norm(x, self.eps) * (1 + scale_2) + shift_2
         return x + gate_2 * self.feed_forward(y)
 
@@ -292,16 +278,14 @@ class DenoiserBlock(nnx.Module):
 class MultiHeadAttention(nnx.Module):
     """The projections of self- and cross-attention. Query and key are normalised before the split into heads."""
 
-    def __init__(self, config: DenoiserConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        dim = config.dim
-        linear = partial(Linear, dim, dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        norm = partial(RMSNorm, dim, axis="heads", eps=config.eps, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: DenoiserConfig, **options: Unpack[Options]):
+        linear = partial(Linear, config.dim, config.dim, **options)
         self.query = linear(axes=("embed", "heads"))
         self.key = linear(axes=("embed", "heads"))
         self.value = linear(axes=("embed", "heads"))
         self.output = linear(axes=("heads", "embed"))
-        self.query_norm = norm()
-        self.key_norm = norm()
+        self.query_norm = RMSNorm(config.dim, axis="heads", eps=config.eps, **options)
+        self.key_norm = RMSNorm(config.dim, axis="heads", eps=config.eps, **options)
         self.head_dim = config.head_dim
 
     def project_query(self, x: jax.Array) -> jax.Array:
@@ -322,23 +306,16 @@ class SelfAttention(MultiHeadAttention):
     def __call__(self, x: jax.Array, conditions: Conditions) -> jax.Array:
         query, (key, value) = self.project_query(x), self.project_key_value(x)
         query, key = apply_rope(query, conditions.rotary), apply_rope(key, conditions.rotary)
-        y = sequence.sequence_parallel_attention(
-            query,
-            key,
-            value,
-            tokens=conditions.tokens,
-            implementation=conditions.attention.implementation,
-            block_lists=conditions.block_lists,
-        )
+        y = conditions.attend(query, key, value)
         return self.output(rearrange(y, "b s h d -> b s (h d)"))
 
 
 class CrossAttention(MultiHeadAttention):
     """Every token of the video attends to all rows of the text, padding included, and apart from it to an image's."""
 
-    def __init__(self, config: DenoiserConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        super().__init__(config, dtype, param_dtype, rngs)
-        self.image = None if config.image_dim is None else ImageKeyValue(config, dtype, param_dtype, rngs)
+    def __init__(self, config: DenoiserConfig, **options: Unpack[Options]):
+        super().__init__(config, **options)
+        self.image = None if config.image_dim is None else ImageKeyValue(config, **options)
 
     def project_context(self, text: jax.Array, image: jax.Array | None) -> CrossAttentionKV:
         """The part that does not depend on the video; text and image are [B, T, dim]."""
@@ -348,50 +325,34 @@ class CrossAttention(MultiHeadAttention):
         keys, values = map(self.split_heads, self.image(image))
         return replace(context, image_keys=keys, image_values=values)
 
-    def __call__(self, x: jax.Array, context: CrossAttentionKV, implementation: str | None) -> jax.Array:
-        attend = partial(attention, self.project_query(x), implementation=implementation)
-        y = attend(context.keys, context.values)
-        if context.image_keys is not None and context.image_values is not None:
-            y = y + attend(context.image_keys, context.image_values)
+    def __call__(self, x: jax.Array, context: CrossAttentionKV, attend: Callable[..., jax.Array]) -> jax.Array:
+        query = self.project_query(x)
+        y = attend(query, context.keys, context.values)
+        if context.image_keys is not None:
+            y = y + attend(query, context.image_keys, context.image_values)
         return self.output(rearrange(y, "b s h d -> b s (h d)"))
 
 
 class ImageKeyValue(nnx.Module):
     """Keys and values of an image's tokens, which the queries for the text attend to as well."""
 
-    def __init__(self, config: DenoiserConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        dim = config.dim
-        linear = partial(Linear, dim, dim, axes=("embed", "heads"), dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.key = linear()
-        self.value = linear()
-        self.key_norm = RMSNorm(dim, axis="heads", eps=config.eps, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: DenoiserConfig, **options: Unpack[Options]):
+        self.key = Linear(config.dim, config.dim, axes=("embed", "heads"), **options)
+        self.value = Linear(config.dim, config.dim, axes=("embed", "heads"), **options)
+        self.key_norm = RMSNorm(config.dim, axis="heads", eps=config.eps, **options)
 
     def __call__(self, image: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[B, T, dim] -> keys, normalised, and values, [B, T, dim] each."""
         return self.key_norm(self.key(image)), self.value(image)
 
 
-class FeedForward(nnx.Module):
-    """Linear, GELU, Linear."""
-
-    def __init__(self, config: DenoiserConfig, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        linear = partial(Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.up = linear(config.dim, config.ffn_dim, axes=("embed", "mlp"))
-        self.down = linear(config.ffn_dim, config.dim, axes=("mlp", "embed"))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down(gelu(self.up(x)))
-
-
 class Head(nnx.Module):
     """Tokens to patches of velocity, all in float32. Its modulation adds to the time embedding itself."""
 
-    def __init__(self, config: DenoiserConfig, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        features = config.out_channels * int(np.prod(config.patch_size))
-        self.modulation = scale_shift_table(2, config.dim, param_dtype, rngs)
-        self.linear = Linear(
-            config.dim, features, axes=("embed", None), dtype=jnp.float32, param_dtype=param_dtype, rngs=rngs
-        )
+    def __init__(self, config: DenoiserConfig, **options: Unpack[Options]):
+        features = config.out_channels * math.prod(config.patch_size)
+        self.modulation = scale_shift_table(2, config.dim, **options)
+        self.linear = Linear(config.dim, features, axes=("embed", None), **options)
         self.eps = config.eps
 
     def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
@@ -404,18 +365,10 @@ class TimestepEmbedder(nnx.Module):
     """Linear, activation, Linear: brings the text or the timestep to the model's width."""
 
     def __init__(
-        self,
-        in_features: int,
-        dim: int,
-        *,
-        activation: Callable[[jax.Array], jax.Array],
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        self, in_features: int, dim: int, activation: Callable[[jax.Array], jax.Array], **options: Unpack[Options]
     ):
-        linear = partial(Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.linear_1 = linear(in_features, dim, axes=(None, "mlp"))
-        self.linear_2 = linear(dim, dim, axes=("mlp", "embed"))
+        self.linear_1 = Linear(in_features, dim, axes=(None, "mlp"), **options)
+        self.linear_2 = Linear(dim, dim, axes=("mlp", "embed"), **options)
         self.activation = activation
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -425,17 +378,14 @@ class TimestepEmbedder(nnx.Module):
 class ImageEmbedding(nnx.Module):
     """An image's features at the model's width: norm, Linear, GELU, Linear, norm. Norms are in float32."""
 
-    def __init__(
-        self, config: DenoiserConfig, image_dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
-    ):
-        linear = partial(Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: DenoiserConfig, image_dim: int, **options: Unpack[Options]):
         length = config.image_position_length
-        table = jax.random.normal(rngs.params(), (length or 0, image_dim), param_dtype) * 0.02
+        table = jax.random.normal(options["rngs"].params(), (length or 0, image_dim), options["param_dtype"]) * 0.02
         self.positions = None if length is None else nnx.Param(table, axes=(None, None))
-        self.norm_1 = LayerNorm(image_dim, axis=None, eps=IMAGE_EPS, param_dtype=param_dtype)
-        self.linear_1 = linear(image_dim, image_dim, axes=(None, "mlp"))
-        self.linear_2 = linear(image_dim, config.dim, axes=("mlp", "embed"))
-        self.norm_2 = LayerNorm(config.dim, axis="embed", eps=IMAGE_EPS, param_dtype=param_dtype)
+        self.norm_1 = LayerNorm(image_dim, axis=None, eps=IMAGE_EPS, **options)
+        self.linear_1 = Linear(image_dim, image_dim, axes=(None, "mlp"), **options)
+        self.linear_2 = Linear(image_dim, config.dim, axes=("mlp", "embed"), **options)
+        self.norm_2 = LayerNorm(config.dim, axis="embed", eps=IMAGE_EPS, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, image_dim] -> [B, T, dim], float32."""
@@ -444,9 +394,10 @@ class ImageEmbedding(nnx.Module):
         return self.norm_2(self.linear_2(gelu_erf(self.linear_1(self.norm_1(x)))))
 
 
-def scale_shift_table(rows: int, dim: int, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Param:
+def scale_shift_table(rows: int, dim: int, **options: Unpack[Options]) -> nnx.Param:
     """What a layer adds to the time embedding to get its shifts, scales and gates."""
-    return nnx.Param(jax.random.normal(rngs.params(), (rows, dim), param_dtype) * dim**-0.5, axes=(None, "embed"))
+    table = jax.random.normal(options["rngs"].params(), (rows, dim), options["param_dtype"]) * dim**-0.5
+    return nnx.Param(table, axes=(None, "embed"))
 
 
 def modulate(table: nnx.Param, time: jax.Array, tokens: int) -> list[jax.Array]:

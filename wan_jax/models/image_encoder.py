@@ -5,6 +5,7 @@ the last block, without a norm; the last block and the norm after it are kept so
 """
 
 from functools import partial
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.typing import DTypeLike
 from wan_jax.config import ImageEncoderConfig
 from wan_jax.kernels.attention import attention
 from wan_jax.kernels.precision import gelu_erf
-from wan_jax.models.nn.linear import Linear
+from wan_jax.models.nn.linear import FeedForward, Linear, Options
 from wan_jax.models.nn.norms import LayerNorm
 from wan_jax.models.nn.stacked_layers import scan_layers, stack_layers
 
@@ -26,27 +27,18 @@ class ImageEncoder(nnx.Module):
     """Normalised pixels to hidden states; layers are scanned over stacked parameters."""
 
     def __init__(
-        self,
-        config: ImageEncoderConfig,
-        *,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike | None = None,
-        rngs: nnx.Rngs,
+        self, config: ImageEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike | None = None, rngs: nnx.Rngs
     ):
         param_dtype = dtype if param_dtype is None else param_dtype
+        options = Options(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         dim, patch_features = config.dim, CHANNELS * config.patch_size**2
-        norm = partial(LayerNorm, dim, axis="embed", eps=config.eps, param_dtype=param_dtype)
-        self.patch_embedding = Linear(
-            patch_features, dim, axes=(None, "embed"), use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        self.patch_embedding = Linear(patch_features, dim, axes=(None, "embed"), use_bias=False, **options)
         self.class_embedding = nnx.Param(jax.random.normal(rngs.params(), (dim,), param_dtype), axes=("embed",))
         positions = jax.random.normal(rngs.params(), (config.num_tokens, dim), param_dtype) * dim**-0.5
         self.position_embedding = nnx.Param(positions, axes=(None, "embed"))
-        self.input_norm = norm()
-        self.blocks = stack_layers(
-            lambda rngs: Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs), config.num_layers, rngs
-        )
-        self.output_norm = norm()
+        self.input_norm = LayerNorm(dim, axis="embed", eps=config.eps, **options)
+        self.blocks = stack_layers(Block, config.num_layers, config, **options)
+        self.output_norm = LayerNorm(dim, axis="embed", eps=config.eps, **options)
         self.config = config
 
     def __call__(self, images: jax.Array) -> jax.Array:
@@ -81,12 +73,11 @@ class ImageEncoder(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm self-attention, then a pre-norm feed-forward network. The residual stream is float32."""
 
-    def __init__(self, config: ImageEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        norm = partial(LayerNorm, config.dim, axis="embed", eps=config.eps, param_dtype=param_dtype)
-        self.attention_norm = norm()
-        self.attention = SelfAttention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.feed_forward_norm = norm()
-        self.feed_forward = FeedForward(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: ImageEncoderConfig, **options: Unpack[Options]):
+        self.attention_norm = LayerNorm(config.dim, axis="embed", eps=config.eps, **options)
+        self.attention = SelfAttention(config, **options)
+        self.feed_forward_norm = LayerNorm(config.dim, axis="embed", eps=config.eps, **options)
+        self.feed_forward = FeedForward(config.dim, config.ffn_dim, gelu_erf, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, dim] -> [B, T, dim], float32."""
@@ -97,8 +88,8 @@ class Block(nnx.Module):
 class SelfAttention(nnx.Module):
     """Every token attends to every token; positions are in the embeddings."""
 
-    def __init__(self, config: ImageEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        linear = partial(Linear, config.dim, config.dim, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: ImageEncoderConfig, **options: Unpack[Options]):
+        linear = partial(Linear, config.dim, config.dim, **options)
         self.query = linear(axes=("embed", "heads"))
         self.key = linear(axes=("embed", "heads"))
         self.value = linear(axes=("embed", "heads"))
@@ -112,16 +103,3 @@ class SelfAttention(nnx.Module):
             for projection in (self.query, self.key, self.value)
         )
         return self.output(rearrange(attention(query, key, value), "b t h d -> b t (h d)"))
-
-
-class FeedForward(nnx.Module):
-    """Linear, GELU, Linear."""
-
-    def __init__(self, config: ImageEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        linear = partial(Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.up = linear(config.dim, config.ffn_dim, axes=("embed", "mlp"))
-        self.down = linear(config.ffn_dim, config.dim, axes=("mlp", "embed"))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, dim] -> [B, T, dim]."""
-        return self.down(gelu_erf(self.up(x)))

@@ -6,6 +6,7 @@ wan/modules/t5.py. In bfloat16 it rounds where the official code rounds.
 
 import math
 from functools import partial
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.typing import DTypeLike
 
 from wan_jax.config import TextEncoderConfig
 from wan_jax.kernels.precision import matmul_precision, rounded
-from wan_jax.models.nn.linear import Linear
+from wan_jax.models.nn.linear import Linear, Options
 from wan_jax.models.nn.norms import RMSNorm
 from wan_jax.models.nn.stacked_layers import scan_layers, stack_layers
 from wan_jax.parallel import collectives
@@ -26,20 +27,13 @@ class TextEncoder(nnx.Module):
     """Token ids to hidden states; layers are scanned over stacked parameters."""
 
     def __init__(
-        self,
-        config: TextEncoderConfig,
-        *,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike | None = None,
-        rngs: nnx.Rngs,
+        self, config: TextEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike | None = None, rngs: nnx.Rngs
     ):
-        param_dtype = dtype if param_dtype is None else param_dtype
+        options = Options(dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype, rngs=rngs)
         self.config = config
-        self.embedding = Embedding(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.blocks = stack_layers(
-            lambda rngs: Block(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs), config.num_layers, rngs
-        )
-        self.final_norm = RMSNorm(config.dim, axis="embed", eps=config.eps, param_dtype=param_dtype, rngs=rngs)
+        self.embedding = Embedding(config, **options)
+        self.blocks = stack_layers(Block, config.num_layers, config, **options)
+        self.final_norm = RMSNorm(config.dim, axis="embed", eps=config.eps, **options)
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Encodes a batch of padded prompts.
@@ -61,10 +55,11 @@ class TextEncoder(nnx.Module):
 class Embedding(nnx.Module):
     """One row per token id, unscaled."""
 
-    def __init__(self, config: TextEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        table = jax.random.normal(rngs.params(), (config.vocab_size, config.dim), param_dtype)
+    def __init__(self, config: TextEncoderConfig, **options: Unpack[Options]):
+        shape = config.vocab_size, config.dim
+        table = jax.random.normal(options["rngs"].params(), shape, options["param_dtype"])
         self.table = nnx.Param(table, axes=("vocab", "embed"))
-        self.dtype = dtype
+        self.dtype = options["dtype"]
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """[B, T] -> [B, T, dim]."""
@@ -74,11 +69,11 @@ class Embedding(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm self-attention, then a pre-norm gated feed-forward network."""
 
-    def __init__(self, config: TextEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        self.attention_norm = RMSNorm(config.dim, axis="embed", eps=config.eps, param_dtype=param_dtype, rngs=rngs)
-        self.attention = SelfAttention(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.feed_forward_norm = RMSNorm(config.dim, axis="embed", eps=config.eps, param_dtype=param_dtype, rngs=rngs)
-        self.feed_forward = FeedForward(config, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: TextEncoderConfig, **options: Unpack[Options]):
+        self.attention_norm = RMSNorm(config.dim, axis="embed", eps=config.eps, **options)
+        self.attention = SelfAttention(config, **options)
+        self.feed_forward_norm = RMSNorm(config.dim, axis="embed", eps=config.eps, **options)
+        self.feed_forward = FeedForward(config, **options)
 
     def __call__(self, x: jax.Array, mask: jax.Array, buckets: np.ndarray) -> jax.Array:
         """x [B, T, dim], mask [B, T] bool, buckets [T, T] -> [B, T, dim]."""
@@ -89,14 +84,15 @@ class Block(nnx.Module):
 class SelfAttention(nnx.Module):
     """Bidirectional attention with a bias by relative position and, as in every T5, no scaling of the scores."""
 
-    def __init__(self, config: TextEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: TextEncoderConfig, **options: Unpack[Options]):
         inner = config.num_heads * config.head_dim
-        linear = partial(Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        linear = partial(Linear, use_bias=False, **options)
         self.query = linear(config.dim, inner, axes=("embed", "heads"))
         self.key = linear(config.dim, inner, axes=("embed", "heads"))
         self.value = linear(config.dim, inner, axes=("embed", "heads"))
         self.output = linear(inner, config.dim, axes=("heads", "embed"))
-        bias = jax.random.normal(rngs.params(), (config.num_buckets, config.num_heads), param_dtype)
+        shape = config.num_buckets, config.num_heads
+        bias = jax.random.normal(options["rngs"].params(), shape, options["param_dtype"])
         self.relative_bias = nnx.Param(bias, axes=(None, "heads"))
         self.head_dim = config.head_dim
 
@@ -123,8 +119,8 @@ class SelfAttention(nnx.Module):
 class FeedForward(nnx.Module):
     """down(gelu(gate(x)) * up(x))."""
 
-    def __init__(self, config: TextEncoderConfig, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        linear = partial(Linear, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(self, config: TextEncoderConfig, **options: Unpack[Options]):
+        linear = partial(Linear, use_bias=False, **options)
         self.gate = linear(config.dim, config.ffn_dim, axes=("embed", "mlp"))
         self.up = linear(config.dim, config.ffn_dim, axes=("embed", "mlp"))
         self.down = linear(config.ffn_dim, config.dim, axes=("mlp", "embed"))

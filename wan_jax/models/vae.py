@@ -15,7 +15,7 @@ Inside, activations are channels-last: [batch, time, height, width, channels].
 import itertools
 import math
 from collections.abc import Sequence
-from typing import TypedDict, Unpack
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from wan_jax.config import VAEConfig
 from wan_jax.kernels.attention import attention
 from wan_jax.kernels.precision import matmul_precision
 from wan_jax.models.nn.causal_conv import CacheArrays, CausalCache, overlap_add, scan_over_time, sum_float32
-from wan_jax.models.nn.linear import Linear
+from wan_jax.models.nn.linear import Linear, Options
 from wan_jax.models.nn.pixel_shuffle import average_down, patchify, repeat_up, unpatchify
 from wan_jax.parallel.tiles import SpatialSharding
 
@@ -37,14 +37,6 @@ from wan_jax.parallel.tiles import SpatialSharding
 FRAMES_AT_ONCE = 1
 # What the attention's float32 logits may take.
 LOGITS_BYTES = 128 * 2**20
-
-
-class Options(TypedDict):
-    """What every layer is told besides its sizes."""
-
-    dtype: DTypeLike  # of the computation
-    param_dtype: DTypeLike  # of the stored parameters
-    rngs: nnx.Rngs
 
 
 def spatial_conv(x: jax.Array, kernel: jax.Array, padding: Sequence[tuple[int, int]], stride: int = 1) -> jax.Array:
@@ -257,7 +249,7 @@ class EncoderStage(nnx.Module):
         temporal: bool | None,
         num_blocks: int,
         residual: bool,
-        **options: Unpack[Options],
+        **options: Any,
     ):
         """`temporal`: whether the downsampling covers time too; None on the last stage, which does not downsample."""
         widths = itertools.pairwise([in_channels, *[out_channels] * num_blocks])
@@ -291,7 +283,7 @@ class DecoderStage(nnx.Module):
         temporal: bool | None,
         num_blocks: int,
         residual: bool,
-        **options: Unpack[Options],
+        **options: Any,
     ):
         """`temporal`: whether the upsampling covers time too; None on the last stage, which does not upsample."""
         widths = itertools.pairwise([in_channels, *[out_channels] * num_blocks])

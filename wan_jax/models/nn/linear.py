@@ -1,13 +1,24 @@
 """Linear layers, and low-rank changes of them (LoRA)."""
 
+from collections.abc import Callable
+from typing import TypedDict, Unpack
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from wan_jax.kernels.precision import matmul_precision, rounded
+from wan_jax.kernels.precision import rounded
 from wan_jax.models.nn.weights import Dense, Weight, dot
 from wan_jax.parallel import collectives
+
+
+class Options(TypedDict, total=False):
+    """What every layer is told besides its sizes."""
+
+    dtype: DTypeLike  # of the computation
+    param_dtype: DTypeLike  # of the stored parameters
+    rngs: nnx.Rngs
 
 
 class Adapter(nnx.Module):
@@ -42,19 +53,13 @@ class Adapter(nnx.Module):
 
     def merged(self, kernel: jax.Array) -> jax.Array:
         """The changed kernel, [in_features, out_features] in the kernel's dtype."""
-        change = jnp.dot(
-            self.down[...].astype(jnp.float32) * self.scale[...],
-            self.up[...].astype(jnp.float32),
-            precision=matmul_precision(jnp.float32),
-        )
+        change = dot(self.down[...].astype(jnp.float32) * self.scale[...], self.up[...])
         return rounded(kernel.astype(jnp.float32) + change, kernel.dtype).astype(kernel.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The change of x @ kernel: [..., in_features] -> [..., out_features] in x's dtype."""
-        precision = matmul_precision(x.dtype)
-        low = jnp.dot(x, self.down[...].astype(x.dtype), precision=precision, preferred_element_type=jnp.float32)
-        low = (low * self.scale[...]).astype(x.dtype)
-        return jnp.dot(low, self.up[...].astype(x.dtype), precision=precision, preferred_element_type=x.dtype)
+        low = dot(x, self.down[...], jnp.float32) * self.scale[...]
+        return dot(low.astype(x.dtype), self.up[...])
 
 
 class Linear(nnx.Module):
@@ -71,10 +76,9 @@ class Linear(nnx.Module):
         *,
         axes: tuple[str | None, str | None],
         use_bias: bool = True,
-        dtype: DTypeLike,
-        param_dtype: DTypeLike,
-        rngs: nnx.Rngs,
+        **options: Unpack[Options],
     ):
+        dtype, param_dtype, rngs = options["dtype"], options["param_dtype"], options["rngs"]
         kernel = jax.random.normal(rngs.params(), (in_features, out_features), param_dtype) * in_features**-0.5
         self.kernel: Weight = Dense(kernel.astype(param_dtype), axes=axes)
         self.bias = nnx.Param(jnp.zeros((out_features,), param_dtype), axes=axes[1:]) if use_bias else None
@@ -93,3 +97,15 @@ class Linear(nnx.Module):
             y = self.kernel.dot(x) + adapter(x)
         y = collectives.sum_over_contracted(y, self.contracted_axis)
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class FeedForward(nnx.Module):
+    """Linear, activation, Linear: [..., dim] -> [..., dim]."""
+
+    def __init__(self, dim: int, hidden: int, activation: Callable[[jax.Array], jax.Array], **options: Unpack[Options]):
+        self.up = Linear(dim, hidden, axes=("embed", "mlp"), **options)
+        self.down = Linear(hidden, dim, axes=("mlp", "embed"), **options)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(self.activation(self.up(x)))

@@ -1,12 +1,14 @@
 """Normalisation over the last axis, with statistics in float32."""
 
+from typing import Unpack
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.typing import DTypeLike
 
 from wan_jax.kernels.precision import rounded
+from wan_jax.models.nn.linear import Options
 from wan_jax.parallel import collectives
 
 
@@ -16,9 +18,8 @@ class RMSNorm(nnx.Module):
     As in the official code the normalised value is rounded to x's dtype before it meets the scale.
     """
 
-    def __init__(self, features: int, *, axis: str, eps: float, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        del rngs
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype), axes=(axis,))
+    def __init__(self, features: int, *, axis: str, eps: float, **options: Unpack[Options]):
+        self.scale = nnx.Param(jnp.ones((features,), options["param_dtype"]), axes=(axis,))
         self.axis = axis
         self.eps = eps
 
@@ -33,9 +34,9 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer normalisation with a learned scale and bias, in float32."""
 
-    def __init__(self, features: int, *, axis: str | None, eps: float, param_dtype: DTypeLike):
-        self.scale = nnx.Param(jnp.ones((features,), param_dtype), axes=(axis,))
-        self.bias = nnx.Param(jnp.zeros((features,), param_dtype), axes=(axis,))
+    def __init__(self, features: int, *, axis: str | None, eps: float, **options: Unpack[Options]):
+        self.scale = nnx.Param(jnp.ones((features,), options["param_dtype"]), axes=(axis,))
+        self.bias = nnx.Param(jnp.zeros((features,), options["param_dtype"]), axes=(axis,))
         self.eps = eps
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Equal layers, stacked on a leading axis and run in a scan, so that compile time does not grow with depth."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +9,20 @@ from flax import nnx
 from jax import lax
 
 from wan_jax.kernels.attention.backward import keeps_attention
+from wan_jax.models.nn.linear import Options
 from wan_jax.parallel import collectives
 from wan_jax.runtime.offload import on_host, to_device
 
 
-def stack_layers(make_layer, num_layers: int, rngs: nnx.Rngs):
-    """Builds `num_layers` copies of a layer as one module whose parameters have a leading "layers" axis.
-
-    `scan_layers` runs them.
-    """
+def stack_layers(layer: Callable[..., Any], num_layers: int, config: Any, **options: Unpack[Options]) -> Any:
+    """Layers as one module, whose parameters have a leading "layers" axis; `scan_layers` runs it."""
 
     @nnx.split_rngs(splits=num_layers)
     @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: None})
     def make(rngs: nnx.Rngs):
-        return make_layer(rngs)
+        return layer(config, **options | Options(rngs=rngs))
 
-    return make(rngs)
+    return make(options["rngs"])
 
 
 # What the backward pass may keep of a layer, beside its inputs; the rest it computes again.
