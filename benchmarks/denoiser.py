@@ -202,10 +202,10 @@ def main() -> None:
 
 def add_device_facts(run: Run) -> None:
     """Before the first part of ours: JAX takes the GPU's memory when it starts, and the peer needs it."""
-    from wan_bench import parts as bench
+    from wan_bench.parts import device_facts
 
     if "device" not in run.report:
-        run.report |= bench.device_facts()
+        run.report |= device_facts()
         print(f"matmul {run.report['matmul_tflop_per_second']:.1f} TFLOP/s", flush=True)
 
 
@@ -245,11 +245,11 @@ def denoiser(bench: Any, implementation: str | None = None) -> Any:
 def time_forward(
     run: Run, preset: str, name: str, *, implementation: str | None = None, as_in_a_step: bool = True
 ) -> None:
-    from wan_jax import bench as benchmark
+    from wan_bench import parts
 
     for bench in benches(run, preset, "forward"):
         model = denoiser(bench, implementation)
-        benchmark.time_forward(bench, name, model, benchmark.denoiser_inputs(bench, model), as_in_a_step)
+        parts.time_forward(bench, name, model, parts.denoiser_inputs(bench, model), as_in_a_step)
 
 
 def time_vae(run: Run, preset: str, dtype: str) -> None:
@@ -308,14 +308,14 @@ def trace(run: Run, preset: str) -> None:
     """The profiler's view of one forward at the first size: kernels, calls and seconds."""
     import jax
 
-    from wan_jax import bench as benchmark
+    from wan_bench import parts
 
     for bench in benches(run, preset, "trace", run.sizes[:1], repeats=1):
         model = denoiser(bench)
-        inputs = benchmark.denoiser_inputs(bench, model)
+        inputs = parts.denoiser_inputs(bench, model)
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
-                benchmark.time_forward(bench, "twice, traced", model, inputs)
+                parts.time_forward(bench, "twice, traced", model, inputs)
             files = list(pathlib.Path(folder).rglob("*.xplane.pb"))
             data = jax.profiler.ProfileData.from_file(str(files[0]))
         kernels: dict[str, list[float]] = {}

@@ -144,15 +144,54 @@ def too_large() -> set[str]:
 
 def torch_outside_parity() -> set[str]:
     """Test files that import PyTorch, or an original that needs it, outside tests/parity."""
-    files = {path.relative_to(ROOT): path.read_text() for path in (ROOT / "tests").rglob("*.py")}
     return {
-        str(path)
-        for path, source in files.items()
-        if not path.is_relative_to("tests/parity")
-        for node in ast.walk(ast.parse(source))
-        for name in imported_names(node)
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("*.py")
+        if not path.is_relative_to(ROOT / "tests" / "parity")
+        for name in imported_from(path)
         if name.split(".")[0] in TORCH or name.startswith("tests.parity")
     }
+
+
+@functools.cache
+def defined_names(module: str) -> set[str]:
+    """The names that a module's source binds at its top."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(sources()[module])):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    return names
+
+
+def missing_names() -> set[str]:
+    """What scripts, benchmarks and tests import of these packages and is not there."""
+    missing = set()
+    for folder in (*PACKAGES, "benchmarks", "scripts", "convert", "configs", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for name in imported_from(path):
+                if name.split(".")[0] in PACKAGES:
+                    module = as_module(name)
+                    known = exported() if module == "wan_jax" else defined_names(module)
+                    if name[len(module) + 1 :] not in {"", *known}:
+                        missing.add(f"{path.relative_to(ROOT)}: {name}")
+    return missing
+
+
+@functools.cache
+def imported_from(path: pathlib.Path) -> set[str]:
+    """All that a file imports, anywhere in its source."""
+    return {name for node in ast.walk(ast.parse(path.read_text())) for name in imported_names(node)}
+
+
+@functools.cache
+def exported() -> set[str]:
+    import wan_jax
+
+    return {*dir(wan_jax), *wan_jax.__all__}
 
 
 FINDERS = {
@@ -162,6 +201,7 @@ FINDERS = {
     "modules are short": too_long,
     "the engine stays small": too_large,
     "torch is for tests of parity": torch_outside_parity,
+    "what is imported is there": missing_names,
 }
 
 

@@ -2,7 +2,7 @@
 
 seconds     the mean of the steps after the first; of `prompts` videos together
 scaling     against the row "single", where only forwards are timed a guided step against two of them
-memory      of the first device: its parts of weights and contexts, and the program's scratch
+memory      of the first device: its parts of weights and contexts, and the program's workspace
 exchange    time in which a device sends or receives (NCCL's kernels, and copies from GPU to GPU), and the part of it
             in which nothing else runs there: means over the devices (trace.py), in one traced forward, or in a guided
             step where prompts are apart (cfg) or layers are (pipeline). NCCL's kernels wait for the slowest device, and
@@ -48,7 +48,7 @@ class MeshBench:
 
     Attributes:
         forwards: no guided steps, but where a forward alone leaves devices without work.
-        beat: called whenever something is done, with what it is.
+        heartbeat: called whenever something is done, with what it is.
     """
 
     config: WanConfig
@@ -57,7 +57,7 @@ class MeshBench:
     prompts: int
     repeats: int
     forwards: bool = False
-    beat: Callable[[str], None] = lambda what: None
+    heartbeat: Callable[[str], None] = lambda what: None
 
     def expert(self, placement: Placement) -> Expert:
         """Random weights in their places; the same numbers on every mesh."""
@@ -74,7 +74,7 @@ class MeshBench:
         def on_event(step: Event) -> None:
             assert isinstance(step, StepDone)
             seconds.append(step.seconds)
-            self.beat(f"step {len(seconds)} of {steps}")
+            self.heartbeat(f"step {len(seconds)} of {steps}")
 
         result = denoise(self.noise(expert), euler_steps(steps, guidance), lambda name: expert, Run(on_event))
         return seconds, result
@@ -103,7 +103,7 @@ class MeshBench:
         latents = None
         for part in parts:
             row[f"compile_{part}_seconds"], program = self.compile(expert, guided=part == "step")
-            self.beat(f"compiled the {part}")
+            self.heartbeat(f"compiled the {part}")
             analysis: Any = program.memory_analysis()
             row["memory_bytes"] = analysis.argument_size_in_bytes + workspace_bytes(program)
             seconds, latents = self.run(expert, GUIDANCE if part == "step" else 1.0, 1 + self.repeats)

@@ -25,6 +25,7 @@ from wan_jax.diffusion.params import DTYPES, SamplingParams, check_name
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import BACKENDS, attention
 from wan_jax.kernels.precision import gelu, gelu_in_epilogue
+from wan_jax.media.codec import Codec
 from wan_jax.media.video import VideoWriter
 from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import CrossAttentionKV, Denoiser
@@ -37,8 +38,10 @@ from wan_jax.parallel.placement import SINGLE, Placement
 from wan_jax.planning.time import decode_flops, denoiser_flops, encode_flops
 from wan_jax.presets import get_preset
 from wan_jax.runtime import xla_flags
-from wan_jax.runtime.compiled import workspace_bytes
+from wan_jax.runtime.compiled import CompiledFunction, workspace_bytes
 from wan_jax.runtime.devices import bytes_of_a_device, matmul_rate, peak_bytes, seconds_of
+from wan_jax.runtime.events import Run
+from wan_jax.runtime.offload import Memory
 from wan_jax.testing.models import DEMO, random_model, random_pipeline
 from wan_jax.testing.tokenizer import train_small_tokenizer
 from wan_jax.text.tokenizer import Tokenizer
@@ -53,8 +56,8 @@ class Row:
     name: str
     seconds: tuple[float, ...]  # of each run
     flops: float | None = None  # of one run
-    memory_bytes: int | None = None  # of the program: arguments, results and scratch
-    more: dict[str, Any] = field(default_factory=dict)
+    memory_bytes: int | None = None  # of the program: arguments, results and workspace
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -67,7 +70,7 @@ class Row:
             row |= {"flops": self.flops, "tflop_per_second": rate / 1e12, "fraction_of_matmul": rate / matmul}
         if self.memory_bytes is not None:
             row["memory_bytes"] = self.memory_bytes
-        return row | self.more
+        return row | self.extra
 
 
 @dataclass(frozen=True)
@@ -106,20 +109,20 @@ class Bench:
         return int(np.prod(self.grid))
 
     def time(
-        self, name: str, function: Callable, *args: Any, flops: float | None = None, options: Any = None, **more: Any
+        self, name: str, function: Callable, *args: Any, flops: float | None = None, options: Any = None, **extra: Any
     ) -> Row:
         """Compiles function(*args), runs it `repeats` times after a warm-up, and reports."""
         start = time.perf_counter()
         compiled = jax.jit(function, compiler_options=options).lower(*args).compile()
-        more = {"compile_seconds": time.perf_counter() - start, **more}
+        extra = {"compile_seconds": time.perf_counter() - start, **extra}
         analysis: Any = compiled.memory_analysis()
         memory = analysis.argument_size_in_bytes + workspace_bytes(compiled)
-        return self.report(name, seconds_of(partial(compiled, *args), self.repeats), flops, memory, **more)
+        return self.report(name, seconds_of(partial(compiled, *args), self.repeats), flops, memory, **extra)
 
     def report(
-        self, name: str, seconds: list[float], flops: float | None = None, memory: int | None = None, **more: Any
+        self, name: str, seconds: list[float], flops: float | None = None, memory: int | None = None, **extra: Any
     ) -> Row:
-        row = Row(name, tuple(seconds), flops, memory, more)
+        row = Row(name, tuple(seconds), flops, memory, extra)
         self.on_row(row)
         return row
 
@@ -178,7 +181,7 @@ def bench_denoiser(bench: Bench, plot: pathlib.Path | None = None) -> None:
 
 
 def denoiser_parts(bench: Bench, model: Denoiser) -> list[Row]:
-    """Times the parts of one layer, each as a program of its own; `more["count"]` says how often it occurs in a layer.
+    """Times the parts of one layer, each as a program of its own; `extra["count"]` says how often it occurs in a layer.
 
     Alone a part cannot be fused with its neighbours, so the sum may exceed the forward a little.
     """
@@ -257,70 +260,53 @@ def bench_vae(bench: Bench) -> None:
 
 
 def bench_encode(bench: Bench, model: VAE) -> None:
-    """Encoding a video as image to video does, float32 frames sent as those before are encoded."""
-    programs = CompiledModels(exact=bench.dtype == "float32", placement=bench.placement)
+    """Encoding a video as image to video does, float32 frames sent while those before are encoded."""
     (width, height), count = bench.settings.size, bench.settings.frames
     frames = np.random.default_rng(0).uniform(-1, 1, (count, height, width, 3)).astype(np.float32)
-    stride = bench.config.vae.temporal_stride
-    start = time.perf_counter()
-    _, cache = programs.encode(model, None, bench.placement.put(frames[:1]))
-    step_bytes = programs.encode.workspace_bytes(model, None, bench.placement.put(frames[:1]))
-    if count > 1:
-        step_bytes = programs.encode.workspace_bytes(model, cache, bench.placement.put(frames[1 : 1 + stride]))
-    compile_seconds = time.perf_counter() - start
-    held = bytes_of_a_device((model, cache))
-    del cache
-
-    def encode() -> list[np.ndarray]:
-        latents, cache = programs.encode(model, None, bench.placement.put(frames[:1]))
-        lots = []
-        for index in range(1, count, stride):
-            following, cache = programs.encode(model, cache, bench.placement.put(frames[index : index + stride]))
-            lots.append(np.asarray(latents))
-            latents = following
-        return [*lots, np.asarray(latents)]
-
-    seconds = seconds_of(encode, bench.repeats)
+    programs = CompiledModels(exact=bench.dtype == "float32", placement=bench.placement)
+    codec = Codec(model, programs, Memory(bench.placement.offload), bench.placement)
+    inputs = frames[:1], frames[1 : 1 + bench.config.vae.temporal_stride]
     flops = encode_flops(bench.config.vae, width * height * count)
-    bench.report(f"encode {bench.vae_dtype}", seconds, flops, held + step_bytes, compile_seconds=compile_seconds)
+    call = partial(codec.encode, frames, Run())
+    time_vae(bench, f"encode {bench.vae_dtype}", model, programs.encode, inputs, call, flops)
 
 
-def bench_decode(bench: Bench, chunk: int | None = None, model: VAE | None = None) -> np.ndarray:
-    """Decoding a video, `chunk` latent frames a step (None: as the pipeline does), frames fetched as uint8.
-
-    Returns those frames.
-    """
+def bench_decode(bench: Bench, model: VAE | None = None) -> None:
+    """Decoding a video as the pipeline does, frames fetched as uint8."""
     if model is None:
         model = random_model(VAE, bench.config.vae, bench.vae_dtype, placement=bench.placement)
+    latents = np.asarray(normal(bench.latents_shape))
     programs = CompiledModels(exact=bench.dtype == "float32", placement=bench.placement)
-    chunk = chunk or programs.decode_chunk
-    latents = bench.placement.put(normal((1, *bench.latents_shape)))
-    count = latents.shape[2]
+    codec, chunk = Codec(model, programs, Memory(bench.placement.offload), bench.placement), programs.decode_chunk
+    inputs = latents[None, :, :1], latents[None, :, 1 : 1 + chunk]
+    flops = decode_flops(bench.config.vae, math.prod(bench.settings.size) * bench.settings.frames)
+    name = f"decode {bench.vae_dtype}, chunks of {chunk}"
+    call = lambda: list(codec.decode(latents, Run()))  # noqa: E731
+    time_vae(bench, name, model, programs.decode, inputs, call, flops, chunk=chunk)
+
+
+def time_vae(
+    bench: Bench,
+    name: str,
+    model: VAE,
+    function: CompiledFunction,
+    inputs: tuple[np.ndarray, np.ndarray],
+    call: Callable[[], Any],
+    flops: float,
+    **extra: Any,
+) -> None:
+    """Compiles `function` for the first input and for the following ones, which take a cache; then times `call`."""
     start = time.perf_counter()
-    _, cache = programs.decode(model, None, latents[:, :, :1])
-    step_bytes = programs.decode.workspace_bytes(model, None, latents[:, :, :1])
-    if count > 1:
-        step_bytes = programs.decode.workspace_bytes(model, cache, latents[:, :, 1 : 1 + chunk])
-        if (count - 1) % chunk:
-            programs.decode.compile(model, cache, latents[:, :, 1 : 1 + (count - 1) % chunk])
+    first, following = bench.placement.put(inputs)
+    _, cache = function(model, None, first)
+    step_bytes = function.workspace_bytes(model, None, first)
+    if following.size:
+        step_bytes = function.workspace_bytes(model, cache, following)
     compile_seconds = time.perf_counter() - start
     held = bytes_of_a_device((model, cache))
     del cache
-
-    def decode() -> list[np.ndarray]:
-        frames, cache = programs.decode(model, None, latents[:, :, :1])
-        lots = []
-        for index in range(1, count, chunk):
-            following, cache = programs.decode(model, cache, latents[:, :, index : index + chunk])
-            lots.append(np.asarray(frames))
-            frames = following
-        return [*lots, np.asarray(frames)]
-
-    seconds = seconds_of(decode, bench.repeats)
-    name = f"decode {bench.vae_dtype}, chunks of {chunk}"
-    flops = decode_flops(bench.config.vae, math.prod(bench.settings.size) * bench.settings.frames)
-    bench.report(name, seconds, flops, held + step_bytes, compile_seconds=compile_seconds, chunk=chunk)
-    return np.concatenate(decode())
+    seconds = seconds_of(call, bench.repeats)
+    bench.report(name, seconds, flops, held + step_bytes, compile_seconds=compile_seconds, **extra)
 
 
 def bench_video(bench: Bench) -> None:
@@ -463,7 +449,7 @@ def draw_parts(bench: Bench, rows: list[Row], path: pathlib.Path) -> None:
 
     forward, *parts = rows
     layers = bench.config.denoiser.num_layers
-    seconds = {row.name: layers * row.more["count"] * row.median for row in parts}
+    seconds = {row.name: layers * row.extra["count"] * row.median for row in parts}
     seconds["the rest"] = max(0.0, forward.median - sum(seconds.values()))
     figure = Figure(figsize=(8, 4), layout="constrained")
     FigureCanvasAgg(figure)
