@@ -125,15 +125,18 @@ class Watchdog:
     A process that waits for another one in an exchange cannot be interrupted, so nothing is cleaned up: a line on
     standard error names the process and what it did last, and the exit code is 3.
 
-    Args:
+    Attributes:
       seconds: more than the longest step and the compiling before it; None watches nothing.
+
+    Args:
+      seconds: see above.
       end: called at the end, instead of ending the process.
     """
 
     def __init__(self, seconds: float | None, end: Callable[[int], None] = os._exit):
         if seconds is not None and not seconds > 0:
             raise InputError(f"hang seconds {seconds:g}: give more than 0")
-        self._seconds = seconds
+        self.seconds = seconds
         self._end = end
         self._last = "start"
         self._at = time.monotonic()
@@ -149,7 +152,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         self.heartbeat(self._last)
-        if self._seconds is not None:
+        if self.seconds is not None:
             threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
         return self
 
@@ -159,12 +162,11 @@ class Watchdog:
         self._over.set()
 
     def _watch(self) -> None:
-        assert self._seconds is not None
-        while not self._over.wait(max(0.0, self._at + self._seconds - time.monotonic())):
-            if time.monotonic() - self._at >= self._seconds:
+        while not self._over.wait(0.5):
+            if self.seconds is not None and time.monotonic() - self._at >= self.seconds:
                 where = f"process {jax.process_index()} of {jax.process_count()}"
                 print(
-                    f"wan-jax: {where}: nothing has moved for {self._seconds:g} s since: {self._last}; ending the run",
+                    f"wan-jax: {where}: nothing has moved for {self.seconds:g} s since: {self._last}; ending the run",
                     file=sys.stderr,
                     flush=True,
                 )
