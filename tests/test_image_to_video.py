@@ -11,10 +11,12 @@ from wan_jax.cli.main import main
 from wan_jax.config import ImageEncoderConfig
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
+from wan_jax.generation.extension import extension, following
 from wan_jax.media.image import frames_to_encode
 from wan_jax.media.video import Video
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import named_parameters
+from wan_jax.presets import PRESETS
 from wan_jax.runtime.offload import PROFILES
 from wan_jax.testing.models import DEMO, random_pipeline, write_demo
 from wan_jax.text.tokenizer import Tokenizer
@@ -164,6 +166,36 @@ def test_extend_joins_at_one_frame(ti2v):
     assert longer.metadata["extends"] == {"frames": 9, **clip.metadata}
 
 
+@pytest.mark.parametrize(
+    ("model", "size", "expected"),
+    [
+        ("i2v-a14b", (1920, 1080), (1280, 720)),
+        ("i2v-a14b", (1080, 1920), (720, 1280)),
+        ("i2v-a14b", (832, 480), (832, 480)),  # one that it can do stays
+        ("i2v-a14b", (1920, 1088), (1264, 720)),
+        ("ti2v-5b", (1920, 1080), (1248, 704)),
+        ("ti2v-5b", (720, 480), (1152, 768)),
+    ],
+)
+def test_a_clip_of_any_size_can_be_extended(model, size, expected):
+    clip = Video(np.stack([picture(0, *size)] * 2), fps=30)
+    request = extension(clip, SamplingParams("a"), PRESETS[model]).resolve(PRESETS[model])
+    assert (request.size, request.image.size, request.fps) == (expected, expected, 30)
+
+
+@pytest.mark.parametrize(
+    ("fps", "expected"),
+    [(16, [1, 2, 3, 4, 5]), (32, [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]), (8, [2, 4]), (12.5, [1, 2, 3, 5])],
+)
+def test_what_follows_a_clip_has_its_rate_and_size(fps, expected):
+    """The k-th frame of 16 a second shows from k / 16 s after the clip's last frame."""
+    clip = Video(np.zeros((3, 40, 64, 3), np.uint8), fps=fps)
+    made = np.zeros((6, 32, 48, 3), np.uint8) + (np.arange(6, dtype=np.uint8) * 10)[:, None, None, None]
+    frames = np.concatenate(list(following(clip, [made[:1], made[1:]], 16)))
+    assert frames.shape[1:] == (40, 64, 3)
+    assert (frames[:, 0, 0, 0] // 10).tolist() == expected
+
+
 @pytest.fixture(scope="module")
 def i2v_checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("i2v") / "checkpoint"
@@ -190,7 +222,7 @@ def test_commands(i2v_checkpoint, tmp_path, monkeypatch, capsys):
     still.save("still.mp4")
     assert main(["extend", "still.mp4", "b", "--checkpoint", i2v_checkpoint, *COMMON, "--output", "longer.mp4"]) == 0
     longer = read_video("longer.mp4")
-    assert (longer.frames.shape, longer.fps, longer.metadata["fps"]) == ((6 + 8, 32, 48, 3), 24, 24)
+    assert (longer.frames.shape, longer.fps, longer.metadata["fps"]) == ((6 + 13, 32, 48, 3), 24, 24)
     # H.264 at constant rate factor 10, twice; another frame would be 20 levels away or more.
     assert np.abs(longer.frames[:6].astype(int) - still.frames).mean(axis=(1, 2, 3)).max() < 4
     assert np.abs(longer.frames[6].astype(int) - still.frames[-1]).mean() > 20
@@ -222,7 +254,10 @@ def test_an_interrupted_extension_keeps_its_latents(i2v_checkpoint, tmp_path, mo
         (["extend", "text.mp4", "a"], "text.mp4 cannot be read as a video"),
         (["extend", "clip.mp4"], "give a prompt"),
         (["extend", "clip.mp4", "a", "--output", "x.avi"], "unknown ending"),
-        (["extend", "odd.mp4", "a"], "size 40x32: the width must be a multiple of 16"),
+        (["extend", "odd.gif", "a"], "output out.mp4: .mp4 needs even sizes, not 41x32"),
+        (["extend", "clip.mp4", "a", "--size", "40x32"], "size 40x32: the width must be a multiple of 16"),
+        (["extend", "clip.mp4", "a", "--crf", "70"], "crf 70: is from 0 to 51"),
+        (["generate", "a", "--image", "a.png", "--output", "x.gif", "--fps", "60"], "at most 50 frames"),
     ],
 )
 def test_one_line_errors(arguments, message, i2v_checkpoint, tmp_path, monkeypatch, capsys):
@@ -230,7 +265,7 @@ def test_one_line_errors(arguments, message, i2v_checkpoint, tmp_path, monkeypat
     (tmp_path / "text.mp4").write_text("a red circle")
     Image.fromarray(picture(0)).save("a.png")
     Video(np.stack([picture(0)] * 3)).save("clip.mp4")
-    Video(np.stack([picture(0, 40, 32)] * 3)).save("odd.mp4")
+    Video(np.stack([picture(0, 41, 32)] * 3)).save("odd.gif")
     assert main([*arguments, "--checkpoint", i2v_checkpoint, "--quiet"]) == 2
     error = capsys.readouterr().err
     assert message in error

@@ -4,9 +4,12 @@ steps: int = knob(integer, "number of denoising steps", metavar="N")
 """
 
 import inspect
+import os
+import pathlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import Field, field, fields
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
 
@@ -38,6 +41,24 @@ def number(name: str, value: Any) -> float:
         return float(parsed)
     except (TypeError, OverflowError):
         raise InputError(f"{name} {value!r}: must be a number") from None
+
+
+def rate(name: str, value: Any) -> float:
+    """Frames per second, whole where they can be: 24, 12.5, "30000/1001"."""
+    try:
+        fps = Fraction(value if isinstance(value, (str, Fraction)) else number(name, value))
+    except (ValueError, OverflowError, ZeroDivisionError):
+        raise InputError(f"{name} {value!r}: must be a number, or a fraction like 30000/1001") from None
+    if not Fraction(1, 100) <= fps <= 1000:
+        raise InputError(f"{name} {value}: must be at least 1/100 and at most 1000")
+    return int(fps) if fps.denominator == 1 else float(fps)
+
+
+def path_of(name: str, value: Any) -> pathlib.Path:
+    """A file's name as a path."""
+    if not isinstance(value, (str, os.PathLike)) or "\0" in os.fsdecode(value):
+        raise InputError(f"{name} {value!r:.80}: must be the name of a file")
+    return pathlib.Path(os.fsdecode(value))
 
 
 def switch(name: str, value: Any) -> bool:
@@ -94,7 +115,7 @@ def per_expert(convert: Convert) -> Convert:
 
 
 # The type of a field's value in a recipe; text for all others.
-KINDS: dict[Convert, type] = {integer: int, number: float, switch: bool, texts: tuple}
+KINDS: dict[Convert, type] = {integer: int, number: float, rate: float, switch: bool, texts: tuple}
 
 
 def knob(

@@ -16,9 +16,10 @@ from wan_jax.config import WanConfig
 from wan_jax.diffusion.params import DTYPES, PROFILE_NAMES, SamplingParams, check_name
 from wan_jax.diffusion.state import SamplingState
 from wan_jax.fields import documented
+from wan_jax.generation.extension import extended, extension
 from wan_jax.generation.pictures import PictureEncoder
 from wan_jax.generation.requests import check_together, make_requests
-from wan_jax.generation.sampler import Result, Sampler, extension
+from wan_jax.generation.sampler import Result, Sampler
 from wan_jax.lora import Lora, LoraFile, Loras, open_loras
 from wan_jax.lora.apply import AdaptedDenoiser, adapter_bytes, with_loras
 from wan_jax.media.codec import Codec
@@ -257,19 +258,18 @@ class WanPipeline:
             yield Result(request, latents[index], metadata, index, self.codec, run)
 
     def extend(self, video: Video, prompt: str, **params: Any) -> Video:
-        """Continues a video from its last frame, at its size and rate; returns both parts as one.
+        """Continues a video from its last frame; returns both parts as one, at its size and rate.
 
-        `params` are those of a call. "frames" counts what is generated; the first of them is the frame that both parts
-        share, which is there once.
+        `params` are those of a call; "frames" counts what is generated at the model's rate, the shared frame included.
+        The video's own frames stay. What follows gets its size, and its rate: the frame that shows at each time.
 
         Raises:
             InputError: a size that the model cannot do, or a model that takes no image.
         """
         run = {name: params.pop(name) for name in ("on_event", "cancel", "state") if name in params}
-        following = self(extension(video, SamplingParams(prompt, **params)), **run)
-        following.frames = np.concatenate([video.frames, following.frames[1:]])
-        following.metadata["extends"] = {"frames": len(video.frames), **video.metadata}
-        return following
+        request = extension(video, SamplingParams(prompt, **params), self.config)
+        (result,) = self.results([request], **run)
+        return extended(video, result, self.config.sampling.fps)
 
     def decode(self, latents: ArrayLike, *, chunk: int | None = None) -> np.ndarray:
         """Latents of one video, float32 [C, F', h, w] -> frames uint8 [F, H, W, 3]; see `Codec.decode`."""

@@ -6,7 +6,7 @@ from typing import Any
 from wan_jax.cli.options import OPTIONS, Options, add_options, options_of
 from wan_jax.errors import InputError
 
-SKIPPED = {"prompts", "image", "last_image", "size", "fps", "initial_latents", "save_latents", "save_frames", "json"}
+SKIPPED = {"prompts", "image", "last_image", "fps", "initial_latents", "save_latents", "save_frames", "json"}
 SKIPPED |= {"overwrite", "extend_prompt", "extend_model", "extend_url", "extend_key"}
 
 
@@ -20,30 +20,31 @@ def add_command(commands: Any) -> None:
 def extend(video: str, options: Options) -> list[pathlib.Path]:
     """Continues a video file and writes both parts as one; returns the files.
 
-    The first part is encoded anew, at the same quality: two encodings do not fit into one H.264 stream. If decoding or
-    writing fails, the latents of the second part are kept beside the output.
+    The file has the clip's size and rate, and all its frames; see `WanPipeline.extend`. They are encoded anew, at the
+    same quality: two encodings do not fit into one H.264 stream. If decoding or writing fails, the latents of the
+    second part are kept beside the output.
     """
     from wan_jax.checkpoint import open_checkpoint
     from wan_jax.cli.generate import latents_kept
     from wan_jax.cli.loading import load_pipeline
-    from wan_jax.generation.sampler import extension
+    from wan_jax.generation.extension import extension, following
     from wan_jax.media.video import VideoWriter, check_output, read_video
 
-    output = check_output(options.output)
     if options.prompt is None:
         raise InputError("give a prompt: what happens next in the video")
+    check_output(options.output, crf=options.crf)
     clip = read_video(video)
+    output = check_output(options.output, size=clip.size, fps=clip.fps)
     checkpoint = open_checkpoint(options.checkpoint)
-    request = extension(clip, options).resolve(checkpoint.config)
+    config = checkpoint.config
+    request = extension(clip, options, config).resolve(config)
     result = next(load_pipeline(options, checkpoint, request).results([request]))
     result.metadata["extends"] = {"frames": len(clip.frames), **clip.metadata, "file": video}
     with (
         latents_kept(result.latents, output, "they are what was to follow the video"),
-        VideoWriter(output, clip.fps, result.metadata) as writer,
+        VideoWriter(output, clip.fps, result.metadata, options.crf) as writer,
     ):
         writer.write(clip.frames)
-        skipped = 1  # the frame that both parts share
-        for frames in result.frames():
-            writer.write(frames[skipped:])
-            skipped = 0
+        for frames in following(clip, result.frames(), config.sampling.fps):
+            writer.write(frames)
     return writer.files

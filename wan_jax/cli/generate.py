@@ -104,6 +104,7 @@ def _generate(
 ) -> dict[str, Any]:
     from wan_jax.checkpoint import open_checkpoint
     from wan_jax.lora import open_loras
+    from wan_jax.media.video import check_output
     from wan_jax.parallel.mesh_spec import MeshSpec
     from wan_jax.runtime import distributed
     from wan_jax.runtime.devices import peak_bytes
@@ -117,6 +118,7 @@ def _generate(
     for job in jobs:
         with job.item.naming_errors():
             job.request = job.item.options.resolve(checkpoint.config)
+            check_output(job.item.options.output, fps=job.request.fps)
     finished = [is_batch and not options.overwrite and job.find_finished(loras, run) for job in jobs]
     finished = distributed.broadcast_from_process_0(finished)
     pending = [job for job, is_finished in zip(jobs, finished, strict=True) if not is_finished]
@@ -166,7 +168,7 @@ class Job:
 
         options = self.item.options
         with self.item.naming_errors():
-            check_output(options.output)
+            check_output(options.output, crf=options.crf)
             for name in ("save_latents", "save_frames"):
                 if (file := vars(options)[name]) is not None:
                     if not file.endswith(".npy"):
@@ -221,7 +223,7 @@ class Job:
         again += "" if options.vae_dtype == "float32" else f" --vae-dtype {options.vae_dtype}"
         chunks: list[np.ndarray] = []
         with latents_kept(result.latents, output, again, options.save_latents):
-            with VideoWriter(output, result.request.fps, result.metadata) as writer:
+            with VideoWriter(output, result.request.fps, result.metadata, options.crf) as writer:
                 for frames in result.frames():
                     writer.write(frames)
                     if options.save_frames:

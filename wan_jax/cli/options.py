@@ -51,7 +51,14 @@ class Options(SamplingParams):
     )
     save_frames: str | None = option(text, "also write the uint8 [F, H, W, 3] frames", metavar="F.npy", per_video=True)
     output: str = option(
-        text, "file ending in .mp4, .gif or .png (default out.mp4)", default="out.mp4", metavar="FILE", per_video=True
+        text,
+        "file ending in .mp4, .mov, .webm, .gif or .png (default out.mp4)",
+        default="out.mp4",
+        metavar="FILE",
+        per_video=True,
+    )
+    crf: int | None = option(
+        integer, "quality of .mp4, .mov and .webm, from 0, the best, to 51 (default 10)", metavar="N", per_video=True
     )
     overwrite: bool = option(switch, "with --prompts: make again what is finished", default=False)
     extend_prompt: bool = option(switch, "let a language model write the prompt in more detail first", default=False)

@@ -16,7 +16,7 @@ from wan_jax.config import PerExpert, WanConfig
 from wan_jax.diffusion.experts import as_pair, by_expert
 from wan_jax.diffusion.schedule import GRIDS, Schedule, make_schedule
 from wan_jax.errors import InputError, unknown_name
-from wan_jax.fields import anything, convert_fields, integer, knob, knobs, number, text, width_height
+from wan_jax.fields import anything, convert_fields, integer, knob, knobs, number, rate, text, width_height
 from wan_jax.media.image import Picture, check_images, output_size
 
 NOISES = ("jax", "torch")
@@ -46,7 +46,7 @@ class SamplingParams:
         metavar="WxH",
     )
     frames: int = knob(integer, "number of frames, 4n + 1", metavar="N")
-    fps: int = knob(integer, "frames per second of the file", metavar="N")
+    fps: float = knob(rate, "frames per second of the file, such as 24, 12.5 or 30000/1001", metavar="N")
     steps: int | PerExpert[int] = knob(
         integer, "number of denoising steps, or LOW,HIGH for each expert's", metavar="N[,N]", both_experts=True
     )
@@ -121,8 +121,6 @@ class SamplingParams:
             raise InputError(f"frames {self.frames}: must be {stride}n + 1; use {below} or {below + stride}")
         if self.last_image is not None and self.frames < 2:
             raise InputError(f"frames {self.frames}: a first and a last image need more than one")
-        if self.fps < 1:
-            raise InputError(f"fps {self.fps}: must be at least 1")
         if self.seed < 0:
             raise InputError(f"seed {self.seed}: must not be negative")
         check_name("noise", self.noise, NOISES)

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,7 +24,6 @@ from wan_jax.errors import InputError
 from wan_jax.generation.pictures import PictureEncoder
 from wan_jax.kernels.attention import AttentionOptions
 from wan_jax.media.codec import Codec
-from wan_jax.media.image import Picture
 from wan_jax.media.video import Video
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.placement import Placement
@@ -64,12 +63,6 @@ class Result:
         """All of the video."""
         frames = np.concatenate(list(self.frames()))
         return Video(frames, self.latents, self.request.fps, self.metadata, dict(self.seconds))
-
-
-def extension(video: Video, request: SamplingParams) -> SamplingParams:
-    """The request of what follows a video: it starts from the last frame, at the video's size and rate."""
-    picture = Picture(video.frames[-1], "the last frame before")
-    return replace(request, image=picture, size=video.size, fps=video.fps)
 
 
 @dataclass(frozen=True, eq=False)

@@ -215,6 +215,13 @@ def cover(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size[0], top + size[1])))
 
 
+def stretch(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """uint8 [h, w, 3] -> [H, W, 3], whole, in the shape of `size` (Lanczos, antialiased)."""
+    if pixels.shape[1::-1] == size:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+
+
 def clip_input(pixels: np.ndarray, size: int) -> np.ndarray:
     """An image as CLIP sees it: uint8 [h, w, 3] -> float32 [size, size, 3]. It is stretched to a square, not cut."""
     image = bicubic(normalise(pixels), (size, size))

@@ -1,5 +1,8 @@
 """Finished videos and the files they become."""
 
+import base64
+import functools
+import html
 import itertools
 import json
 import os
@@ -17,29 +20,51 @@ from PIL import Image, PngImagePlugin
 
 from wan_jax.config import VAEConfig
 from wan_jax.errors import InputError
+from wan_jax.fields import integer, path_of, rate
+from wan_jax.media.frames import BT709, EXACT, LIMITED_RANGE, Clip, matrix_of, measured_rate, resampled
 from wan_jax.runtime.files import written_whole
 
 # The official code writes libx264 at imageio's "quality 8", which is this constant rate factor.
 OFFICIAL_CRF = 10
+NOTEBOOK_CRF = 23  # x264's own default: a page has the video inside
 
 
-@dataclass
+@dataclass(repr=False)
 class Video:
-    """One generated video.
+    """One generated video. Raises InputError for frames or a rate that no video has.
 
     Attributes:
         frames: uint8 [F, H, W, 3], RGB.
         latents: float32 [C, F', h, w], normalised, as the denoiser left them; None for a video that was read.
-        fps: frames per second.
+        fps: frames per second; whole, or a fraction such as 12.5.
         metadata: prompt, seed and settings; written into every file.
         seconds: wall time per stage of the run that made it.
     """
 
     frames: np.ndarray
     latents: np.ndarray | None = None
-    fps: int = 16
+    fps: float = 16
     metadata: dict = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.frames, self.fps = check_pixels(self.frames), rate("fps", self.fps)
+
+    def __repr__(self) -> str:
+        width, height = self.size
+        prompt = f": {text!r:.60}" if (text := self.metadata.get("prompt")) else ""
+        return f"<Video of {len(self.frames)} frames, {width}x{height}, {self.fps:g} fps{prompt}>"
+
+    def _repr_html_(self) -> str:
+        """The video itself, in a notebook."""
+        _, height, width, _ = self.frames.shape
+        with tempfile.TemporaryDirectory() as folder:
+            even = Video(self.frames[:, : max(height // 2 * 2, 2), : max(width // 2 * 2, 2)], fps=self.fps)
+            (file,) = even.save(pathlib.Path(folder) / "video.mp4", crf=NOTEBOOK_CRF)
+            data = base64.b64encode(file.read_bytes()).decode()
+        return (
+            f'<video controls loop muted title="{html.escape(repr(self))}" src="data:video/mp4;base64,{data}"></video>'
+        )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -47,13 +72,23 @@ class Video:
         _, height, width, _ = self.frames.shape
         return width, height
 
-    def save(self, path: str | os.PathLike) -> list[pathlib.Path]:
-        """Writes the video in the format that the file ending names: .mp4 (H.264), .gif, or .png (numbered frames).
+    def save(self, path: str | os.PathLike, *, crf: int | None = None) -> list[pathlib.Path]:
+        """Writes the video in the format that the file ending names.
 
-        Every file is written under a temporary name and renamed when complete. Returns the files written; raises
-        InputError for an unknown ending or a folder that does not exist.
+        That is .mp4 or .mov (H.264), .webm (VP9), .gif, or .png (numbered frames). Every file is written under a
+        temporary name and renamed when complete.
+
+        Args:
+            path: the file.
+            crf: quality of .mp4, .mov and .webm, from 0 (best) to 51 (63 for .webm); None is the official code's 10.
+
+        Returns:
+            The files written.
+
+        Raises:
+            InputError: an unknown ending, a folder that does not exist, or frames that the format cannot hold.
         """
-        with VideoWriter(path, self.fps, self.metadata) as writer:
+        with VideoWriter(path, self.fps, self.metadata, crf) as writer:
             writer.write(self.frames)
         return writer.files
 
@@ -72,12 +107,25 @@ class VideoWriter:
         files: what was written, known when the block has ended.
     """
 
-    def __init__(self, path: str | os.PathLike, fps: int = 16, metadata: dict[str, Any] | None = None):
-        """Raises InputError for an unknown ending or a folder that does not exist."""
-        self.path = check_output(path)
-        self.fps = fps
-        self.description = json.dumps(metadata or {}, ensure_ascii=False)
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        fps: float = 16,
+        metadata: dict[str, Any] | None = None,
+        crf: int | None = None,
+    ):
+        """See `Video.save`."""
+        self.path = check_output(path, crf=crf, fps=fps)
+        self.fps = rate("fps", fps)
+        self._options = {} if crf is None else {"crf": crf}
+        try:
+            description = json.dumps(metadata or {}, ensure_ascii=False)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"metadata cannot be written into a file: {error}") from None
+        # Bytes that are no UTF-8, as a command line may have them, become escapes of JSON.
+        self.description = description.encode(errors="backslashreplace").decode()
         self.files: list[pathlib.Path] = []
+        self._shape: tuple[int, ...] = ()
         self._chunks: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()  # None: that was the last
         self._abandoned = threading.Event()
         self._failure: BaseException | None = None
@@ -91,6 +139,11 @@ class VideoWriter:
         """Takes the next frames, uint8 [n, H, W, 3]; returns at once. They must not change afterwards."""
         if self._failure is not None:
             raise self._failure
+        frames = check_pixels(frames)
+        self._shape = self._shape or frames.shape[1:]
+        if frames.shape[1:] != self._shape:
+            raise InputError(f"frames of shape {frames.shape[1:]} after others of {self._shape}; give all one size")
+        check_output(self.path, size=(self._shape[1], self._shape[0]))
         self._chunks.put(frames)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -108,7 +161,8 @@ class VideoWriter:
 
     def _encode(self) -> None:
         try:
-            self.files = WRITERS[self.path.suffix.lower()](self.path, self._frames(), self.fps, self.description)
+            write = functools.partial(WRITERS[self.path.suffix.lower()], **self._options)
+            self.files = write(self.path, self._frames(), self.fps, self.description)
         except BaseException as failure:  # whatever it is, it belongs to the thread that writes
             self._failure = failure
 
@@ -156,12 +210,31 @@ def check_frames(frames: np.ndarray, config: VAEConfig) -> np.ndarray:
     return frames
 
 
-def check_output(path: str | os.PathLike) -> pathlib.Path:
-    """Checks, before any work is done, that `path` can be written; raises InputError if not."""
-    path = pathlib.Path(path)
-    if path.suffix.lower() not in WRITERS:
+def check_pixels(frames: Any) -> np.ndarray:
+    """The frames of a video, uint8 [F, H, W, 3]; raises InputError for anything else."""
+    array = np.asarray(frames)
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape[1:]:
+        what = f"{array.dtype} of shape {array.shape}" if array.ndim else f"{frames!r:.60}"
+        raise InputError(f"frames are {what}; give uint8 [frames, height, width, 3]")
+    return array
+
+
+def check_output(
+    path: str | os.PathLike, *, size: tuple[int, int] | None = None, fps: float | None = None, crf: int | None = None
+) -> pathlib.Path:
+    """Checks, before any work is done, that a video can be written to `path`; raises InputError if not."""
+    path = path_of("output", path)
+    ending = path.suffix.lower()
+    if ending not in WRITERS:
         raise InputError(f"output {path}: unknown ending {path.suffix!r}; use one of {', '.join(WRITERS)}")
     check_folder(path)
+    best, worst = 0, 63 if ending == ".webm" else 51
+    if crf is not None and (ending not in CONTAINERS or not best <= integer("crf", crf) <= worst):
+        raise InputError(f"crf {crf}: is from 0 to 51 for .mp4 and .mov, to 63 for .webm, and for no other file")
+    if size is not None and ending in CONTAINERS and (size[0] % 2 or size[1] % 2):
+        raise InputError(f"output {path}: {ending} needs even sizes, not {size[0]}x{size[1]}; use .gif or .png")
+    if fps is not None and ending == ".gif" and rate("fps", fps) > 50:
+        raise InputError(f"fps {fps}: .gif shows at most 50 frames per second; use .mp4")
     return path
 
 
@@ -172,28 +245,26 @@ def check_folder(path: pathlib.Path) -> None:
 
 
 def read_video(path: str | os.PathLike) -> Video:
-    """Reads a video file back; the inverse of `Video.save` for .mp4 and .gif up to compression. Sound is left out.
+    """Reads a video file back; the inverse of `Video.save` up to compression. Sound is left out.
 
-    Raises InputError where there is no such file, or no video in it.
+    Frames are upright, and each stands at its time: where the file's rate varies, they are those that show at its
+    average rate. Raises InputError where there is no such file, or no video in it.
     """
-    import av
+    with Clip(path) as clip:
+        frames = [(end, clip.pixels(frame)) for end, frame in clip.frames()]
+        fps, is_constant = measured_rate([end for end, _ in frames], clip.stream)
+        metadata = parse_metadata(clip.metadata.get("comment", ""))
+    pixels = [each for _, each in frames] if is_constant else list(resampled(frames, fps))
+    return Video(np.stack(pixels), fps=rate("fps", fps.limit_denominator(1001)), metadata=metadata)
 
-    if not os.path.isfile(path):
-        raise InputError(f"video {path} does not exist")
-    try:
-        with av.open(str(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-            rate = container.streams.video[0].average_rate
-            description = container.metadata.get("comment", "")
-    except (av.FFmpegError, IndexError):
-        frames = []
-    if not frames:
-        raise InputError(f"{path} cannot be read as a video; give, for example, an MP4 file")
+
+def parse_metadata(description: str) -> dict[str, Any]:
+    """What a file says of its making; nothing where that is not written by us."""
     try:
         metadata = json.loads(description)
-    except json.JSONDecodeError:
-        metadata = {}
-    return Video(frames=np.stack(frames), fps=round(float(rate)) if rate else 16, metadata=metadata)
+    except (ValueError, RecursionError):
+        return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def is_complete(path: str | os.PathLike, frames: int) -> bool:
@@ -206,46 +277,58 @@ def is_complete(path: str | os.PathLike, frames: int) -> bool:
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """What `Video.save` has written of a video's making; nothing where the file does not say."""
-    import av
-
-    path = pathlib.Path(path)
+    path = path_of("video", path)
     try:
         if path.suffix.lower() == ".png":
-            with Image.open(_numbered_frame(path, 0)) as image:
-                description = image.info["Description"]
-        else:
-            with av.open(str(path)) as container:
-                description = container.metadata["comment"]
-        metadata = json.loads(description)
-    except (OSError, KeyError, ValueError, av.FFmpegError):
+            with Image.open(path if path.is_file() else _numbered_frame(path, 0)) as image:
+                return parse_metadata(image.info["Description"])
+        with Clip(path) as clip:
+            return parse_metadata(clip.metadata["comment"])
+    except (OSError, KeyError, ValueError):
         return {}
-    return metadata if isinstance(metadata, dict) else {}
 
 
 def _numbered_frame(path: pathlib.Path, index: int) -> pathlib.Path:
     return path.with_name(f"{path.stem}-{index:04d}{path.suffix}")
 
 
-def _write_mp4(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int, description: str) -> list[pathlib.Path]:
+# Of the files that PyAV writes: container, codec, and the codec's options.
+CONTAINERS = {
+    ".mp4": ("mp4", "libx264", {}),
+    ".mov": ("mov", "libx264", {}),
+    ".webm": ("webm", "libvpx-vp9", {"b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}),
+}
+
+
+def _write_stream(
+    path: pathlib.Path, frames: Iterator[np.ndarray], fps: float, description: str, crf: int = OFFICIAL_CRF
+) -> list[pathlib.Path]:
     import av
 
     first = next(frames)
-    with written_whole(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+    height, width, _ = first.shape
+    container_format, codec, options = CONTAINERS[path.suffix.lower()]
+    exact_rate, matrix = Fraction(fps).limit_denominator(1001), matrix_of(width, height)
+    with written_whole(path) as temporary, av.open(str(temporary), "w", format=container_format) as container:
         container.metadata["comment"] = description
-        stream = container.add_stream("libx264", rate=fps, options={"crf": str(OFFICIAL_CRF)})
-        stream.height, stream.width, _ = first.shape
-        stream.pix_fmt = "yuv420p"
+        stream: Any = container.add_stream(codec, rate=exact_rate, options={"crf": str(crf), **options})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        # The pixels are sRGB, whose primaries are BT.709's; the transfer is the one that players show unchanged.
+        stream.codec_context.color_primaries = stream.codec_context.color_trc = BT709
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, LIMITED_RANGE
         # Threads by frames, as ffmpeg does. PyAV cuts each frame in slices, which is slower and compresses less.
         stream.thread_type = "AUTO"
         for index, frame in enumerate(itertools.chain([first], frames)):
-            picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            picture.pts, picture.time_base = index, Fraction(1, fps)
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                format="yuv420p", dst_colorspace=matrix, dst_color_range=LIMITED_RANGE, interpolation=EXACT
+            )
+            picture.pts, picture.time_base = index, 1 / exact_rate
             container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return [path]
 
 
-def _write_gif(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int, description: str) -> list[pathlib.Path]:
+def _write_gif(path: pathlib.Path, frames: Iterator[np.ndarray], fps: float, description: str) -> list[pathlib.Path]:
     first, *rest = (Image.fromarray(frame) for frame in frames)
     # GIF counts in hundredths of a second: round the times, not the durations, so that the length stays right.
     times = [round(100 * index / fps) for index in range(len(rest) + 2)]
@@ -258,7 +341,7 @@ def _write_gif(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int, descr
     return [path]
 
 
-def _write_pngs(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int, description: str) -> list[pathlib.Path]:
+def _write_pngs(path: pathlib.Path, frames: Iterator[np.ndarray], fps: float, description: str) -> list[pathlib.Path]:
     """out.png becomes out-0000.png, out-0001.png, ...; none of them appears unless all could be written."""
     del fps
     text = PngImagePlugin.PngInfo()
@@ -275,8 +358,8 @@ def _write_pngs(path: pathlib.Path, frames: Iterator[np.ndarray], fps: int, desc
 
 
 # What writes a file, by its ending: (path, frames, frames per second, description) -> the files written.
-WRITERS: dict[str, Callable[[pathlib.Path, Iterator[np.ndarray], int, str], list[pathlib.Path]]] = {
-    ".mp4": _write_mp4,
+WRITERS: dict[str, Callable[..., list[pathlib.Path]]] = {
+    **dict.fromkeys(CONTAINERS, _write_stream),
     ".gif": _write_gif,
     ".png": _write_pngs,
 }
