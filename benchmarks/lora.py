@@ -43,7 +43,6 @@ def main() -> None:
     xla_flags.configure()
     from wan_jax import Lora
     from wan_jax.diffusion.params import SamplingParams
-    from wan_jax.models.compiled import CompiledModels
     from wan_jax.parallel.placement import Placement
     from wan_jax.presets import get_preset
     from wan_jax.runtime.devices import peak_bytes
@@ -89,7 +88,7 @@ def main() -> None:
             timed("write a file", partial(write_lora, path, config.denoiser, seed))
     report["file_bytes"] = paths["a"]["high_noise"].stat().st_size
     start = time.perf_counter()
-    pipeline = made_up_pipeline(config, Placement(), "bfloat16", CompiledModels(exact=False))
+    pipeline = made_up_pipeline(config, Placement(), "bfloat16")
     report["weights_seconds"] = time.perf_counter() - start
 
     def loras(name: str, strength: float = 1.0) -> Sequence[Lora]:

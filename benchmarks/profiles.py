@@ -108,7 +108,6 @@ def run_part(part: str, demo: bool) -> dict[str, Any]:
     import jax
 
     from wan_jax.diffusion.params import SamplingParams
-    from wan_jax.models.compiled import CompiledModels
     from wan_jax.planning.memory import Plan, memory_limit
     from wan_jax.presets import get_preset
     from wan_jax.runtime.offload import PROFILES
@@ -131,8 +130,7 @@ def run_part(part: str, demo: bool) -> dict[str, Any]:
         "plan": {},
     }
     start = time.perf_counter()
-    programs = CompiledModels(exact=False)
-    plan = Plan(config, settings, "bfloat16", vae_dtype, programs=programs)
+    plan = Plan(config, settings, "bfloat16", vae_dtype)
     for name in names:
         profile = PROFILES[name]
         result["plan"][name] = plan.predict(profile).as_json() | {
@@ -141,11 +139,11 @@ def run_part(part: str, demo: bool) -> dict[str, Any]:
         }
     result["compile_seconds"] = time.perf_counter() - start
     if steps:
-        result |= run_pipeline(config, settings, PROFILES[names[0]], vae_dtype, programs, started)
+        result |= run_pipeline(config, settings, PROFILES[names[0]], vae_dtype, started)
     return result
 
 
-def run_pipeline(config, settings, profile, vae_dtype: str, programs, started: float) -> dict[str, Any]:
+def run_pipeline(config, settings, profile, vae_dtype: str, started: float) -> dict[str, Any]:
     import jax
     import numpy as np
 
@@ -154,7 +152,7 @@ def run_pipeline(config, settings, profile, vae_dtype: str, programs, started: f
     from wan_jax.runtime.events import StageDone, StepDone
 
     start = time.perf_counter()
-    pipeline = made_up_pipeline(config, Placement(offload=profile), vae_dtype, programs)
+    pipeline = made_up_pipeline(config, Placement(offload=profile), vae_dtype)
     result: dict[str, Any] = {"profile": profile.name, "weights_seconds": time.perf_counter() - start}
     peaks = {"weights": peak_bytes()}
 
@@ -193,7 +191,7 @@ def run_pipeline(config, settings, profile, vae_dtype: str, programs, started: f
     }
 
 
-def made_up_pipeline(config, placement, vae_dtype: str, programs):
+def made_up_pipeline(config, placement, vae_dtype: str):
     """Weights at once: each parameter's layers are one random layer."""
     import jax
     import jax.numpy as jnp
@@ -239,7 +237,6 @@ def made_up_pipeline(config, placement, vae_dtype: str, programs):
         denoisers={name: model(Denoiser, config.denoiser, "bfloat16") for name in config.experts},
         vae=model(VAE, config.vae, vae_dtype),
         placement=placement,
-        programs=programs,
     )
 
 

@@ -25,9 +25,8 @@ from wan_jax.diffusion.params import DTYPES, SamplingParams, check_name
 from wan_jax.errors import InputError
 from wan_jax.kernels.attention import BACKENDS, attention
 from wan_jax.kernels.precision import gelu, gelu_in_epilogue
-from wan_jax.media.codec import Codec
+from wan_jax.media.codec import Codec, decode_function, encode_function
 from wan_jax.media.video import VideoWriter
-from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import CrossAttentionKV, Denoiser
 from wan_jax.models.nn.norms import layer_norm
 from wan_jax.models.nn.rope import apply_rope, rope_tables
@@ -44,6 +43,7 @@ from wan_jax.runtime.events import Run
 from wan_jax.runtime.offload import Memory
 from wan_jax.testing.models import DEMO, random_model, random_pipeline
 from wan_jax.testing.tokenizer import train_small_tokenizer
+from wan_jax.text.encoder import encode_text_function
 from wan_jax.text.tokenizer import Tokenizer
 
 PROMPT = "Two cats in boxing gear and bright gloves fight on a spotlighted stage."
@@ -243,7 +243,7 @@ def bench_text(bench: Bench) -> None:
     model = random_model(TextEncoder, config, bench.dtype)
     length = bench.config.denoiser.text_length
     tokens = jax.random.randint(jax.random.key(0), (1, length), 3, config.vocab_size, jnp.int32)
-    encode = CompiledModels(exact=bench.dtype == "float32").encode_text
+    encode = encode_text_function(SINGLE)
     args = model, tokens, jnp.ones_like(tokens)
     encode.compile(*args)
     weights = config.num_layers * config.dim * (4 * config.num_heads * config.head_dim + 3 * config.ffn_dim)
@@ -263,12 +263,12 @@ def bench_encode(bench: Bench, model: VAE) -> None:
     """Encoding a video as image to video does, float32 frames sent while those before are encoded."""
     (width, height), count = bench.settings.size, bench.settings.frames
     frames = np.random.default_rng(0).uniform(-1, 1, (count, height, width, 3)).astype(np.float32)
-    programs = CompiledModels(exact=bench.dtype == "float32", placement=bench.placement)
-    codec = Codec(model, programs, Memory(bench.placement.offload), bench.placement)
+    exact = bench.dtype == "float32"
+    codec = Codec(model, exact, Memory(bench.placement.offload), bench.placement)
     inputs = frames[:1], frames[1 : 1 + bench.config.vae.temporal_stride]
     flops = encode_flops(bench.config.vae, width * height * count)
     call = partial(codec.encode, frames, Run())
-    time_vae(bench, f"encode {bench.vae_dtype}", model, programs.encode, inputs, call, flops)
+    time_vae(bench, f"encode {bench.vae_dtype}", model, encode_function(exact, bench.placement), inputs, call, flops)
 
 
 def bench_decode(bench: Bench, model: VAE | None = None) -> None:
@@ -276,13 +276,13 @@ def bench_decode(bench: Bench, model: VAE | None = None) -> None:
     if model is None:
         model = random_model(VAE, bench.config.vae, bench.vae_dtype, placement=bench.placement)
     latents = np.asarray(normal(bench.latents_shape))
-    programs = CompiledModels(exact=bench.dtype == "float32", placement=bench.placement)
-    codec, chunk = Codec(model, programs, Memory(bench.placement.offload), bench.placement), programs.decode_chunk
+    exact, chunk = bench.dtype == "float32", bench.placement.mesh_spec.devices
+    codec = Codec(model, exact, Memory(bench.placement.offload), bench.placement)
     inputs = latents[None, :, :1], latents[None, :, 1 : 1 + chunk]
     flops = decode_flops(bench.config.vae, math.prod(bench.settings.size) * bench.settings.frames)
     name = f"decode {bench.vae_dtype}, chunks of {chunk}"
     call = lambda: list(codec.decode(latents, Run()))  # noqa: E731
-    time_vae(bench, name, model, programs.decode, inputs, call, flops, chunk=chunk)
+    time_vae(bench, name, model, decode_function(exact, bench.placement), inputs, call, flops, chunk=chunk)
 
 
 def time_vae(

@@ -24,7 +24,6 @@ from wan_jax.lora import Lora, LoraFile, Loras, open_loras
 from wan_jax.lora.apply import AdaptedDenoiser, adapter_bytes, with_loras
 from wan_jax.media.codec import Codec
 from wan_jax.media.video import Video
-from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.models.text_encoder import TextEncoder
@@ -64,18 +63,15 @@ class WanPipeline:
         vae: VAE,
         image_encoder: ImageEncoder | None = None,
         placement: Placement = SINGLE,
-        programs: CompiledModels | None = None,
         on_event: Listener | None = None,
     ):
-        if programs is None:
-            programs = CompiledModels(exact=next(iter(denoisers.values())).dtype == jnp.float32, placement=placement)
         self.config = config
         self.placement = placement
         self.memory = Memory(placement.offload, placement.devices[0])
         self.on_event = on_event
         self.text_encoder, self.vae, self.image_encoder = text_encoder, vae, image_encoder
-        parts = programs, self.memory, placement
-        self.codec = Codec(vae, *parts)
+        parts = self.memory, placement
+        self.codec = Codec(vae, text_encoder.embedding.dtype == jnp.float32, *parts)
         self._prompts = PromptEncoder(tokenizer, text_encoder, config.denoiser.text_length, *parts)
         self._pictures = PictureEncoder(config, self.codec, image_encoder, *parts)
         self._use(denoisers)
@@ -151,10 +147,10 @@ class WanPipeline:
         opened_loras = open_loras(loras, config)
         adapters = [adapter_bytes(each, config.denoiser) for each in opened_loras.by_expert.values()]
         request = (request or SamplingParams()).resolve(config)
-        placement, programs = choose_placement(
+        placement = choose_placement(
             mesh, profile, config, request, dtype, vae_dtype, adapter_bytes=max(adapters), note=run.note
         )
-        parts: Any = {"tokenizer": load_tokenizer(checkpoint), "placement": placement, "programs": programs}
+        parts: Any = {"tokenizer": load_tokenizer(checkpoint), "placement": placement}
         parts |= load_models(checkpoint, checkpoint.components, dtype, vae_dtype, placement, run)
         parts["denoisers"] = {name: parts.pop(name) for name in config.experts}
         pipeline = cls(config, on_event=on_event, **parts)

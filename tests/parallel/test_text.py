@@ -6,14 +6,14 @@ import pytest
 from flax import nnx
 
 from wan_jax.config import TextEncoderConfig
-from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.parallel.collectives import TENSOR
 from wan_jax.parallel.mesh_spec import MeshSpec
-from wan_jax.parallel.placement import Placement
+from wan_jax.parallel.placement import SINGLE, Placement
 from wan_jax.parameters import abstract_parameters
 from wan_jax.runtime.offload import place
 from wan_jax.testing.models import random_model
+from wan_jax.text.encoder import encode_text_function
 
 # Four parts at most: 8 devices make two copies of them.
 CONFIG = TextEncoderConfig(vocab_size=52, dim=12, num_layers=2, num_heads=4, head_dim=5, ffn_dim=24)
@@ -34,7 +34,7 @@ def test_parts_give_the_encoding_of_one_device(devices: int, parts: int) -> None
 
     tokens = np.random.default_rng(1).integers(0, 52, (2, 9), dtype=np.int32)
     mask = np.arange(9) < np.array([[9], [4]])
-    alone = np.asarray(CompiledModels(exact=True).encode_text(encoder, tokens, mask))
-    together = CompiledModels(exact=True, placement=placement).encode_text(in_parts, tokens, mask)
+    alone = np.asarray(encode_text_function(SINGLE)(encoder, tokens, mask))
+    together = encode_text_function(placement)(in_parts, tokens, mask)
     assert together.sharding.is_fully_replicated
     assert np.abs(np.asarray(together) - alone).max() < 1e-5 * np.abs(alone).max()  # sums in another order

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tests.models.test_vae import CONFIGS, fast_jit, make_vae
-from wan_jax.models.compiled import CompiledModels
+from wan_jax.media.codec import decode_function, encode_function
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
@@ -63,11 +63,11 @@ def test_programs_step_by_step_on_three_devices_in_bfloat16() -> None:
         vae = make_vae(CONFIGS["one_halving"], jnp.bfloat16)
         latents, video = inputs(vae, (4, 3))
         vae = place(vae, dict.fromkeys(named_parameters(vae), placement.sharding()))
-        programs = CompiledModels(exact=True, placement=placement)
-        first, cache = programs.decode(vae, None, latents[:, :, :1])
-        second, _ = programs.decode(vae, cache, latents[:, :, 1:])
-        third, cache = programs.encode(vae, None, jnp.asarray(video[:1]))
-        fourth, _ = programs.encode(vae, cache, jnp.asarray(video[1:]))
+        decode, encode = decode_function(True, placement), encode_function(True, placement)
+        first, cache = decode(vae, None, latents[:, :, :1])
+        second, _ = decode(vae, cache, latents[:, :, 1:])
+        third, cache = encode(vae, None, jnp.asarray(video[:1]))
+        fourth, _ = encode(vae, cache, jnp.asarray(video[1:]))
         return [np.asarray(x) for x in (first, second, third, fourth)]
 
     for tiled, alone in zip(run(Placement.over(MeshSpec(ring=3))), run(Placement()), strict=True):

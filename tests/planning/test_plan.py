@@ -15,7 +15,6 @@ from wan_jax.config import ImageEncoderConfig
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.diffusion.segments import plan_steps
 from wan_jax.models import vae as vae_model
-from wan_jax.models.compiled import CompiledModels
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import named_parameters
 from wan_jax.planning.memory import Plan, Prediction, choose_profile
@@ -240,12 +239,11 @@ def test_each_expert_has_steps_of_its_own(tokenizer_folder, compiled):
     assert seconds["denoise"] == pytest.approx(8 / 80 * guided.seconds["denoise"])
     assert seconds["step"] == pytest.approx(seconds["denoise"] / 6)
 
-    programs = CompiledModels(exact=False)
     small = SMALL | mixed
-    plan = Plan(DEMO, SamplingParams(**small).resolve(DEMO), "bfloat16", programs=programs)
+    plan = Plan(DEMO, SamplingParams(**small).resolve(DEMO), "bfloat16")
     plan.compiled = True
     plan.predict(PROFILES["resident"])
-    pipeline = random_pipeline(DEMO, Tokenizer.from_pretrained(tokenizer_folder), programs=programs)
+    pipeline = random_pipeline(DEMO, Tokenizer.from_pretrained(tokenizer_folder))
     compiled.clear()
     pipeline("a red circle", **small)
     assert not PROGRAMS & set(compiled)
@@ -261,8 +259,7 @@ def test_unknown_device_has_no_seconds():
 def test_what_is_planned_is_what_runs(tokenizer_folder, compiled, config, name):
     """What is compiled for a plan, from shapes alone, is what the pipeline runs: nothing compiles again."""
     settings, profile = SamplingParams(**SMALL).resolve(config), PROFILES[name]
-    programs = CompiledModels(exact=False)
-    plan = Plan(config, settings, "bfloat16", programs=programs)
+    plan = Plan(config, settings, "bfloat16")
     plan.compiled = True
     prediction = plan.predict(profile)
     workspace = plan.workspace(profile)
@@ -275,7 +272,7 @@ def test_what_is_planned_is_what_runs(tokenizer_folder, compiled, config, name):
         return
 
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
-    pipeline = random_pipeline(config, tokenizer, placement=Placement(offload=profile), programs=programs)
+    pipeline = random_pipeline(config, tokenizer, placement=Placement(offload=profile))
     image = np.zeros((32, 48, 3), np.uint8)
     runs = {"text": [{}], "image_latents": [{"image": image}], "first_frame": [{"image": image}, {}]}
     for given in runs[config.conditioning]:

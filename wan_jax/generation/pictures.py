@@ -12,8 +12,7 @@ from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, 
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.media.codec import Codec
 from wan_jax.media.image import Picture, clip_input, frames_to_encode, is_stretched
-from wan_jax.models.compiled import CompiledModels
-from wan_jax.models.image_encoder import ImageEncoder
+from wan_jax.models.image_encoder import ImageEncoder, encode_image
 from wan_jax.parallel.placement import Placement
 from wan_jax.runtime.events import Run
 from wan_jax.runtime.offload import Memory
@@ -31,13 +30,12 @@ class PictureEncoder:
         config: WanConfig,
         codec: Codec,
         model: ImageEncoder | None,
-        programs: CompiledModels,
         memory: Memory,
         placement: Placement,
     ):
         self.model = model
         self._config, self._codec = config, codec
-        self._programs, self._memory, self._placement = programs, memory, placement
+        self._memory, self._placement = memory, placement
         self._remembered: dict[tuple[Any, ...], Encoded] = {}
         self._lock = threading.Lock()
 
@@ -74,5 +72,5 @@ class PictureEncoder:
         side = self.model.config.image_size
         pixels = self._placement.put(np.stack([clip_input(picture.pixels, side) for picture in pictures]))
         with self._memory.on_device(self.model) as model, run.stage("image"):
-            features = jax.block_until_ready(run.call(self._programs.encode_image, model, pixels))
+            features = jax.block_until_ready(run.call(encode_image, model, pixels))
         return features.reshape(1, -1, features.shape[-1])  # of two pictures, one after the other

@@ -1,19 +1,24 @@
 """The VAE at work: latents to frames and back, a chunk at a time."""
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from wan_jax.media.preview import PreviewFilter, fit_preview
 from wan_jax.media.video import check_frames
-from wan_jax.models.compiled import CompiledModels
+from wan_jax.models.nn.causal_conv import CacheArrays
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.placement import Placement
+from wan_jax.parallel.tiles import TILES, frame_mesh
+from wan_jax.runtime.compiled import CompiledFunction
 from wan_jax.runtime.events import FramesDecoded, Run
 from wan_jax.runtime.offload import Memory
 
@@ -21,11 +26,16 @@ from wan_jax.runtime.offload import Memory
 class Codec:
     """Decodes and encodes videos with one VAE. Device memory does not grow with a video's length."""
 
-    def __init__(self, vae: VAE, programs: CompiledModels, memory: Memory, placement: Placement):
+    def __init__(self, vae: VAE, exact: bool, memory: Memory, placement: Placement):
+        """
+        Args:
+            exact: see `decode_function`.
+        """
         self.vae = vae
+        self._decode, self._encode = decode_function(exact, placement), encode_function(exact, placement)
         self._filter: PreviewFilter | None = None
         self._lock = threading.Lock()
-        self._programs, self._memory, self._placement = programs, memory, placement
+        self._memory, self._placement = memory, placement
 
     def decode(self, latents: ArrayLike, run: Run, *, chunk: int | None = None, video: int = 0) -> Iterator[np.ndarray]:
         """Yields the frames of one video, uint8 [n, H, W, 3], while the next are decoded.
@@ -33,11 +43,12 @@ class Codec:
         Args:
             latents: float32 [C, F', h, w].
             run: is told of every chunk.
-            chunk: latent frames decoded at a time; None takes one for each device.
+            chunk: latent frames decoded at a time. None takes one for each device: tiles leave memory for them, and one
+                halo exchange serves them all.
             video: which video of a batch this is, for the events.
         """
         placed = self._placement.put(np.asarray(latents)[None])
-        count, chunk = placed.shape[2], chunk or self._programs.decode_chunk
+        count, chunk = placed.shape[2], chunk or self._placement.mesh_spec.devices
         total, done = 1 + self.vae.config.temporal_stride * (count - 1), 0
 
         def fetch(frames: jax.Array) -> np.ndarray:
@@ -52,7 +63,7 @@ class Codec:
             cache = None
             for start, stop in pairwise([0, *range(1, count, chunk), count]):
                 run.check()
-                following, cache = run.call(self._programs.decode, vae, cache, placed[:, :, start:stop])
+                following, cache = run.call(self._decode, vae, cache, placed[:, :, start:stop])
                 if frames is not None:
                     yield fetch(frames)
                 frames = following
@@ -83,7 +94,7 @@ class Codec:
             pending: list[jax.Array] = []
             for start, stop in pairwise([0, *range(1, len(frames), stride), len(frames)]):
                 run.check()
-                latents, cache = run.call(self._programs.encode, vae, cache, self._placement.put(frames[start:stop]))
+                latents, cache = run.call(self._encode, vae, cache, self._placement.put(frames[start:stop]))
                 # Waits for the latents before, so that the frames of one step at most are on their way to the device.
                 encoded += map(np.asarray, pending)
                 run.progress("encode", len(encoded))
@@ -91,3 +102,48 @@ class Codec:
             encoded += map(np.asarray, pending)
             run.progress("encode", len(encoded))
         return np.concatenate(encoded, axis=1)
+
+
+@functools.cache
+def decode_function(exact: bool, placement: Placement) -> CompiledFunction:
+    """(vae, cache or None, latents [1, z, k, h, w]) -> (uint8 frames [F, H, W, 3], cache); see `VAE`.
+
+    Args:
+        exact: keeps float32 float32. Beside a bfloat16 denoiser it may be TF32 (on TPUs three passes of bfloat16), as
+            in PyTorch's convolutions by default.
+        placement: on a mesh each device has a tile of each frame; frames, latents and the VAE are whole on each.
+    """
+    return _on_tiles(_decode, exact, placement)
+
+
+@functools.cache
+def encode_function(exact: bool, placement: Placement) -> CompiledFunction:
+    """(vae, cache or None, frames [F, H, W, 3], uint8 or floats in [-1, 1]) -> (latents [z, k, h, w], cache)."""
+    return _on_tiles(_encode, exact, placement)
+
+
+def _decode(vae: VAE, cache: CacheArrays | None, latents: jax.Array) -> tuple[jax.Array, CacheArrays]:
+    frames, cache = vae.decode_step(cache, latents)
+    # Truncated to whole levels, as the official code does.
+    return ((jnp.clip(frames[0], -1.0, 1.0) + 1.0) / 2.0 * 255.0).astype(jnp.uint8), cache
+
+
+def _encode(vae: VAE, cache: CacheArrays | None, frames: jax.Array) -> tuple[jax.Array, CacheArrays]:
+    if frames.dtype == jnp.uint8:
+        frames = (frames.astype(jnp.float32) / 255.0 - 0.5) / 0.5
+    latents, cache = vae.encode_step(cache, frames.astype(jnp.float32)[None])
+    return latents[0], cache
+
+
+def _on_tiles(function: Callable, exact: bool, placement: Placement) -> CompiledFunction:
+    @functools.wraps(function)
+    def run(vae: VAE, cache: CacheArrays | None, x: jax.Array) -> Any:
+        if placement.is_single:
+            return function(vae, cache, x)
+        height, width = x.shape[-2:] if x.ndim == 5 else (side // vae.config.spatial_stride for side in x.shape[1:3])
+        mesh = frame_mesh(placement.devices, height, width)
+        in_specs, out_specs = (P(), TILES, P()), (P(), TILES)
+        on_tiles = jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+        return on_tiles(vae, cache, x)
+
+    return CompiledFunction(run, matmul_precision=None if exact else "tensorfloat32", donate_argnums=(1,))

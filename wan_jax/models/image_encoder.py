@@ -19,6 +19,7 @@ from wan_jax.kernels.precision import gelu_erf
 from wan_jax.models.nn.linear import FeedForward, Linear, Options
 from wan_jax.models.nn.norms import LayerNorm
 from wan_jax.models.nn.stacked_layers import scan_layers, stack_layers
+from wan_jax.runtime.compiled import CompiledFunction
 
 CHANNELS = 3
 
@@ -103,3 +104,10 @@ class SelfAttention(nnx.Module):
             for projection in (self.query, self.key, self.value)
         )
         return self.output(rearrange(attention(query, key, value), "b t h d -> b t (h d)"))
+
+
+def _encode_image(encoder: ImageEncoder, images: jax.Array) -> jax.Array:
+    return encoder(images)
+
+
+encode_image = CompiledFunction(_encode_image)

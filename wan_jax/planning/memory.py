@@ -26,16 +26,19 @@ from wan_jax.diffusion.segments import Segment, plan_segments
 from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.diffusion.step import Expert, compile_step
 from wan_jax.kernels.attention import AttentionOptions
+from wan_jax.media.codec import decode_function, encode_function
 from wan_jax.models.build import build_model
-from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import CrossAttentionKV
+from wan_jax.models.image_encoder import encode_image
 from wan_jax.models.nn.causal_conv import CacheArrays
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.mesh_spec import MeshSpec
+from wan_jax.parallel.placement import SINGLE
 from wan_jax.parameters import dotted, named_parameters
 from wan_jax.planning.time import RATES, decode_flops, decode_workspace, denoiser_flops, encode_flops, encode_workspace
 from wan_jax.runtime.compiled import workspace_bytes
 from wan_jax.runtime.offload import PROFILES, Profile, abstract_array, on_host, single_device, streams
+from wan_jax.text.encoder import encode_text_function
 
 # By stage. Models that take images have them all, or all but "image".
 MODELS = {"text": "text_encoder", "image": "image_encoder", "encode": "vae", "denoise": "denoiser", "decode": "vae"}
@@ -81,7 +84,6 @@ class Plan:
       dtype: of the text encoder and the denoisers.
       vae_dtype: of the VAE.
       device: where it would run; the default device if None.
-      programs: compiled programs go here, for the pipeline that will run them.
       adapter_bytes: of an expert's LoRAs.
     """
 
@@ -93,7 +95,6 @@ class Plan:
         vae_dtype: str = "float32",
         *,
         device: jax.Device | None = None,
-        programs: CompiledModels | None = None,
         adapter_bytes: int = 0,
     ):
         self.config = config
@@ -103,7 +104,6 @@ class Plan:
         self.device = jax.devices()[0] if device is None else device
         self.mesh_spec = MeshSpec()  # one device
         self.compiled = self.device.platform != "cpu"  # whether workspace comes from compiled functions
-        self._programs = CompiledModels(exact=dtype == "float32") if programs is None else programs
         self._workspace: dict[bool, Mapping[str, int]] = {}
         dtypes = {"text_encoder": self.dtype, "denoiser": self.dtype, "vae": self.vae_dtype}
         if config.image_encoder is not None:
@@ -208,7 +208,7 @@ class Plan:
         text_encoder, denoiser, vae = models["text_encoder"], models["denoiser"], models["vae"]
         here = single_device(self.device, on_host=False)
         tokens = jax.ShapeDtypeStruct((1, self.config.denoiser.text_length), jnp.int32)
-        text = self._programs.encode_text.workspace_bytes(text_encoder, tokens, tokens)
+        text = encode_text_function(SINGLE).workspace_bytes(text_encoder, tokens, tokens)
 
         context = self._context(here)
         denoise, attention = 0, AttentionOptions(self.settings.attention)
@@ -218,24 +218,26 @@ class Plan:
             step = compile_step(expert, segment, state, self._conditioning())
             denoise = max(denoise, workspace_bytes(step))
 
+        exact = self.dtype == jnp.float32
+        decode_frames, encode_frames = decode_function(exact, SINGLE), encode_function(exact, SINGLE)
         frame = self._latent_frame(here)
         cache = _on(here, jax.eval_shape(_decode_cache, vae, frame))
         # The first call's result, the cache, is an input of those after it.
-        decode = self._programs.decode.workspace_bytes(vae, None, frame) - _nbytes(cache)
+        decode = decode_frames.workspace_bytes(vae, None, frame) - _nbytes(cache)
         if self.settings.frames > 1:
-            decode = max(decode, self._programs.decode.workspace_bytes(vae, cache, frame))
+            decode = max(decode, decode_frames.workspace_bytes(vae, cache, frame))
         sizes = {"text": text, "denoise": denoise, "decode": decode}
         if self._encoded_frames:
             first, following = self._frames(1, here), self._frames(self.config.vae.temporal_stride, here)
             cache = _on(here, jax.eval_shape(_encode_cache, vae, first))
-            sizes["encode"] = self._programs.encode.workspace_bytes(vae, None, first) - _nbytes(cache)
+            sizes["encode"] = encode_frames.workspace_bytes(vae, None, first) - _nbytes(cache)
             if self._encoded_frames > 1:
-                following_bytes = self._programs.encode.workspace_bytes(vae, cache, following)
+                following_bytes = encode_frames.workspace_bytes(vae, cache, following)
                 sizes["encode"] = max(sizes["encode"], following_bytes)
         if (clip := self.config.image_encoder) is not None:
             shape = (self._image_tokens() // clip.num_tokens, clip.image_size, clip.image_size, 3)
             images = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=here)
-            sizes["image"] = self._programs.encode_image.workspace_bytes(models["image_encoder"], images)
+            sizes["image"] = encode_image.workspace_bytes(models["image_encoder"], images)
         return sizes
 
     @functools.cached_property
@@ -355,7 +357,6 @@ def choose_profile(
     settings: SamplingParams,
     dtype: str,
     vae_dtype: str = "float32",
-    programs: CompiledModels | None = None,
     adapter_bytes: int = 0,
     memory: int | None = None,
 ) -> Profile:
@@ -367,7 +368,7 @@ def choose_profile(
     memory = memory_limit(jax.devices()[0]) if memory is None else memory
     if memory is None:
         return PROFILES["resident"]
-    plan = Plan(config, settings, dtype, vae_dtype, programs=programs, adapter_bytes=adapter_bytes)
+    plan = Plan(config, settings, dtype, vae_dtype, adapter_bytes=adapter_bytes)
     for profile in PROFILES.values():
         # Compiling takes long: not for a profile whose weights alone are too large.
         if max(plan.without_workspace(profile).values()) < memory and plan.predict(profile).fits(memory):

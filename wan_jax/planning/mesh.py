@@ -20,7 +20,6 @@ from wan_jax.diffusion.experts import as_pair
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
 from wan_jax.models.build import abstract_model
-from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.nn.causal_conv import CacheArrays
 from wan_jax.parallel.mesh_spec import ONE_DEVICE, MeshSpec
 from wan_jax.parallel.placement import Placement
@@ -49,10 +48,7 @@ class MeshPlan(Plan):
         device: jax.Device | None = None,
         adapter_bytes: int = 0,
     ):
-        programs = CompiledModels(exact=dtype == "float32")
-        super().__init__(
-            config, settings, dtype, vae_dtype, device=device, programs=programs, adapter_bytes=adapter_bytes
-        )
+        super().__init__(config, settings, dtype, vae_dtype, device=device, adapter_bytes=adapter_bytes)
         self.compiled = False
         self.mesh_spec = mesh_spec
         placement = Placement.planned(mesh_spec)
@@ -240,8 +236,8 @@ def choose_placement(
     *,
     adapter_bytes: int = 0,
     note: Callable[[str], None],
-) -> tuple[Placement, CompiledModels]:
-    """Where a pipeline's arrays are, and its compiled functions, of which choosing may have compiled some.
+) -> Placement:
+    """Where a pipeline's arrays are. Choosing may compile functions that the pipeline will run.
 
     Args:
       mesh: what the user asks for; None for one device.
@@ -261,13 +257,12 @@ def choose_placement(
         if jax.process_count() > 1:
             _check_processes(mesh_spec)
     placement = Placement.over(mesh_spec)
-    programs = CompiledModels(dtype == "float32", placement)
     if not placement.is_single:
-        return placement, programs
-    offload = PROFILES.get(profile) or choose_profile(config, settings, dtype, vae_dtype, programs, adapter_bytes)
+        return placement
+    offload = PROFILES.get(profile) or choose_profile(config, settings, dtype, vae_dtype, adapter_bytes)
     if profile == "auto" and offload.idle_on_host:
         note(f"memory profile {offload.name}: the device has no room for more")
-    return replace(placement, offload=offload), programs
+    return replace(placement, offload=offload)
 
 
 def _check_processes(mesh_spec: MeshSpec) -> None:

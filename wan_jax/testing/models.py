@@ -22,7 +22,6 @@ from jax.typing import DTypeLike
 
 from wan_jax.checkpoint import convert, memory_checkpoint
 from wan_jax.config import DenoiserConfig, SamplingConfig, TextEncoderConfig, VAEConfig, WanConfig
-from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.image_encoder import ImageEncoder
 from wan_jax.models.text_encoder import TextEncoder
@@ -64,7 +63,6 @@ def random_pipeline(
     *,
     vae_dtype: str = "float32",
     placement: Placement = SINGLE,
-    programs: CompiledModels | None = None,
     on_event: Listener | None = None,
 ) -> WanPipeline:
     """A pipeline of any size with fixed random weights."""
@@ -81,7 +79,6 @@ def random_pipeline(
         vae=random_model(VAE, config.vae, vae_dtype, 0, placement),
         image_encoder=None if clip is None else random_model(ImageEncoder, clip, "float32", 4, placement),
         placement=placement,
-        programs=programs,
         on_event=on_event,
     )
 

@@ -1,16 +1,21 @@
 """Prompts as the denoiser reads them: tokenized, encoded once, remembered."""
 
+import functools
 import threading
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.parallel.placement import Placement
+from wan_jax.parallel.sharding import state_specs
+from wan_jax.runtime.compiled import CompiledFunction
 from wan_jax.runtime.events import Run
 from wan_jax.runtime.offload import Memory
+from wan_jax.runtime.xla_flags import TEXT_ENCODER_OPTIONS
 from wan_jax.text.tokenizer import Tokenizer
 
 CACHED_PROMPTS = 64
@@ -19,18 +24,10 @@ CACHED_PROMPTS = 64
 class PromptEncoder:
     """Encodes prompts with one text encoder, to `length` tokens each; the last few are remembered."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        model: TextEncoder,
-        length: int,
-        programs: CompiledModels,
-        memory: Memory,
-        placement: Placement,
-    ):
+    def __init__(self, tokenizer: Tokenizer, model: TextEncoder, length: int, memory: Memory, placement: Placement):
         self.model = model
         self._tokenizer, self._length = tokenizer, length
-        self._programs, self._memory, self._placement = programs, memory, placement
+        self._memory, self._placement = memory, placement
         self._remembered: dict[str, jax.Array] = {}
         self._lock = threading.Lock()
 
@@ -44,8 +41,24 @@ class PromptEncoder:
                     for prompt in new:
                         run.check()
                         tokens = self._placement.put(self._tokenizer([prompt], self._length))
-                        text = run.call(self._programs.encode_text, model, *tokens)
+                        text = run.call(encode_text_function(self._placement), model, *tokens)
                         encoded[prompt] = remembered[prompt] = jax.block_until_ready(text)[0]
                 while len(remembered) > CACHED_PROMPTS:
                     remembered.pop(next(iter(remembered)))
             return jnp.stack([encoded[prompt] for prompt in prompts])
+
+
+@functools.cache
+def encode_text_function(placement: Placement) -> CompiledFunction:
+    """(encoder, tokens, mask), [B, length] each -> text [B, length, dim]; on a mesh each device has a part of it."""
+
+    def encode_text(encoder: TextEncoder, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        graphdef, state = nnx.split(encoder)
+
+        def encode(state: nnx.State, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+            return nnx.merge(graphdef, state)(tokens, mask)
+
+        parts = placement.for_text(encoder.config)
+        return parts.run(encode, (state_specs(state), P(), P()), P())(state, tokens, mask)
+
+    return CompiledFunction(encode_text, compiler_options=TEXT_ENCODER_OPTIONS)

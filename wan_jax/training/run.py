@@ -17,7 +17,6 @@ from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
 from wan_jax.lora import Lora, merge_loras, open_loras, save_lora
 from wan_jax.models.build import abstract_model
-from wan_jax.models.compiled import CompiledModels
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.collectives import CFG, EXPERTS
 from wan_jax.parallel.mesh_spec import MeshSpec
@@ -207,7 +206,6 @@ class TrainingRun:
             tokenizer=load_tokenizer(self.checkpoint),
             denoisers={},
             placement=placement,
-            programs=CompiledModels(exact=dtype == "float32"),
             **load_models(self.checkpoint, ("text_encoder", "vae"), dtype, "float32", placement, self.run),
         )
 
