@@ -1,11 +1,11 @@
-"""What frames that are known beforehand do to the denoise loop.
+"""How given frames condition the denoise loop.
 
-    TextOnly      nothing: every frame is made from noise
-    KnownFrames   the model reads them beside the noisy latents, as extra channels: I2V, first and last frame
-    FirstFrame    the first latent frame may be the image's, without noise, at timestep 0: TI2V
+    TextOnly      no frame is given: all are made from noise
+    KnownFrames   extra channels beside the noisy latents hold the given frames: I2V, first and last frame
+    FirstFrame    the first latent frame is an image's, without noise and at timestep 0: TI2V
 
-The loop asks two things of each: what the denoiser gets (`inputs`), and what of the latents is put back after a step
-(`restore`). All are pytrees: other images are other arrays, and compile nothing.
+The loop calls two methods: `inputs` makes the denoiser's inputs, `restore` resets given latents after a step. All are
+pytrees with a row per video, or one for all: another image is another array, and compiles nothing.
 """
 
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ class Conditioning(Protocol):
         """Noisy latents [B, z, T, h, w] and timesteps [B] -> what the denoiser is called with."""
 
     def restore(self, latents: jax.Array) -> jax.Array:
-        """[B, z, T, h, w] -> the same, with what is known as it is known."""
+        """Latents [B, z, T, h, w] with the given ones as they were given."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TextOnly:
-    """Nothing is known but the text."""
+    """Conditioning on the text alone."""
 
     def inputs(self, latents: jax.Array, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
         return latents, timesteps
@@ -42,7 +42,7 @@ class TextOnly:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KnownFrames:
-    """Channels beside the latents: which frames are known, and the latents of a video that holds them."""
+    """Channels beside the latents: a mask of the given frames, and the latents of a video with those frames."""
 
     channels: jax.Array  # [1 or B, temporal_stride + z, T, h, w] float32, the mask first
 
@@ -57,7 +57,7 @@ class KnownFrames:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FirstFrame:
-    """The first latent frame, if it is known, stays as it is. Whether it is recompiles nothing."""
+    """The first latent frame stays as given where `known` is true; videos with and without share one executable."""
 
     latents: jax.Array  # [1 or B, z, 1, h, w] float32
     known: jax.Array  # [1 or B] bool
@@ -73,7 +73,7 @@ class FirstFrame:
         return latents, jnp.concatenate([first, others], axis=1)
 
     def restore(self, latents: jax.Array) -> jax.Array:
-        """What the solver remembers of its first frame is left alone: it reaches no other frame."""
+        """The solver's history of the first frame is left alone: it affects no other frame."""
         known = self.known[:, None, None, None, None]
         return latents.at[:, :, :1].set(jnp.where(known, self.latents, latents[:, :, :1]))
 

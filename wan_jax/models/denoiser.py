@@ -52,7 +52,7 @@ class CrossAttentionKV:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What every layer reads beside its input and the context; on a mesh, for this device's tokens."""
+    """What every layer reads besides its input and the context; on a mesh, for this device's tokens."""
 
     time: jax.Array  # [B, n, dim] float32, n as in `modulate`
     modulation: jax.Array  # [B, n, 6, dim] float32
@@ -68,8 +68,8 @@ class Denoiser(nnx.Module):
     Args:
       dtype: of matrix products and attention, bfloat16 or float32.
       param_dtype: in which parameters are stored; `dtype` if None.
-      remat: for training, what the backward pass computes again; see `layers.scan_layers`.
-      unroll: for training small models, no loop over the layers; see there.
+      remat: for training, what the backward pass recomputes; see `scan_layers`.
+      unroll: for training small models, whether layers are unrolled; see `scan_layers`.
     """
 
     def __init__(
@@ -99,22 +99,22 @@ class Denoiser(nnx.Module):
         self.unroll = unroll
 
     def with_attention(self, attention: AttentionOptions) -> "Denoiser":
-        """The same parameters in a model that computes attention so."""
+        """Returns a model with these attention options that shares this model's parameters."""
         other = nnx.merge(*nnx.split(self))
         other.attention = attention
         return other
 
     def encode_context(self, text: jax.Array, image: jax.Array | None = None) -> CrossAttentionKV:
-        """Projects text and image for the cross-attention of every layer; neither latents nor timestep matter to it.
+        """Projects a text and an image to the keys and values of every layer's cross-attention.
 
         Args:
-          text: [B, text_length, text_dim], the text encoder's output. Rows after the text are zeros; they are attended,
-            as in training, so they must be there.
+          text: [B, text_length, text_dim], the text encoder's output. Rows after the text are zeros. They are needed:
+            the model attends to them, as in training.
           image: [B, image tokens, image_dim], the image encoder's output; of two images, the first's tokens come first.
-            Needed where the config has an image_dim, and only there.
+            Only for models whose config has an image_dim.
 
         Raises:
-          ValueError: another shape, or an image missing or unexpected.
+          ValueError: a wrong shape, or an image missing or unexpected.
         """
         self.check_context_shapes(text, image)
         text = self.text_embedding(text)
@@ -157,8 +157,8 @@ class Denoiser(nnx.Module):
         return self.patch_embedding(patches).astype(jnp.float32)
 
     def embed_conditions(self, timesteps: jax.Array, grid: tuple[int, int, int]) -> "Conditions":
-        """What all layers need to know of the timesteps and of the tokens' places."""
-        # What is the same for many tokens is computed once: n is 1, the number of frames, or S. `modulate` spreads it.
+        """Computes what all layers need to know of the timesteps and of the tokens' positions."""
+        # Tokens with one timestep share a row: n is 1, the number of frames, or S. `modulate` repeats the rows.
         tokens, timesteps = math.prod(grid), timesteps.reshape(timesteps.shape[0], -1)
         time = self.time_embedding(sinusoidal_embedding(timesteps, self.config.freq_dim))  # [B, n, dim]
         modulation = rearrange(self.time_projection(jax.nn.silu(time)), "b s (six dim) -> b s six dim", six=6)
@@ -168,12 +168,10 @@ class Denoiser(nnx.Module):
             time, modulation = time[:, places], modulation[:, places]
         rotary = sequence.split_tokens(rope_tables(grid, self.config.head_dim), axis=0)
         make_lists, implementation = self.attention.block_lists, self.attention.implementation
-        block_lists = None if make_lists is None else make_lists(grid)
-        cross_attend = partial(attention, implementation=implementation)
-        attend = partial(sequence.sequence_parallel_attention, tokens=tokens, block_lists=block_lists)
-        return Conditions(
-            time, modulation, rotary, tokens, partial(attend, implementation=implementation), cross_attend
-        )
+        lists = None if make_lists is None else make_lists(grid)
+        attend = partial(sequence.sequence_parallel_attention, tokens=tokens, block_lists=lists)
+        attends = (partial(each, implementation=implementation) for each in (attend, attention))
+        return Conditions(time, modulation, rotary, tokens, *attends)
 
     def run_blocks(self, x: jax.Array, conditions: "Conditions", context: CrossAttentionKV) -> jax.Array:
         """Tokens [B, S, dim] through all layers."""
@@ -194,14 +192,14 @@ class Denoiser(nnx.Module):
     def run_stage(
         self, arrived: jax.Array, latents: jax.Array, timesteps: jax.Array, context: CrossAttentionKV
     ) -> tuple[jax.Array, jax.Array]:
-        """One turn of a pipeline: each stage takes a video of its own through its layers.
+        """One tick of a pipeline: each stage takes a video of its own through its layers.
 
         Args:
-          arrived: [1, S, dim] float32, what the stage before made of this stage's video; nothing on the first.
+          arrived: [1, S, dim] float32, the output of the stage before for this stage's video; unused on the first.
           latents, timesteps, context: as in a call, of this stage's video.
 
         Returns:
-          [1, S, dim], what arrives at this stage for the next turn, and the velocity of the last stage's video, on all.
+          [1, S, dim], what arrives at this stage for the next tick, and on all stages the last stage's velocity.
         """
         grid = self.check_shapes(latents, timesteps, context)
         conditions = self.embed_conditions(timesteps, grid)
@@ -311,14 +309,14 @@ class SelfAttention(MultiHeadAttention):
 
 
 class CrossAttention(MultiHeadAttention):
-    """Every token of the video attends to all rows of the text, padding included, and apart from it to an image's."""
+    """Every token of the video attends to all rows of the text, padding included, and separately to an image's."""
 
     def __init__(self, config: DenoiserConfig, **options: Unpack[Options]):
         super().__init__(config, **options)
         self.image = None if config.image_dim is None else ImageKeyValue(config, **options)
 
     def project_context(self, text: jax.Array, image: jax.Array | None) -> CrossAttentionKV:
-        """The part that does not depend on the video; text and image are [B, T, dim]."""
+        """Keys and values, which do not depend on the video; text and image are [B, T, dim]."""
         context = CrossAttentionKV(*self.project_key_value(text))
         if image is None or self.image is None:
             return context

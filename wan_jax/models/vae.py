@@ -1,13 +1,13 @@
 """The causal 3-D video VAEs of Wan2.1 and Wan2.2 (wan/modules/vae2_1.py, vae2_2.py), streaming over time.
 
-Nothing in it looks ahead in time, so frames are processed in order with constant memory: every temporal convolution
-leaves behind what the frames to come need of the past, and those buffers (`Cache`) are the carry of a scan, or of a
-host loop that fetches each chunk of frames as it is made. The first frame is special: it is coded alone, one latent
-frame for one frame of video, and the temporal resampling skips it; each later latent frame stands for
-`temporal_stride` frames. Where the resolution is high, the frames of a step go through the layers one after the other.
+The model is causal in time, so frames are processed in order with constant memory: every temporal convolution caches
+what later frames need of the past. These arrays (`CausalCache`) are the carry of a scan, or of a host loop that fetches
+each chunk of frames. The first frame is special: one latent frame stands for this frame alone, and temporal resampling
+skips it; each later latent frame stands for `temporal_stride` frames. At high resolution the frames of a step pass the
+layers one at a time.
 
-Wan2.2's folds squares of pixels into channels before all else, and has a shortcut without parameters beside each stage
-that changes the resolution (`folding.py`).
+The Wan2.2 VAE moves squares of pixels into channels first (pixel unshuffle), and has a shortcut without parameters
+around each stage that changes the resolution (`nn/pixel_shuffle.py`).
 
 Inside, activations are channels-last: [batch, time, height, width, channels].
 """
@@ -30,12 +30,12 @@ from wan_jax.kernels.attention import attention
 from wan_jax.kernels.precision import matmul_precision
 from wan_jax.models.nn.causal_conv import CacheArrays, CausalCache, overlap_add, scan_over_time, sum_float32
 from wan_jax.models.nn.linear import Linear, Options
-from wan_jax.models.nn.pixel_shuffle import average_down, patchify, repeat_up, unpatchify
+from wan_jax.models.nn.pixel_shuffle import avg_down_3d, dup_up_3d, pixel_shuffle, pixel_unshuffle
 from wan_jax.parallel.tiles import SpatialSharding
 
-# How many frames pass the layers of full time resolution at once: memory there is proportional to it.
+# Frames that pass the layers of full time resolution at once; their memory is proportional to it.
 FRAMES_AT_ONCE = 1
-# What the attention's float32 logits may take.
+# Most memory that the attention's float32 logits take.
 LOGITS_BYTES = 128 * 2**20
 
 
@@ -90,12 +90,12 @@ class CausalConv(nnx.Module):
         return jnp.concatenate(frames, axis=1) + self.bias[...].astype(jnp.float32)
 
     def write_zeros(self, x: jax.Array, cache: CausalCache) -> None:
-        """Leaves behind what frames of zeros, of x's size, would."""
+        """Writes the cache that frames of zeros, of x's size, would leave."""
         taps, channels = self.kernel.shape[0], self.kernel.shape[-1]
         cache.write((jnp.zeros((x.shape[0], 1, *x.shape[2:4], channels), self.dtype),) * (taps - 1))
 
     def strided(self, x: jax.Array, kernel: jax.Array, cache: CausalCache) -> list[jax.Array]:
-        """Only every `time_stride`-th frame is computed, of the frames themselves: the past is the last of them."""
+        """Computes every `time_stride`-th frame alone; the cache holds input frames."""
         length, frames = x.shape[1], kernel.shape[0] - self.time_stride
         x = jnp.concatenate([*cache.read(x, frames), x], axis=1)
         cache.write(tuple(jnp.split(x[:, -frames:], frames, axis=1)))
@@ -159,7 +159,7 @@ class ResidualBlock(nnx.Module):
         y = self.conv_1(nnx.silu(self.norm_1(x)), cache)
         y = self.conv_2(nnx.silu(self.norm_2(y)), cache)
         y = y + (x if self.shortcut is None else self.shortcut(x, cache))
-        # Without the barrier XLA sums anew, from all the convolutions before, wherever the sum is read.
+        # Without the barrier XLA recomputes the sum, from all the convolutions before it, wherever it is read.
         return lax.optimization_barrier(y)
 
 
@@ -265,7 +265,7 @@ class EncoderStage(nnx.Module):
             y = self.downsample(y, cache)
         if self.residual:
             space = 1 if self.temporal is None else 2
-            shortcut = average_down(x, y.shape[-1], time=2 if self.temporal else 1, space=space)
+            shortcut = avg_down_3d(x, y.shape[-1], time=2 if self.temporal else 1, space=space)
             y = lax.optimization_barrier(y + shortcut)
         return y
 
@@ -301,7 +301,7 @@ class DecoderStage(nnx.Module):
             return y
         y = self.upsample(y, cache)
         if self.residual:
-            shortcut = repeat_up(x, y.shape[-1], time=2 if self.temporal else 1, space=2)
+            shortcut = dup_up_3d(x, y.shape[-1], time=2 if self.temporal else 1, space=2)
             # The first frame stays one frame: its last copy.
             y = lax.optimization_barrier(y + shortcut[:, -y.shape[1] :])
         return y
@@ -331,7 +331,7 @@ class Encoder(nnx.Module):
         return self.conv_out(nnx.silu(self.norm_out(x)), cache)
 
     def full_rate(self, x: jax.Array, cache: CausalCache) -> jax.Array:
-        """The layers before time is halved."""
+        """The layers before time is first halved."""
         x = self.conv_in(x, cache)
         for stage in self.stages[: self.full_rate_stages]:
             x = stage(x, cache)
@@ -359,12 +359,12 @@ class Decoder(nnx.Module):
         x = self.middle(x, cache)
         for stage in self.stages[: -self.full_rate_stages]:
             x = stage(x, cache)
-        # In tiles the device's share of the cache is smaller, and in bfloat16 there is room for two.
+        # A tile's cache is smaller, which leaves memory for two frames in bfloat16.
         several = 4 // jnp.dtype(self.conv_in.dtype).itemsize if cache.sharding.tiles > 1 else 1
         return cache.in_slices(self.full_rate, x, several * FRAMES_AT_ONCE)
 
     def full_rate(self, x: jax.Array, cache: CausalCache) -> jax.Array:
-        """The layers after time was doubled for the last time."""
+        """The layers after time is last doubled."""
         for stage in self.stages[-self.full_rate_stages :]:
             x = stage(x, cache)
         return self.conv_out(nnx.silu(self.norm_out(x)), cache)
@@ -382,11 +382,10 @@ class VAE(nnx.Module):
 
     A cache is a tuple of arrays in `dtype`, of the same shapes after every step of one direction: donate it.
     In bfloat16 norms, SiLU, the sums over time taps and those of residual blocks stay float32. The latents'
-    distribution is never sampled: encoding gives its mean, as in all Wan pipelines. Whatever does not fit raises
-    ValueError.
+    distribution is never sampled: encoding gives its mean, as in all Wan pipelines. A wrong shape raises ValueError.
 
-    Inside `jax.shard_map` each device computes its tile of the frames (parallel/tiles.py): what goes in and comes out
-    is whole on all of them, a cache's arrays are in tiles (`tiles.TILES`).
+    Inside `jax.shard_map` each device computes its tile of the frames (parallel/tiles.py): inputs and outputs are
+    replicated, the cache's arrays are in tiles (`tiles.TILES`).
     """
 
     def __init__(self, config: VAEConfig, *, dtype: DTypeLike, param_dtype: DTypeLike | None = None, rngs: nnx.Rngs):
@@ -441,7 +440,7 @@ class VAE(nnx.Module):
         _check_step(arrays, frames, self.config.temporal_stride)
         sharding = SpatialSharding.of(frames, stride)
         cache = CausalCache(arrays, sharding)
-        moments = self.encoder(patchify(sharding.split(frames), self.config.patch_size), cache)
+        moments = self.encoder(pixel_unshuffle(sharding.split(frames), self.config.patch_size), cache)
         moments = sharding.join(self.quant_conv(moments, cache))
         latents_mean, reciprocal_std = self._normalisation
         return (moments[..., : self.config.z_dim].astype(jnp.float32) - latents_mean) * reciprocal_std, cache.arrays
@@ -454,7 +453,7 @@ class VAE(nnx.Module):
         latents_mean, reciprocal_std = self._normalisation
         latents = sharding.split(latents).astype(jnp.float32) / reciprocal_std + latents_mean
         frames = self.decoder(self.post_quant_conv(latents, cache), cache).astype(jnp.float32)
-        return sharding.join(unpatchify(frames, self.config.patch_size)), cache.arrays
+        return sharding.join(pixel_shuffle(frames, self.config.patch_size)), cache.arrays
 
     def _channels_last(self, latents: jax.Array) -> jax.Array:
         z_dim = self.config.z_dim

@@ -2,7 +2,7 @@
 
 A list is made for tiles of `query_tile` consecutive queries and blocks of `key_block` consecutive keys. Where a block
 is only partly visible to a tile, each query's own range of keys says the rest, so that patterns whose edges do not
-fall on blocks stay exact. Tokens of a video come in the order "(frames height width)" unless said otherwise.
+fall on blocks stay exact. Tokens of a video have the order "(frames height width)" by default.
 """
 
 import dataclasses

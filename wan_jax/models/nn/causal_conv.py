@@ -77,17 +77,17 @@ class CausalCache:
 
 
 def overlap_add(taps: list[jax.Array], past: tuple[jax.Array, ...]) -> tuple[list[jax.Array], tuple[jax.Array, ...]]:
-    """Sums what every tap made of every frame, each in its place in time.
+    """Adds up every tap's result for every frame, each at its place in time.
 
-    The last tap's results are for the frames they were made of, those of the tap before it for one frame later, and so
-    on. So the frames before need not be at hand, only what they contribute.
+    The last tap's results belong to the frames they were computed from, those of the tap before it to one frame later,
+    and so on. So earlier frames need not be kept, only what they contribute.
 
     Args:
       taps: of [B, T, H, W, C] each.
-      past: len(taps) - 1 times [B, 1, H, W, C], what earlier frames contribute to the first frames here.
+      past: len(taps) - 1 times [B, 1, H, W, C], what earlier frames contribute to the first of these.
 
     Returns:
-      The sums for the T frames, and what these contribute to those after them: the next call's `past`. In float32.
+      The sums for the T frames, and what these contribute to later frames: the next call's `past`. In float32.
     """
     length, later = taps[0].shape[1], len(taps) - 1
 
@@ -117,8 +117,8 @@ def scan_over_time(
 ) -> jax.Array:
     """Runs `step` on the first frame of x [B, T, ...], then on `chunk * in_stride` frames at a time.
 
-    The result is a carry that each step writes its `chunk * out_stride` frames into, not the scan's stacked output:
-    so no second copy of the video is ever made.
+    The result is a carry into which each step writes its `chunk * out_stride` frames, not the scan's stacked output, so
+    the video is never copied.
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; give at least 1")

@@ -42,21 +42,21 @@ def scan_layers(
     remat: str | None = None,
     unroll: bool = False,
 ) -> tuple[Any, Any]:
-    """Runs stacked layers one after the other: `carry, y = step(carry, layer, x)` for each layer.
+    """Runs stacked layers in order: `carry, y = step(carry, layer, x)` for each layer.
 
-    Parameters in host memory (memory kind "pinned_host"), and those of which each device of a mesh has a part ("fsdp"),
-    come to the device layer by layer, those that `step` reads. Each copy runs while the layer before it computes, so
-    two layers are whole on the device at a time. Where the parameters lie changes nothing in the arithmetic.
+    Parameters in host memory (memory kind "pinned_host") and parameters that are sharded over devices ("fsdp") are
+    fetched layer by layer, if `step` reads them. Each fetch runs while the layer before it computes, so the device
+    holds two whole layers at a time. The arithmetic is the same wherever the parameters are.
 
     Args:
       step: one layer's work.
-      carry: what goes from layer to layer.
+      carry: passed from layer to layer.
       layers: made by `stack_layers`.
       per_layer: arrays with a leading layers axis, such as a context; `step` gets one layer's x of it.
-      remat: a name in REMAT_POLICIES, for training: the backward pass computes a layer again instead of keeping what it
-        needs of it. Parameters on the host, or in parts without remat, have no gradients.
-      unroll: write the layers out one by one instead of as a loop, where they lie on the device. What a backward pass
-        keeps of them is not stacked then: training steps of a few small layers move less memory, and compile longer.
+      remat: a name in REMAT_POLICIES, for training: the backward pass recomputes a layer instead of keeping what it
+        needs of it. Parameters on the host, and sharded parameters without remat, have no gradients.
+      unroll: for training, write out layers whose parameters are on the device instead of looping over them. What the
+        backward pass keeps is not stacked then: steps of a few small layers move less memory, and compile longer.
 
     Returns:
       The last carry, and the ys stacked.
@@ -65,7 +65,7 @@ def scan_layers(
     leaves, structure = jax.tree.flatten(parameters)
     variables = jax.tree.leaves(parameters, is_leaf=lambda node: isinstance(node, nnx.Variable))
     axes = [variable.get_metadata()["axes"] for variable in variables]
-    far = [on_host(leaf) or collectives.in_parts(names) for leaf, names in zip(leaves, axes, strict=True)]
+    is_remote = [on_host(leaf) or collectives.in_parts(names) for leaf, names in zip(leaves, axes, strict=True)]
 
     def run(carry: Any, layer: list[jax.Array | None], x: Any) -> tuple[Any, Any]:
         return step(carry, nnx.merge(graphdef, jax.tree.unflatten(structure, layer)), x)
@@ -82,16 +82,16 @@ def scan_layers(
             policy=REMAT_POLICIES[remat],
             prevent_cse=False,
         )
-    if remat is not None or not any(far):
+    if remat is not None or not any(is_remote):
         return lax.scan(lambda carry, xs: run(carry, *xs), carry, (leaves, per_layer), unroll=unroll)
 
     count = len(leaves[0])
-    # XLA makes every copy that it is told to, so those that no one reads are left out.
+    # XLA makes every copy that it is told to, so parameters that nobody reads are left out.
     one_layer = jax.eval_shape(lambda: gather(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), leaves)))
     one_x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), per_layer)
     leaves = [leaf if read else None for leaf, read in zip(leaves, _reads(run, carry, one_layer, one_x), strict=True)]
-    distant = [leaf if is_far else None for leaf, is_far in zip(leaves, far, strict=True)]
-    rest = [None if is_far else leaf for leaf, is_far in zip(leaves, far, strict=True)]
+    remote = [leaf if fetched else None for leaf, fetched in zip(leaves, is_remote, strict=True)]
+    local = [None if fetched else leaf for leaf, fetched in zip(leaves, is_remote, strict=True)]
 
     def at(tree: Any, index: jax.Array | int) -> Any:
         # An index of the form step + constant, within bounds, lets XLA:GPU use the copy engine instead of a kernel.
@@ -100,10 +100,10 @@ def scan_layers(
         )
 
     def fetch(index: jax.Array | int) -> list[jax.Array | None]:
-        return gather([leaf if leaf is None else to_device(leaf) for leaf in at(distant, index)])
+        return gather([leaf if leaf is None else to_device(leaf) for leaf in at(remote, index)])
 
     def run_fetched(index: jax.Array | int, carry: Any, fetched: list[jax.Array | None], ys: Any) -> tuple[Any, Any]:
-        layer = [here if copy is None else copy for copy, here in zip(fetched, at(rest, index), strict=True)]
+        layer = [own if copy is None else copy for copy, own in zip(fetched, at(local, index), strict=True)]
         carry, y = run(carry, layer, at(per_layer, index))
         return carry, jax.tree.map(lambda ys, y: lax.dynamic_update_index_in_dim(ys, y, index, axis=0), ys, y)
 
@@ -113,8 +113,7 @@ def scan_layers(
         carry, ys = run_fetched(index, carry, fetched, ys)
         return index + 1, carry, following, ys
 
-    # A while loop, whose counter XLA knows for what it is. The last layer stands behind it: there is none to fetch
-    # beside it.
+    # A while loop, whose counter XLA recognises. The last layer runs after it: there is none left to fetch beside it.
     _, y = jax.eval_shape(run, carry, one_layer, one_x)
     ys = jax.tree.map(lambda y: jnp.zeros((count, *y.shape), y.dtype), y)
     _, carry, last, ys = lax.while_loop(
