@@ -87,7 +87,7 @@ class WanPipeline:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | os.PathLike,
+        path_or_id: str | os.PathLike | None = None,
         dtype: str = "bfloat16",
         *,
         vae_dtype: str = "float32",
@@ -100,7 +100,7 @@ class WanPipeline:
         On GPUs call `wan_jax.configure()` first: it lets JAX use more of their memory, and of the host's.
 
         Args:
-            path_or_id: a local path, or "organisation/name", which huggingface_hub downloads.
+            path_or_id: a local path, or a hub id ("organisation/name"), which is downloaded; None for nano.
             dtype: "bfloat16" or "float32", for the text encoder and the denoisers. An image encoder is always float32.
             vae_dtype: the same for the VAE. "bfloat16" is faster, takes half the memory, and moves the frames by less
                 than one of their 255 levels on average.

@@ -14,7 +14,7 @@ COMMANDS = (generate, train, extend, decode, convert, plan, demo)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 1 some videos of a file failed, 2 bad input, 130 interrupted."""
-    parser = _parser()
+    parser = make_parser()
     values, rest = parser.parse_known_args(arguments)
     if rest and "takes_rest" not in values:  # the commands whose arguments their recipe knows
         parser.error(f"unknown argument {rest[0]!r}; see wan-jax {values.command} --help")
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Every command adds its flags; what a command needs to run is imported when it runs."""
     parser = argparse.ArgumentParser(prog="wan-jax", description="Wan video models in JAX.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
