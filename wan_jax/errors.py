@@ -11,8 +11,21 @@ class InputError(ValueError):
     """
 
 
+class OutputError(OSError):
+    """A file could not be written, though it was checked before: a full disk. One line; the exit code is 1."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, which the command line takes as Ctrl-C; the exit code says which."""
+
+
 class Cancelled(Exception):
     """A run ended because its caller asked for it (runtime/events.py: CancelToken)."""
+
+
+def one_line(error: BaseException, text: str | None = None) -> str:
+    """What an exception says (or a text in its place), with the notes on it, in one line."""
+    return " ".join("; ".join([text or str(error), *vars(error).get("__notes__", ())]).split())
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> InputError:

@@ -7,7 +7,8 @@ import inspect
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+import secrets
+from collections.abc import Callable
 from dataclasses import Field, field, fields
 from fractions import Fraction
 from numbers import Integral, Real
@@ -21,15 +22,32 @@ Convert = Callable[[str, Any], Any]  # (the field's name, a value or a text of i
 
 def text(name: str, value: Any) -> str:
     if not isinstance(value, str):
-        raise InputError(f"{name} {value!r}: must be text")
+        raise InputError(f"{name} {value!r:.80}: must be text")
     return value
+
+
+def words(name: str, value: Any) -> str:
+    """Text that can be written into files; a command line may have bytes that cannot."""
+    try:
+        text(name, value).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} {value!r:.80}: is not UTF-8 text") from None
+    return value
+
+
+def seed_number(name: str, value: Any) -> int:
+    """A whole number of 64 bits, or "random", which draws one."""
+    number = secrets.randbits(32) if value == "random" else integer(name, value)
+    if not 0 <= number < 2**64:
+        raise InputError(f"{name} {value!r:.80}: must be from 0 to 2**64 - 1, or random")
+    return number
 
 
 def integer(name: str, value: Any) -> int:
     parsed = _parsed(value, int)
     is_whole = isinstance(parsed, Integral) or (isinstance(parsed, float) and parsed.is_integer())
     if isinstance(parsed, bool) or not is_whole:
-        raise InputError(f"{name} {value!r}: must be a whole number")
+        raise InputError(f"{name} {value!r:.80}: must be a whole number")
     return int(parsed)
 
 
@@ -40,7 +58,7 @@ def number(name: str, value: Any) -> float:
             raise TypeError
         return float(parsed)
     except (TypeError, OverflowError):
-        raise InputError(f"{name} {value!r}: must be a number") from None
+        raise InputError(f"{name} {value!r:.80}: must be a number") from None
 
 
 def rate(name: str, value: Any) -> float:
@@ -48,7 +66,7 @@ def rate(name: str, value: Any) -> float:
     try:
         fps = Fraction(value if isinstance(value, (str, Fraction)) else number(name, value))
     except (ValueError, OverflowError, ZeroDivisionError):
-        raise InputError(f"{name} {value!r}: must be a number, or a fraction like 30000/1001") from None
+        raise InputError(f"{name} {value!r:.80}: must be a number, or a fraction like 30000/1001") from None
     if not Fraction(1, 100) <= fps <= 1000:
         raise InputError(f"{name} {value}: must be at least 1/100 and at most 1000")
     return int(fps) if fps.denominator == 1 else float(fps)
@@ -63,13 +81,13 @@ def path_of(name: str, value: Any) -> pathlib.Path:
 
 def switch(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise InputError(f"{name} {value!r}: must be true or false")
+        raise InputError(f"{name} {value!r:.80}: must be true or false")
     return value
 
 
 def texts(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, (tuple, list)):
-        raise InputError(f"{name} {value!r}: must be a list of texts")
+        raise InputError(f"{name} {value!r:.80}: must be a list of texts")
     return tuple(text(name, each) for each in value)
 
 
@@ -78,10 +96,10 @@ def width_height(name: str, value: Any) -> tuple[int, int]:
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+)\s*[xX*]\s*(\d+)\s*", value)
         if not match:
-            raise InputError(f"{name} {value!r}: write WIDTHxHEIGHT, for example 1280x720")
-        return int(match[1]), int(match[2])
-    if not isinstance(value, Sequence) or len(value) != 2:
-        raise InputError(f"{name} {value!r}: give (width, height)")
+            raise InputError(f"{name} {value!r:.80}: write WIDTHxHEIGHT, for example 1280x720")
+        value = match.groups()
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise InputError(f"{name} {value!r:.80}: give (width, height)")
     width, height = (integer(name, side) for side in value)
     return width, height
 
@@ -108,14 +126,14 @@ def per_expert(convert: Convert) -> Convert:
             values = []
         if not values:
             write = f"write one {kind}, or LOW,HIGH" if isinstance(value, str) else "give one value, or a pair"
-            raise InputError(f"{name} {value!r}: {write} for the low-noise and the high-noise expert")
+            raise InputError(f"{name} {value!r:.80}: {write} for the low-noise and the high-noise expert")
         return values[0] if len(values) == 1 else PerExpert(*values)
 
     return convert_each
 
 
 # The type of a field's value in a recipe; text for all others.
-KINDS: dict[Convert, type] = {integer: int, number: float, rate: float, switch: bool, texts: tuple}
+KINDS: dict[Convert, type] = {integer: int, seed_number: int, number: float, rate: float, switch: bool, texts: tuple}
 
 
 def knob(
@@ -157,10 +175,11 @@ def knobs(kind: Any) -> list[Field]:
 
 
 def convert_fields(values: Any) -> None:
-    """Converts the knobs of a (frozen) dataclass that has just been made; None stays."""
+    """Converts the knobs of a (frozen) dataclass that has just been made; None is a field left out."""
     for each in knobs(values):
-        if (value := vars(values)[each.name]) is not None:
-            object.__setattr__(values, each.name, each.metadata["convert"](each.name, value))
+        value = vars(values)[each.name]
+        value = each.default if value is None else each.metadata["convert"](each.name, value)
+        object.__setattr__(values, each.name, value)
 
 
 def documented(kind: Any) -> Callable[[Any], Any]:

@@ -229,7 +229,7 @@ class WanPipeline:
             InputError: an argument that the model cannot serve, named with what to do.
             Cancelled: the token asked for it. Nothing of the run stays on the device.
         """
-        requests = make_requests(prompt, params, num_videos or 1)
+        requests = make_requests(prompt, params, 1 if num_videos is None else num_videos)
         results = self.results(requests, on_event=on_event, cancel=cancel, state=state)
         videos = [result.video() for result in results]
         return videos[0] if num_videos is None and isinstance(prompt, (str, SamplingParams)) else videos

@@ -114,12 +114,12 @@ def test_csv(read):
         (
             "p.jsonl",
             '{"prompt": "a", "output": "x.gif"}\n{"prompt": "b", "output": "./x.gif"}',
-            "line 2: output ./x.gif is also that of p.jsonl line 1; give each its own",
+            "line 2: output ./x.gif is also the output of p.jsonl line 1; give each its own",
         ),
         (
             "p.jsonl",
             '{"prompt": "a", "output": "out-2.mp4"}\n{"prompt": "b"}',
-            "line 2: output out-2.mp4 is also that of",
+            "line 2: output out-2.mp4 is also the output of",
         ),
         ("p.csv", "prompt,sede\na,3", "p.csv line 1: unknown key 'sede'; did you mean 'seed'"),
         ("p.csv", "prompt,seed,seed\na,3,4", "line 1: key 'seed' is there twice"),
@@ -194,12 +194,13 @@ def test_a_failing_video_and_a_second_run(run, tmp_path, monkeypatch):
     assert "note: blue.png is finished\n" in errors
     assert (tmp_path / "out-1.mp4").stat().st_mtime_ns == before
 
-    # Nothing is left to do, so nothing is loaded; what was made of another line is said.
+    # Nothing is left to do, so nothing is loaded; what was made of another line is a failure.
     with monkeypatch.context() as patch:
         patch.setattr(WanPipeline, "from_checkpoint", None)
-        code, report, errors = run([LINES[0] | {"prompt": "a green star", "seed": 5}, *lines[1:]])
-    assert (code, report["outputs"], report["profile"]) == (0, [], None)
-    assert "out-1.mp4 is finished, but with another prompt, seed; --overwrite makes it anew" in errors
+        code, report, errors = run([LINES[0] | {"prompt": "a green star", "seed": 5}, *lines[1:]], "--quiet")
+    assert (code, report["outputs"], report["profile"]) == (1, [], None)
+    assert "out-1.mp4 is of another prompt, seed; --overwrite makes it anew" in errors
+    assert report["failed"] == ["prompts.jsonl line 1"]
 
     code, report, _ = run([{"prompt": "a green star", "seed": 5}], "--overwrite")
     assert (code, report["outputs"]) == (0, ["out-1.mp4"])
@@ -209,11 +210,13 @@ def test_a_failing_video_and_a_second_run(run, tmp_path, monkeypatch):
 def test_what_is_half_there_is_made_again(run, tmp_path):
     line = {"prompt": "a", "output": "a.png"}
     assert run([line], "--save-frames", "frames.npy")[0] == 0
-    for missing in ("a-0004.png", "frames-1.npy"):
+    for missing in ("a-0004.png", "frames-1.npy", "a-0001.png"):
         (tmp_path / missing).unlink()
+        if missing == "a-0001.png":
+            (tmp_path / missing).touch()  # as a full disk leaves it
         _, report, _ = run([line], "--save-frames", "frames.npy")
         assert [video["status"] for video in report["videos"]] == ["made"]
-        assert (tmp_path / missing).is_file()
+        assert (tmp_path / missing).stat().st_size
 
 
 def test_all_lines_are_checked_first(run, tmp_path, monkeypatch):

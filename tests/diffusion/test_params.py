@@ -83,7 +83,7 @@ def test_values_may_be_text():
         ({"solver": "a,b,c"}, ["solver 'a,b,c'", "LOW,HIGH"]),
         ({"schedule": ("lightx2v", "official"), "solver": ("euler", "unipc")}, ["steps of each expert"]),
         ({"schedule": ("lightx2v", "official"), "steps": (4, 2)}, ["'lightx2v'", "'unipc'"]),
-        ({"seed": -1}, ["seed -1", "negative"]),
+        ({"seed": -1}, ["seed -1", "2**64"]),
         ({"solver": "unipcc"}, ["'unipcc'", "did you mean 'unipc'"]),
         ({"schedule": "oficial"}, ["'oficial'", "did you mean 'official'"]),
         ({"noise": "numpy"}, ["unknown noise 'numpy'"]),

@@ -14,21 +14,27 @@ def add_command(commands: Any) -> None:
 
 
 def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
-    """Decodes latents that an earlier run kept and writes the video; returns the files."""
-    import dataclasses
-
+    """Decodes latents that an earlier run kept and writes the video; returns the files. Loads the VAE alone."""
     from wan_jax.checkpoint import open_checkpoint
-    from wan_jax.cli.loading import load_pipeline
-    from wan_jax.diffusion.params import read_latents
+    from wan_jax.checkpoint.load import load_models
+    from wan_jax.diffusion.params import DTYPES, check_name, read_latents
+    from wan_jax.media.codec import Codec
     from wan_jax.media.video import VideoWriter, check_output
+    from wan_jax.parallel.placement import SINGLE
     from wan_jax.runtime.events import Run
+    from wan_jax.runtime.offload import Memory
+    from wan_jax.runtime.progress import Bars
 
-    output = check_output(options.output, crf=options.crf, fps=options.fps)
-    latents = read_latents(latents_file)
+    check_name("VAE dtype", options.vae_dtype, DTYPES)
+    check_output(options.output, crf=options.crf, fps=options.fps)
+    latents, run = read_latents(latents_file), Run(Bars(not options.quiet))
     checkpoint = open_checkpoint(options.checkpoint)
-    # The experts stay on the host.
-    pipeline = load_pipeline(dataclasses.replace(options, profile="swap"), checkpoint)
-    with VideoWriter(output, options.fps or checkpoint.config.sampling.fps, crf=options.crf) as writer:
-        for frames in pipeline.codec.decode(latents, Run(pipeline.on_event)):
+    for note in checkpoint.notes:
+        run.note(note)
+    vae = load_models(checkpoint, ["vae"], options.dtype, options.vae_dtype, SINGLE, run)["vae"]
+    codec = Codec(vae, False, Memory(SINGLE.offload, SINGLE.devices[0]), SINGLE)
+    fps = options.fps or checkpoint.config.sampling.fps
+    with VideoWriter(options.output, fps, crf=options.crf) as writer:
+        for frames in codec.decode(latents, run):
             writer.write(frames)
     return writer.files

@@ -1,5 +1,6 @@
 """`wan-jax extend`: continues a video from its last frame."""
 
+import os
 import pathlib
 from typing import Any
 
@@ -30,10 +31,12 @@ def extend(video: str, options: Options) -> list[pathlib.Path]:
     from wan_jax.generation.extension import extension, following
     from wan_jax.media.video import VideoWriter, check_output, read_video
 
-    if options.prompt is None:
+    if options.prompt is None or not options.prompt.strip():
         raise InputError("give a prompt: what happens next in the video")
     check_output(options.output, crf=options.crf)
     clip = read_video(video)
+    if os.path.exists(options.output) and os.path.samefile(video, options.output):
+        raise InputError(f"output {options.output} is also the video; give another name")
     output = check_output(options.output, size=clip.size, fps=clip.fps)
     checkpoint = open_checkpoint(options.checkpoint)
     config = checkpoint.config

@@ -5,8 +5,8 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import pathlib
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from wan_jax.cli.loading import load_pipeline, read_loras
 from wan_jax.cli.options import OPTIONS, Options, add_options, options_of
 from wan_jax.cli.prompt_files import Item, read_items
 from wan_jax.cli.recipes import RECIPES, get_recipe, load_recipe
-from wan_jax.errors import InputError
+from wan_jax.errors import InputError, OutputError, one_line
 
 if TYPE_CHECKING:
     from wan_jax.lora import Lora
@@ -122,6 +122,9 @@ def _generate(
     finished = [is_batch and not options.overwrite and job.find_finished(loras, run) for job in jobs]
     finished = distributed.broadcast_from_process_0(finished)
     pending = [job for job, is_finished in zip(jobs, finished, strict=True) if not is_finished]
+    for job in pending:
+        with job.item.naming_errors():
+            job.check_inputs(run)
     if language_model is not None:
         _extend_prompts(pending, language_model, run)
 
@@ -164,34 +167,59 @@ class Job:
 
     def check_files(self) -> None:
         """What can be checked before the model is known."""
-        from wan_jax.media.video import check_folder, check_output
+        from wan_jax.media.video import check_output
+        from wan_jax.runtime.files import check_writable
 
         options = self.item.options
         with self.item.naming_errors():
             check_output(options.output, crf=options.crf)
             for name in ("save_latents", "save_frames"):
                 if (file := vars(options)[name]) is not None:
-                    if not file.endswith(".npy"):
-                        raise InputError(f"--{name.replace('_', '-')} {file}: the name must end in .npy")
-                    check_folder(pathlib.Path(file))
+                    check_writable(file, name=f"--{name.replace('_', '-')}", endings=(".npy",))
 
-    def find_finished(self, loras: Sequence["Lora"], run: "Run") -> bool:
-        """Whether an earlier run has made the video; says so, and whether it was asked for something else."""
-        from wan_jax.media.video import is_complete, read_metadata
+    def files(self) -> list[pathlib.Path]:
+        """All that will be written."""
+        from wan_jax.media.video import output_files
 
         options = self.item.options
-        files = [name for name in (options.save_latents, options.save_frames) if name is not None]
-        if not is_complete(options.output, self.request.frames) or not all(map(os.path.exists, files)):
+        arrays = [pathlib.Path(file) for file in (options.save_latents, options.save_frames) if file is not None]
+        return [*output_files(options.output, self.request.frames), *arrays]
+
+    def check_inputs(self, run: "Run") -> None:
+        """Raises InputError if a file that is read would be overwritten; says which others will be."""
+        there = [file for file in self.files() if file.exists()]
+        for name in ("image", "last_image", "initial_latents"):
+            for file in there if isinstance(given := vars(self.item.options)[name], str) else ():
+                if file.samefile(given):
+                    raise InputError(f"output {file} is also the {name.replace('_', ' ')}; give another name")
+        if there:
+            run.note(f"{there[0]} is overwritten{f', and {len(there) - 1} others' if there[1:] else ''}")
+
+    def find_finished(self, loras: Sequence["Lora"], run: "Run") -> bool:
+        """Whether an earlier run has made the video; one that was made of something else is a failure."""
+        from wan_jax.media.video import read_metadata
+
+        options, request = self.item.options, self.request
+        if not all(file.is_file() and file.stat().st_size for file in self.files()):
             return False
-        self.finished = True
         recorded = {"loras": [], **read_metadata(options.output)}
         recorded["prompt"] = recorded.get("original_prompt", recorded.get("prompt"))
-        asked = {"prompt": options.prompt, "loras": [lora.as_json() for lora in loras], **self.request.as_json()}
+        pictures = {"image": request.image, "last_image": request.last_image}
+        names = {name: picture.name for name, picture in pictures.items() if picture is not None}
+        asked = {"prompt": options.prompt, "loras": [lora.as_json() for lora in loras], **names, **request.as_json()}
         wanted = json.loads(json.dumps(asked))
-        others = [name for name, value in wanted.items() if name in recorded and recorded[name] != value]
-        difference = f", but with another {', '.join(others)}; --overwrite makes it anew" if others else ""
-        run.note(f"{options.output} is finished{difference}")
+        others = [name for name, value in wanted.items() if name not in recorded or recorded[name] != value]
+        if others:
+            difference = f"of another {', '.join(others)}" if "seed" in recorded else "a file of something else"
+            self.fail(f"{self.item.where}: {options.output} is {difference}; --overwrite makes it anew")
+        else:
+            run.note(f"{options.output} is finished")
+            self.finished = True
         return True
+
+    def fail(self, reason: str) -> None:
+        self.failure = reason
+        print(f"wan-jax: {reason}", file=sys.stderr)
 
     def make(self, pipeline: "WanPipeline", seconds: dict[str, float], go_on: bool) -> None:
         """Makes the video and adds its seconds; with `go_on`, a failure is said and kept, not raised."""
@@ -201,9 +229,9 @@ class Job:
         except Exception as error:
             if not go_on:
                 raise
-            kind = "" if isinstance(error, InputError) else f"{self.item.where}: {type(error).__name__}: "
-            self.failure = " ".join(f"{kind}{error}".split())
-            print(f"wan-jax: {self.failure}", file=sys.stderr)
+            where = "" if isinstance(error, InputError) else f"{self.item.where}: "
+            kind = "" if isinstance(error, (InputError, OutputError)) else f"{type(error).__name__}: "
+            self.fail(f"{where}{kind}{one_line(error)}")
 
     def _make(self, pipeline: "WanPipeline", seconds: dict[str, float]) -> None:
         from wan_jax.media.video import VideoWriter
@@ -218,9 +246,10 @@ class Job:
             return
         if result.request.prompt != options.prompt:
             result.metadata["original_prompt"] = options.prompt
-        again = f"finish with: wan-jax decode {{}} --output {output}"
-        again += "" if options.checkpoint is None else f" --checkpoint {options.checkpoint}"
-        again += "" if options.vae_dtype == "float32" else f" --vae-dtype {options.vae_dtype}"
+        names = ("output", "checkpoint", "vae_dtype", "fps", "crf")
+        own = [(name, value) for name in names if (value := vars(options)[name]) not in (None, vars(Options())[name])]
+        flags = [part for name, value in own for part in (f"--{name.replace('_', '-')}", str(value))]
+        again = f"finish with: wan-jax decode {{}} {shlex.join(flags)}".rstrip()
         chunks: list[np.ndarray] = []
         with latents_kept(result.latents, output, again, options.save_latents):
             with VideoWriter(output, result.request.fps, result.metadata, options.crf) as writer:
@@ -257,20 +286,29 @@ def latents_kept(latents: np.ndarray, output: pathlib.Path, again: str, file: st
     """Keeps the latents of a video in a file while it is decoded and written.
 
     Args:
-        output: the video's file; the latents lie beside it.
+        output: the video's file; the latents lie beside it, under a name of their own.
         again: said if the block fails, with the latents' file in the place of {}.
         file: where the latents go for good.
     """
-    from wan_jax.runtime.files import save_array
+    from wan_jax.runtime.files import keep_array, save_array
 
-    kept = save_array(file or output.with_name(f"{output.stem}.latents.npy"), latents)
+    failure, kept = None, None
+    try:
+        kept = save_array(file, latents) if file is not None else keep_array(output, latents)
+    except OutputError as error:  # the video may still be written
+        failure = error
+        with contextlib.suppress(OutputError):
+            kept = keep_array(output, latents)
     try:
         yield
-    except BaseException:
-        print(f"the latents are kept in {kept}; {again.replace('{}', str(kept))}", file=sys.stderr)
+        if failure is not None and file is not None:
+            raise failure
+    except BaseException as error:
+        where = f"the latents are kept in {kept}; {again.replace('{}', shlex.quote(str(kept)))}"
+        error.add_note(where if kept is not None else f"the latents are lost: {failure}")
         raise
-    if file is None:
-        kept.unlink()
+    if file is None and kept is not None:
+        kept.unlink(missing_ok=True)
 
 
 def _extend_prompts(jobs: list[Job], language_model: "Endpoint | LocalModel", run: "Run") -> None:

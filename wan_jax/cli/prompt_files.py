@@ -52,7 +52,11 @@ def read_items(options: Options) -> list[Item]:
     if (options.prompt is None) == (options.prompts is None):
         raise InputError("give a prompt, or a file of them with --prompts (one of the two)")
     if options.prompts is None:
-        return [Item(options)]
+        items = [Item(options)]
+        if not options.prompt.strip():
+            raise InputError("the prompt is empty; write what the video shows")
+        _check_distinct(items)
+        return items
     path = pathlib.Path(options.prompts)
     reader = READERS.get(path.suffix.lower() or ".txt")
     if reader is None:
@@ -77,15 +81,14 @@ def read_items(options: Options) -> list[Item]:
 
 
 def _check_distinct(items: list[Item]) -> None:
-    owners: dict[str, Item] = {}
+    owners: dict[str, str] = {}
     for item in items:
         for name in FILES:
-            file = vars(item.options)[name]
-            if file is None:
+            if (file := vars(item.options)[name]) is None:
                 continue
-            owner = owners.setdefault(os.path.abspath(file), item)
-            if owner is not item:
-                raise InputError(f"{item.where}: {name} {file} is also that of {owner.where}; give each its own")
+            owner = owners.setdefault(os.path.realpath(file), f"the {name} of {item.where or 'the video'}")
+            if owner != f"the {name} of {item.where or 'the video'}":
+                raise InputError(f"{item.where or 'the video'}: {name} {file} is also {owner}; give each its own")
 
 
 def _numbered(name: str, number: int) -> str:

@@ -6,7 +6,6 @@ of files of prompts derive from the fields; cli/options.py adds what a run of th
 
 import math
 import os
-import pathlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,7 +15,20 @@ from wan_jax.config import PerExpert, WanConfig
 from wan_jax.diffusion.experts import as_pair, by_expert
 from wan_jax.diffusion.schedule import GRIDS, Schedule, make_schedule
 from wan_jax.errors import InputError, unknown_name
-from wan_jax.fields import anything, convert_fields, integer, knob, knobs, number, rate, text, width_height
+from wan_jax.fields import (
+    anything,
+    convert_fields,
+    integer,
+    knob,
+    knobs,
+    number,
+    path_of,
+    rate,
+    seed_number,
+    text,
+    width_height,
+    words,
+)
 from wan_jax.media.image import Picture, check_images, output_size
 
 NOISES = ("jax", "torch")
@@ -32,8 +44,8 @@ class SamplingParams:
     `SamplingParams("a cat boxes", size="832x480", guidance="1,3.5")`.
     """
 
-    prompt: str = knob(text, "what the video shows")
-    negative_prompt: str = knob(text, "what to steer away from", metavar="TEXT", per_row=True)
+    prompt: str = knob(words, "what the video shows")
+    negative_prompt: str = knob(words, "what to steer away from", metavar="TEXT", per_row=True)
     image: Any = knob(
         anything, "picture that the video starts from, for models that take one", metavar="FILE", per_row=True
     )
@@ -61,7 +73,13 @@ class SamplingParams:
     schedule: str | PerExpert[str] = knob(
         text, f"{' | '.join(GRIDS)}, or LOW,HIGH", metavar="NAME[,NAME]", both_experts=True
     )
-    seed: int = knob(integer, "the initial noise depends on it alone (default 0)", default=0, metavar="N", per_row=True)
+    seed: int = knob(
+        seed_number,
+        "the initial noise depends on it; or random (default 0)",
+        default=0,
+        metavar="N",
+        per_row=True,
+    )
     noise: str = knob(text, f"{' | '.join(NOISES)}: whose random numbers (default jax)", default="jax", metavar="NAME")
     initial_latents: Any = knob(
         anything, "start from these float32 [C, F', h, w] latents", metavar="F.npy", per_row=True
@@ -121,8 +139,6 @@ class SamplingParams:
             raise InputError(f"frames {self.frames}: must be {stride}n + 1; use {below} or {below + stride}")
         if self.last_image is not None and self.frames < 2:
             raise InputError(f"frames {self.frames}: a first and a last image need more than one")
-        if self.seed < 0:
-            raise InputError(f"seed {self.seed}: must not be negative")
         check_name("noise", self.noise, NOISES)
         if not all(map(math.isfinite, as_pair(self.guidance))):
             raise InputError(f"guidance {self.guidance}: must be finite numbers")
@@ -171,17 +187,21 @@ def read_latents(latents: Any) -> np.ndarray:
     """
     where = "initial latents"
     if isinstance(latents, (str, os.PathLike)):
-        path = pathlib.Path(latents)
+        path = path_of("latents file", latents)
         where = f"latents file {path}"
         if not path.is_file():
             raise InputError(f"{where} does not exist; give a .npy file of float32 [C, F', h, w]")
         try:
-            latents = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError):
+            latents = np.load(path, mmap_mode="r", allow_pickle=False)  # reads no more than there is
+            latents.dtype  # noqa: B018 (an archive of arrays has none)
+        except (ValueError, EOFError, OSError, AttributeError, MemoryError, OverflowError):
             raise InputError(f"{where} is not a .npy array; give float32 [C, F', h, w]") from None
         if latents.dtype != np.float32 or latents.ndim != 4:
             raise InputError(f"{where} holds {latents.dtype} of shape {latents.shape}; give float32 [C, F', h, w]")
-    latents = np.asarray(latents, np.float32)
+    try:
+        latents = np.array(latents, np.float32)
+    except (TypeError, ValueError):
+        raise InputError(f"{where} {latents!r:.60}: give float32 [C, F', h, w]") from None
     if not np.isfinite(latents).all():
         raise InputError(f"{where} {'holds' if 'file' in where else 'hold'} NaN or infinity; give finite numbers")
     return latents

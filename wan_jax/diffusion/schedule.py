@@ -17,6 +17,7 @@ from wan_jax.diffusion.experts import as_pair
 from wan_jax.errors import InputError, unknown_name
 
 TRAIN_TIMESTEPS = 1000
+MOST_STEPS = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,8 @@ def make_schedule(
     for number in (numbers.low, numbers.high):
         if not isinstance(number, Integral) or number < 1:
             raise InputError(f"steps is {number!r}; give a whole number of at least 1")
+        if number > MOST_STEPS:
+            raise InputError(f"steps {number}: give at most {MOST_STEPS}; a model knows {TRAIN_TIMESTEPS} timesteps")
     if not (math.isfinite(shift) and shift > 0):
         raise InputError(f"shift is {shift}; give a number above 0 (presets have 5 to 12)")
     high_noise_steps = numbers.high if isinstance(steps, tuple) else None

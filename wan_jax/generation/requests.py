@@ -1,6 +1,6 @@
 """The requests of a call, and which of them may be one batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import Field, replace
 from typing import Any
 
@@ -8,11 +8,11 @@ import numpy as np
 
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError, unknown_name
-from wan_jax.fields import integer, knobs
+from wan_jax.fields import integer, knobs, seed_number
 
 
 def make_requests(
-    prompt: str | SamplingParams | Sequence[str | SamplingParams],
+    prompt: str | SamplingParams | Iterable[str | SamplingParams],
     choices: Mapping[str, Any],
     num_videos: int = 1,
 ) -> list[SamplingParams]:
@@ -26,23 +26,27 @@ def make_requests(
     Raises:
         InputError: an argument that does not exist, a sequence of another length, or no prompt at all.
     """
-    prompts = [prompt] if isinstance(prompt, (str, SamplingParams)) else list(prompt)
-    if not prompts:
+    if isinstance(prompt, (str, SamplingParams)):
+        prompt = [prompt]
+    elif isinstance(prompt, (bytes, bytearray, Mapping, Set)) or not isinstance(prompt, Iterable):
+        raise InputError(f"prompt {prompt!r:.60}: must be text, or a list of texts")
+    if not (prompts := list(prompt)):
         raise InputError("no prompts: give at least one")
     names = {each.name: each for each in knobs(SamplingParams)}
     for name in choices:
         if name not in names:
             raise unknown_name("argument", name, names)
-    if num_videos < 1:
+    if integer("num_videos", num_videos) < 1:
         raise InputError(f"num_videos {num_videos}: give at least 1")
     prompts = [each for each in prompts for _ in range(num_videos)]
     given = {name: value for name, value in choices.items() if value is not None}
     rows = {name: _rows(name, given.pop(name), len(prompts)) for name in list(given) if _is_rows(names[name], given)}
+    first_seed = seed_number("seed", given.get("seed", 0))
     requests = []
     for index, each in enumerate(prompts):
         own = given | {name: values[index] for name, values in rows.items()}
         if "seed" in given or ("seed" not in rows and not isinstance(each, SamplingParams)):
-            own["seed"] = integer("seed", given.get("seed", 0)) + index
+            own["seed"] = first_seed + index
         elif "seed" not in rows and num_videos > 1:
             own["seed"] = vars(each)["seed"] + index % num_videos
         if isinstance(each, SamplingParams):

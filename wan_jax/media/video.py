@@ -22,7 +22,7 @@ from wan_jax.config import VAEConfig
 from wan_jax.errors import InputError
 from wan_jax.fields import integer, path_of, rate
 from wan_jax.media.frames import BT709, EXACT, LIMITED_RANGE, Clip, matrix_of, measured_rate, resampled
-from wan_jax.runtime.files import written_whole
+from wan_jax.runtime.files import check_writable, hidden, naming_file, written_whole
 
 # The official code writes libx264 at imageio's "quality 8", which is this constant rate factor.
 OFFICIAL_CRF = 10
@@ -140,10 +140,11 @@ class VideoWriter:
         if self._failure is not None:
             raise self._failure
         frames = check_pixels(frames)
-        self._shape = self._shape or frames.shape[1:]
+        if not self._shape:
+            self._shape = frames.shape[1:]
+            check_output(self.path, size=(self._shape[1], self._shape[0]))
         if frames.shape[1:] != self._shape:
             raise InputError(f"frames of shape {frames.shape[1:]} after others of {self._shape}; give all one size")
-        check_output(self.path, size=(self._shape[1], self._shape[0]))
         self._chunks.put(frames)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -225,9 +226,7 @@ def check_output(
     """Checks, before any work is done, that a video can be written to `path`; raises InputError if not."""
     path = path_of("output", path)
     ending = path.suffix.lower()
-    if ending not in WRITERS:
-        raise InputError(f"output {path}: unknown ending {path.suffix!r}; use one of {', '.join(WRITERS)}")
-    check_folder(path)
+    check_writable(output_files(path, 1)[0], endings=tuple(WRITERS))
     best, worst = 0, 63 if ending == ".webm" else 51
     if crf is not None and (ending not in CONTAINERS or not best <= integer("crf", crf) <= worst):
         raise InputError(f"crf {crf}: is from 0 to 51 for .mp4 and .mov, to 63 for .webm, and for no other file")
@@ -236,12 +235,6 @@ def check_output(
     if fps is not None and ending == ".gif" and rate("fps", fps) > 50:
         raise InputError(f"fps {fps}: .gif shows at most 50 frames per second; use .mp4")
     return path
-
-
-def check_folder(path: pathlib.Path) -> None:
-    """Raises InputError unless the folder that `path` would be written to exists."""
-    if not path.parent.is_dir():
-        raise InputError(f"output folder {path.parent} does not exist; make it first")
 
 
 def read_video(path: str | os.PathLike) -> Video:
@@ -267,12 +260,17 @@ def parse_metadata(description: str) -> dict[str, Any]:
     return metadata if isinstance(metadata, dict) else {}
 
 
-def is_complete(path: str | os.PathLike, frames: int) -> bool:
-    """Whether `Video.save` has written a video of so many frames to `path`."""
+def output_files(path: str | os.PathLike, frames: int) -> list[pathlib.Path]:
+    """The files that `Video.save` writes for a video of so many frames."""
     path = pathlib.Path(path)
-    if path.suffix.lower() == ".png":  # the last appears last
-        path = _numbered_frame(path, frames - 1)
-    return path.is_file()
+    if path.suffix.lower() != ".png":
+        return [path]
+    return [path.with_name(f"{path.stem}-{index:04d}{path.suffix}") for index in range(frames)]
+
+
+def is_complete(path: str | os.PathLike, frames: int) -> bool:
+    """Whether a video of so many frames is at `path`."""
+    return all(file.is_file() and file.stat().st_size for file in output_files(path, frames))
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -280,16 +278,12 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     path = path_of("video", path)
     try:
         if path.suffix.lower() == ".png":
-            with Image.open(path if path.is_file() else _numbered_frame(path, 0)) as image:
+            with Image.open(path if path.is_file() else output_files(path, 1)[0]) as image:
                 return parse_metadata(image.info["Description"])
         with Clip(path) as clip:
             return parse_metadata(clip.metadata["comment"])
     except (OSError, KeyError, ValueError):
         return {}
-
-
-def _numbered_frame(path: pathlib.Path, index: int) -> pathlib.Path:
-    return path.with_name(f"{path.stem}-{index:04d}{path.suffix}")
 
 
 # Of the files that PyAV writes: container, codec, and the codec's options.
@@ -346,14 +340,12 @@ def _write_pngs(path: pathlib.Path, frames: Iterator[np.ndarray], fps: float, de
     del fps
     text = PngImagePlugin.PngInfo()
     text.add_itxt("Description", description)
-    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent) as folder:
-        written = []
-        for index, frame in enumerate(frames):
-            written.append(pathlib.Path(folder) / _numbered_frame(path, index).name)
-            Image.fromarray(frame).save(written[-1], format="PNG", pnginfo=text)
-        targets = [path.with_name(temporary.name) for temporary in written]
-        for temporary, target in zip(written, targets, strict=True):
-            temporary.replace(target)
+    with naming_file(path), hidden(path, is_folder=True) as folder:
+        for count, frame in enumerate(frames, start=1):
+            Image.fromarray(frame).save(folder / f"{count}.png", format="PNG", pnginfo=text)
+        targets = output_files(path, count)
+        for index, target in enumerate(targets, start=1):
+            (folder / f"{index}.png").replace(target)
     return targets
 
 
