@@ -3,12 +3,19 @@
 import difflib
 from collections.abc import Iterable
 
+MAX_MESSAGE = 2000  # characters
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used: one line that names the thing and says what to do.
 
     The command line prints the message and exits with code 2; any other exception is a bug in wan_jax.
     """
+
+    def __init__(self, message: object):
+        # It may quote what a file says, of any length and with any character.
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message)[: MAX_MESSAGE + 1])
+        super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]}...")
 
 
 class OutputError(OSError):

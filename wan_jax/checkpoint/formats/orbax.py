@@ -8,7 +8,7 @@ import numpy as np
 import tensorstore
 from orbax.checkpoint import v1 as ocp
 
-from wan_jax.checkpoint.formats.tensors import Box, ReadMany, TensorInfo, TensorStore, cast, split_by_bytes
+from wan_jax.checkpoint.formats.tensors import Box, ReadMany, TensorInfo, TensorStore, cast, one_line, split_by_bytes
 from wan_jax.errors import InputError
 
 ARRAYS = "state"  # Orbax's own folder in a tree
@@ -56,12 +56,6 @@ class OrbaxStore(TensorStore):
                 raise InputError(f"{self.place}: cannot be read ({one_line(error)}); convert it again") from None
             for name in group:
                 yield cast(arrays.pop(name), dtype)
-
-
-def one_line(error: Exception) -> str:
-    """What an error of a library says, in one line of bounded length."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
 
 
 def write_orbax(folder: Path, tensors: Mapping[str, TensorInfo], read_many: ReadMany) -> None:

@@ -18,14 +18,18 @@ from wan_jax.checkpoint.formats.tensors import (
     ReadMany,
     TensorInfo,
     TensorStore,
+    are_sizes,
     cast,
     check_description,
     named_dtypes,
     new_file,
+    one_line,
     raw_bytes,
     read_exactly,
     read_into,
     split_by_bytes,
+    strict_json,
+    visible_files,
 )
 from wan_jax.errors import InputError
 
@@ -85,36 +89,42 @@ class SafetensorsFile(TensorStore):
                 "copy it again"
             )
         try:
-            header = json.loads(read_exactly(self._descriptor, 8, header_bytes, self.place).tobytes())
-            self.metadata: dict[str, str] = dict(header.pop("__metadata__", None) or {})
+            header = strict_json(read_exactly(self._descriptor, 8, header_bytes, self.place).tobytes())
+            self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
             entries: dict[str, tuple[str, tuple[int, ...], int, int]] = {
-                name: (entry["dtype"], tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-                for name, entry in header.items()
+                name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in header.items()
             }
+            for dtype, shape, *offsets in entries.values():
+                if not (isinstance(dtype, str) and are_sizes(shape) and are_sizes(offsets) and len(offsets) == 2):
+                    raise ValueError(f"{dtype!r}, {shape!r}, {offsets!r} describe no tensor")
+            if not all(isinstance(value, str) for value in dict(self.metadata).values()):
+                raise ValueError("its metadata are not texts")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InputError(f"{self.place}: its safetensors header is damaged ({error!r}); copy it again") from None
+            raise InputError(
+                f"{self.place}: its safetensors header is damaged ({one_line(error)}); copy it again"
+            ) from None
 
         tensors: dict[str, TensorInfo] = {}
-        offsets: dict[str, int] = {}
+        positions: dict[str, int] = {}
         expected = 0
         for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
             if dtype not in DTYPES:
                 raise InputError(f"{self.place}: {name} has unexpected dtype {dtype}; supported: {', '.join(DTYPES)}")
             info = TensorInfo(shape, DTYPES[dtype], self.place)
-            if begin != expected or end - begin != info.nbytes or min(shape, default=0) < 0:
+            if begin != expected or end - begin != info.nbytes:
                 raise InputError(
                     f"{self.place}: its safetensors header is damaged ({name}: shape {list(shape)} of {dtype} in bytes "
                     f"{begin} to {end}); copy it again"
                 )
             expected = end
-            tensors[name], offsets[name] = info, 8 + header_bytes + begin
+            tensors[name], positions[name] = info, 8 + header_bytes + begin
         needed = 8 + header_bytes + expected
         if needed != file_bytes:
             problem = "truncated" if file_bytes < needed else "too long"
             raise InputError(
                 f"{self.place}: {problem}: its header says {needed} bytes, the file has {file_bytes}; copy it again"
             )
-        return tensors, offsets
+        return tensors, positions
 
 
 class SafetensorsFiles(TensorStore):
@@ -155,9 +165,9 @@ def open_safetensors_folder(
             return _open_indexed(index)
         if (single := folder / f"{stem}.safetensors").is_file():
             return SafetensorsFiles([single], str(folder))
-    if indices := sorted(folder.glob("*.safetensors.index.json")):
+    if indices := visible_files(folder, "*.safetensors.index.json"):
         return _open_indexed(indices[0])
-    paths = sorted(folder.glob("*.safetensors"))
+    paths = visible_files(folder, "*.safetensors")
     if not paths:
         raise InputError(f"{folder}: holds no .safetensors file; is the download complete?")
     check_shards_complete(paths)
@@ -184,11 +194,11 @@ def _check_present(folder: Path, names: Sequence[str]) -> None:
 
 def _open_indexed(index: Path) -> SafetensorsFiles:
     try:
-        weight_map = dict(json.loads(index.read_text())["weight_map"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{index}: not a valid index of shards ({error!r}); download it again") from None
-    names = sorted(set(weight_map.values()))
-    if bad := [name for name in names if Path(name).name != name]:
+        names = sorted(set(strict_json(index.read_bytes())["weight_map"].values()))
+        bad = [name for name in names if Path(name).name != name]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{index}: not a valid index of shards ({one_line(error)}); download it again") from None
+    if bad:
         raise InputError(f"{index}: names the file {bad[0]!r} outside its folder; download it again")
     _check_present(index.parent, names)
     return SafetensorsFiles([index.parent / name for name in names], str(index.parent))

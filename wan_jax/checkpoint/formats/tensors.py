@@ -1,11 +1,13 @@
 """What every kind of weight file has in common: named tensors described by a header and read one at a time."""
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -68,6 +70,51 @@ ReadMany = Callable[[Sequence[str]], Iterator[np.ndarray]]
 def named_dtypes(table: str) -> dict[str, np.dtype]:
     """A format's names of dtypes, from "name=dtype" with spaces between."""
     return {name: np.dtype(dtype) for name, dtype in (entry.split("=") for entry in table.split())}
+
+
+MAX_RANK = 64  # NumPy's
+MAX_NUMBER = 2**48  # larger sizes and offsets are damage, and their products slow
+
+
+def are_sizes(numbers: object) -> bool:
+    """Whether what a file says is a list of sizes or offsets: whole numbers of a usual magnitude."""
+    return (
+        isinstance(numbers, list | tuple)
+        and len(numbers) <= MAX_RANK
+        and all(type(number) is int and 0 <= number <= MAX_NUMBER for number in numbers)
+    )
+
+
+def strict_json(content: bytes) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError for anything else, also for duplicate keys and NaN or Infinity."""
+
+    def refuse(text: str) -> None:
+        raise ValueError(f"{text} is no JSON")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) < len(pairs):
+            raise ValueError("a key is there twice")
+        return result
+
+    try:
+        result = json.loads(content.decode(), parse_constant=refuse, object_pairs_hook=unique)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(result, dict):
+        raise ValueError("not a JSON object")
+    return result
+
+
+def one_line(error: Exception) -> str:
+    """What an error of a library says, in one line of bounded length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}"
+
+
+def visible_files(folder: Path, pattern: str) -> list[Path]:
+    """The files that match, sorted; not hidden ones, such as macOS's "._NAME" beside every NAME on foreign disks."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith("."))
 
 
 @contextlib.contextmanager

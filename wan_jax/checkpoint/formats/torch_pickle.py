@@ -7,13 +7,12 @@ fixed list of names to inert stand-ins and refuses every other by name; bytes ar
 
 import os
 import pickle
+import pickletools
 import struct
 import weakref
 import zipfile
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from io import BytesIO
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,17 @@ from typing import Any
 import numpy as np
 
 from wan_jax.checkpoint.formats.tensors import (
+    MAX_NUMBER,
+    MAX_RANK,
     ReadMany,
     TensorInfo,
     TensorStore,
+    are_sizes,
     cast,
     check_description,
     named_dtypes,
     new_file,
+    one_line,
     raw_bytes,
     read_exactly,
 )
@@ -39,7 +42,8 @@ STORAGE_DTYPES = named_dtypes(
 )
 STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_DTYPES.items()}
 
-MAX_PICKLE_BYTES = 64 << 20  # the pickle of a model is its names and shapes: well under a megabyte
+MAX_PICKLE_BYTES = 4 << 20  # the pickle of a model is its names and shapes: well under a megabyte
+ENCRYPTED = 1  # of a zip member's flags
 _WRAPPERS = ("state_dict", "model")  # keys under which training code nests the weights
 
 
@@ -70,36 +74,115 @@ class _Refused(Exception):
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *_: object) -> _Tensor:
-    """Stands in for torch._utils._rebuild_tensor_v2. Checked later: a pickle may still change what it has built."""
+    """Stands in for torch._utils._rebuild_tensor_v2. Checked later, with the file's size in sight."""
     return _Tensor(storage, offset, shape, strides)
 
 
-def _rebuild_parameter(tensor, *_: object) -> object:
-    """Stands in for torch._utils._rebuild_parameter."""
-    return tensor
+def _empty_dict() -> dict:
+    """Stands in for OrderedDict, which state dicts make empty."""
+    return {}
 
 
 # Every function that a pickle may name, beside the storage types (which become their names: inert strings).
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
-    ("torch", "Size"): tuple,
-    ("collections", "OrderedDict"): OrderedDict,
+    ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+    ("torch", "Size"): lambda sizes: tuple(sizes[: MAX_RANK + 1]),
+    ("collections", "OrderedDict"): _empty_dict,
     **{("torch", name): name for name in STORAGE_DTYPES},
 }
+MAX_ARGUMENTS = 8  # of torch._utils._rebuild_tensor_v2
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+}
+# Opcodes that push their argument, as pickletools reads it.
+_LITERALS = (
+    *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT", "BINSTRING", "STRING"),
+    *("SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"),
+)
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ALLOWED:
-            raise _Refused(f"the pickle wants to call {module}.{name}")
-        return _ALLOWED[module, name]
+def _unpickle(pickled: bytes) -> Any:
+    """What the pickle of a state dict describes.
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        kind, storage_type, key, _device, size = pid
-        if kind != "storage":
-            raise _Refused(f"the pickle holds a {kind!r}")
-        return _Storage(STORAGE_DTYPES[storage_type], key, size)
+    Python's own unpickler lets a few bytes take gigabytes (an index of its memo, a length) or hours (the hash of a
+    nested tuple). This one knows the opcodes that state dicts need; time and memory are in proportion to the pickle.
+
+    Raises _Refused for a call of anything but _ALLOWED, and any exception for a damaged pickle.
+    """
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def pop(count: int | None = None) -> list[Any]:
+        """The last `count` values; None: all after the last mark."""
+        start = marks.pop() if count is None else len(stack) - count
+        if start < (marks[-1] if marks else 0):
+            raise ValueError("takes values that are not there")
+        values = stack[start:]
+        del stack[start:]
+        return values
+
+    def set_items(pairs: list[Any]) -> None:
+        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+            if not isinstance(key, str) and not (isinstance(key, int) and abs(key) <= MAX_NUMBER):
+                raise _Refused("a dictionary of the pickle has an unusual key")  # whose hash may take for ever
+            stack[-1][key] = value
+
+    argument: Any
+    for opcode, argument, _ in pickletools.genops(pickled):
+        name = opcode.name
+        if name in _LITERALS:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name]())
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "MARK":
+            marks.append(len(stack))
+        elif name in ("TUPLE", *_TUPLES):
+            stack.append(tuple(pop(_TUPLES.get(name))))
+        elif name in ("APPEND", "APPENDS", "LIST"):
+            values = pop(1 if name == "APPEND" else None)
+            stack.append(values) if name == "LIST" else stack[-1].extend(values)
+        elif name in ("SETITEM", "SETITEMS", "DICT"):
+            values = pop(2 if name == "SETITEM" else None)
+            stack += [{}] if name == "DICT" else []
+            set_items(values)
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            module, function = argument.split(" ") if name == "GLOBAL" else pop(2)
+            if not isinstance(module, str) or not isinstance(function, str):
+                raise _Refused("the pickle wants to call what has no name")
+            if (module, function) not in _ALLOWED:
+                raise _Refused(f"the pickle wants to call {module}.{function}")
+            stack.append(_ALLOWED[module, function])
+        elif name == "REDUCE":
+            function, arguments = pop(2)
+            if len(arguments) > MAX_ARGUMENTS:
+                raise _Refused("the pickle gives a function too many arguments")
+            stack.append(function(*arguments))
+        elif name == "BUILD":  # attributes, such as the versions of a state dict's modules: of no meaning for weights
+            pop(1)
+            if not isinstance(stack[-1], dict):
+                raise _Refused(f"the pickle changes a {type(stack[-1]).__name__} that it has made")
+        elif name == "BINPERSID":
+            kind, storage_type, key, _device, size = pop(1)[0]
+            if not isinstance(kind, str) or kind != "storage" or not isinstance(storage_type, str):
+                raise _Refused("the pickle holds something else than a storage")
+            stack.append(_Storage(STORAGE_DTYPES[storage_type], key, size))
+        elif name == "STOP":
+            return stack.pop()
+        elif name not in ("PROTO", "FRAME"):
+            raise _Refused(f"the pickle has an opcode {name}, which no state dict needs")
+    raise AssertionError  # genops ends with STOP
 
 
 class TorchPickleFile(TensorStore):
@@ -139,27 +222,32 @@ class TorchPickleFile(TensorStore):
         try:
             with zipfile.ZipFile(self.path) as archive:
                 entries = archive.infolist()
-                pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
-                if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
-                    raise InputError(f"{self.place}: not an archive of torch.save: it has no usable data.pkl")
-                folder = pickles[0].filename.removesuffix("data.pkl")
-                pickled = archive.read(pickles[0])
-                names = {entry.filename for entry in entries}
-                if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
-                    raise InputError(f"{self.place}: written on a big-endian machine; save it again on a usual one")
+                pickles = [entry.filename for entry in entries if entry.filename.endswith("/data.pkl")]
+                folder = pickles[0].removesuffix("data.pkl") if len(pickles) == 1 else ""
                 for entry in entries:
-                    if entry.filename.startswith(f"{folder}data/"):
-                        if entry.compress_type != zipfile.ZIP_STORED:
-                            raise InputError(
-                                f"{self.place}: {entry.filename} is compressed; unpack and torch.save it again"
-                            )
-                        key = entry.filename.removeprefix(f"{folder}data/")
-                        if key in members:
-                            raise InputError(f"{self.place}: {entry.filename} is twice in the archive; save it again")
-                        members[key] = (self._data_offset(entry.header_offset), entry.file_size)
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error) as error:
-            raise InputError(f"{self.place}: truncated or damaged zip archive ({error}); copy it again") from None
-        return members, pickled
+                    if not folder or not entry.filename.startswith(folder):
+                        continue
+                    if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & ENCRYPTED:
+                        raise _Refused(f"{entry.filename} is compressed or encrypted; unpack and torch.save it again")
+                    key = entry.filename.removeprefix(folder)
+                    if key in members:
+                        raise _Refused(f"{entry.filename} is twice in the archive; save it again")
+                    members[key] = (self._data_offset(entry.header_offset), entry.file_size)
+                if members.get("data.pkl", (0, MAX_PICKLE_BYTES + 1))[1] > MAX_PICKLE_BYTES:
+                    raise _Refused("not an archive of torch.save: it has no usable data.pkl")
+                pickled = archive.read(f"{folder}data.pkl")
+            offset, nbytes = members.get("byteorder", (0, 0))
+            if nbytes and os.pread(self._descriptor, min(nbytes, 6), offset) != b"little":
+                raise _Refused("written on a big-endian machine; save it again on a usual one")
+        except _Refused as refused:
+            raise InputError(f"{self.place}: {refused}") from None
+        except Exception as error:  # a damaged archive raises almost anything
+            raise InputError(
+                f"{self.place}: truncated or damaged zip archive ({one_line(error)}); copy it again"
+            ) from None
+        return {
+            key.removeprefix("data/"): member for key, member in members.items() if key.startswith("data/")
+        }, pickled
 
     def _data_offset(self, header_offset: int) -> int:
         """Where a member's bytes begin: after its local header, whose lengths differ from the directory's."""
@@ -169,11 +257,11 @@ class TorchPickleFile(TensorStore):
 
     def _describe(self, pickled: bytes) -> dict[str, _Tensor]:
         try:
-            content = _Unpickler(BytesIO(pickled)).load()
+            content = _unpickle(pickled)
         except _Refused as refused:
             raise InputError(f"{self.place}: refused: {refused}; weights need no code: use another file") from None
         except Exception as error:  # a damaged pickle raises almost anything
-            raise InputError(f"{self.place}: its pickle is damaged ({error!r}); copy it again") from None
+            raise InputError(f"{self.place}: its pickle is damaged ({one_line(error)}); copy it again") from None
         if isinstance(content, dict):
             for key in _WRAPPERS:
                 rest = [value for name, value in content.items() if name != key]
@@ -187,13 +275,13 @@ class TorchPickleFile(TensorStore):
     def _check(self, name: object, tensor: object) -> _Tensor:
         """Validates what the pickle says about one entry: everything that `read` relies on."""
         if not isinstance(name, str) or not isinstance(tensor, _Tensor):
-            raise InputError(f"{self.place}: refused: entry {name!r} is no tensor; save only the state dict")
+            raise InputError(f"{self.place}: refused: entry {name} is no tensor; save only the state dict")
         storage, offset, shape, strides = tensor.storage, tensor.offset, tensor.shape, tensor.strides
+        file_bytes = os.fstat(self._descriptor).st_size
         usual = isinstance(storage, _Storage) and isinstance(shape, tuple) and isinstance(strides, tuple)
         if usual:
-            numbers = (storage.size, offset, *shape, *strides)
-            usual = all(isinstance(number, int) and number >= 0 for number in numbers) and len(shape) == len(strides)
-            usual = usual and isinstance(storage.dtype, np.dtype) and isinstance(storage.key, str)
+            usual = are_sizes((storage.size, offset)) and are_sizes(shape) and are_sizes(strides)
+            usual = usual and len(shape) == len(strides) and isinstance(storage.key, str)
         if not usual:
             raise InputError(f"{self.place}: refused: {name} has an unusual description; save it again")
         if offset + tensor.extent > storage.size:
@@ -201,8 +289,10 @@ class TorchPickleFile(TensorStore):
         if storage.key not in self._members:
             raise InputError(f"{self.place}: the data of {name} is missing; copy it again")
         start, nbytes = self._members[storage.key]
-        if nbytes < storage.size * storage.dtype.itemsize or start + nbytes > os.fstat(self._descriptor).st_size:
+        if nbytes < storage.size * storage.dtype.itemsize or start + nbytes > file_bytes:
             raise InputError(f"{self.place}: the data of {name} is truncated; copy it again")
+        if prod(shape) * storage.dtype.itemsize > file_bytes:  # strides of 0 repeat a few bytes for ever
+            raise InputError(f"{self.place}: refused: {name} is larger than the file; save it again")
         return tensor
 
 
