@@ -119,8 +119,8 @@ class VAEConfig:
                 f"VAE config has {len(self.temporal_downsample)} temporal_downsample flags for {len(self.dim_mult)} "
                 "stages; it needs one fewer than stages"
             )
-        if not len(self.latents_mean) == len(self.latents_std) == self.z_dim:
-            raise InputError(f"VAE config needs {self.z_dim} latents_mean and latents_std values (its z_dim)")
+        if not len(self.latents_mean) == len(self.latents_std) == self.z_dim or min(self.latents_std) <= 0:
+            raise InputError(f"VAE config needs {self.z_dim} (its z_dim) latents_mean and positive latents_std values")
         if self.residual:
             self._check_shortcuts()
 
@@ -187,7 +187,7 @@ class SamplingConfig:
     fps: int = 16
     steps: int = 40
     shift: float = 12.0
-    guidance: tuple[float, float] = PerExpert(low=3.0, high=4.0)
+    guidance: PerExpert[float] = PerExpert(low=3.0, high=4.0)
     boundary: float | None = 0.875  # timesteps >= 1000 * boundary go to the high-noise expert; None: one expert
     solver: str = "unipc"
     schedule: str = "official"

@@ -69,7 +69,7 @@ class WanPipeline:
         self.placement = placement
         self.memory = Memory(placement.offload, placement.devices[0])
         self.on_event = on_event
-        self.text_encoder, self.vae, self.image_encoder = text_encoder, vae, image_encoder
+        self.tokenizer, self.text_encoder, self.vae, self.image_encoder = tokenizer, text_encoder, vae, image_encoder
         parts = self.memory, placement
         self.codec = Codec(vae, text_encoder.embedding.dtype == jnp.float32, *parts)
         self._prompts = PromptEncoder(tokenizer, text_encoder, config.denoiser.text_length, *parts)

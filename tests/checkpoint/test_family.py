@@ -146,7 +146,8 @@ def test_official_trees(official_trees, name):
     config = CONFIGS[name]
     assert checkpoint.config == config
     assert set(checkpoint.components) == set(components(config))
-    assert checkpoint.notes == ()
+    (note,) = checkpoint.notes
+    assert "structure of no release" in note
     for component in checkpoint.components:
         assert_loads(checkpoint, component, config)
 
@@ -221,7 +222,7 @@ def test_comfyui_of_wan22(tmp_path):
     config = CONFIGS["i2v-a14b"]
     checkpoint = open_checkpoint(write_comfyui(tmp_path, config, clip_files()["comfyui"]))
     assert checkpoint.config == dataclasses.replace(config, text_encoder=PRESETS["i2v-a14b"].text_encoder)
-    assert "clip_vision_h.safetensors: ignored, it is no part of this model" in checkpoint.notes[0]
+    assert any("clip_vision_h.safetensors: ignored, it is no part" in note for note in checkpoint.notes)
     alone = open_checkpoint(tmp_path / "diffusion_models" / "wan_i2v_high_noise.safetensors")
     assert alone.config.conditioning == "image_latents"
     assert alone.config.sampling.boundary is None
@@ -339,7 +340,25 @@ def test_clip_that_is_not_needed(official_trees, tmp_path):
     shutil.copy(official_trees["i2v-14b"] / OFFICIAL_IMAGE_ENCODER, tree)
     checkpoint = open_checkpoint(tree)
     assert checkpoint.config == CONFIGS["i2v-a14b"]
-    assert checkpoint.notes == (f"{tree / OFFICIAL_IMAGE_ENCODER}: ignored, it is no part of this model",)
+    assert f"{tree / OFFICIAL_IMAGE_ENCODER}: ignored, it is no part of this model" in checkpoint.notes
+
+
+@pytest.mark.parametrize("layout", ["official", "diffusers"])
+def test_damaged_clip_that_is_not_needed(official_trees, tmp_path, layout):
+    tree = tmp_path / "tree"
+    convert(official_trees["i2v-a14b"], tree, to=layout)
+    file = tree / OFFICIAL_IMAGE_ENCODER
+    if layout == "diffusers":
+        file = tree / "image_encoder"
+        file.mkdir()
+        index = json.loads((tree / "model_index.json").read_text())
+        index["image_encoder"] = ["transformers", "CLIPVisionModel"]
+        (tree / "model_index.json").write_text(json.dumps(index))
+    else:
+        file.write_bytes(b"PK\x03\x04 truncated")
+    checkpoint = open_checkpoint(tree)
+    assert checkpoint.config == CONFIGS["i2v-a14b"]
+    assert f"{file}: ignored, it is no part of this model" in checkpoint.notes
 
 
 QKV = "visual.transformer.1.attn.to_qkv.weight"

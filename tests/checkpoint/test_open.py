@@ -14,7 +14,8 @@ import pytest
 
 from tests.checkpoint import trees
 from tests.checkpoint.trees import CONFIG, bits, state_dict
-from wan_jax.checkpoint import open_checkpoint
+from wan_jax.assets import NANO_WEIGHTS
+from wan_jax.checkpoint import convert, open_checkpoint
 from wan_jax.checkpoint.components import load_component
 from wan_jax.checkpoint.family import assemble_config
 from wan_jax.checkpoint.formats.tensors import BFLOAT16, TensorInfo
@@ -26,7 +27,7 @@ from wan_jax.checkpoint.tables import (
     num_layers,
     parameter_table,
 )
-from wan_jax.config import ImageEncoderConfig, WanConfig
+from wan_jax.config import ImageEncoderConfig, PerExpert, SamplingConfig, WanConfig
 from wan_jax.errors import InputError
 from wan_jax.models.build import abstract_model
 from wan_jax.presets import PRESETS
@@ -70,7 +71,8 @@ def test_official(official_tree, dtype):
     assert checkpoint.config == CONFIG
     assert checkpoint.config.experts == ("high_noise", "low_noise")
     assert checkpoint.tokenizer_folder == official_tree / "google" / "umt5-xxl"
-    assert checkpoint.notes == ()
+    (note,) = checkpoint.notes
+    assert "structure of no release" in note  # and the layout has no place for the sampling defaults
     assert_loads(checkpoint, "official", dtype)
 
 
@@ -83,12 +85,49 @@ def test_diffusers(diffusers_layout_tree, dtype):
     assert_loads(checkpoint, "diffusers", dtype)
 
 
-def test_the_flow_shift_of_a_diffusers_tree_loses_and_is_reported(diffusers_layout_tree):
-    checkpoint = open_checkpoint(diffusers_layout_tree)
-    assert checkpoint.config.sampling.shift == 12.0
+def test_the_flow_shift_of_a_release_loses_and_is_reported(tmp_path):
+    """Published trees hold 3.0 where the release uses another shift. The nano model is a release."""
+    tree = shutil.copytree(NANO_WEIGHTS, tmp_path / "tree")
+    change_json(tree / "scheduler" / "scheduler_config.json", flow_shift=3)
+    checkpoint = open_checkpoint(tree)
+    assert checkpoint.config.sampling == PRESETS["nano"].sampling
     (note,) = checkpoint.notes
     assert "flow_shift 3 is not used" in note
-    assert "12" in note
+    assert "5" in note
+
+
+OWN = SamplingConfig(
+    size=(96, 64), frames=9, fps=8, steps=7, shift=3.0, guidance=PerExpert(low=1.5, high=2.5), boundary=0.8,
+    solver="euler", schedule="diffusers", negative_prompt="blurry",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("to", ["diffusers", "orbax"])
+def test_a_model_that_is_no_release_keeps_its_sampling_defaults(official_tree, tmp_path, to):
+    checkpoint = open_checkpoint(official_tree)
+    own = dataclasses.replace(checkpoint, config=dataclasses.replace(CONFIG, sampling=OWN))
+    convert(own, tmp_path / "tree", to=to)
+    back = open_checkpoint(tmp_path / "tree")
+    assert back.config.sampling == OWN
+    assert isinstance(back.config.sampling.guidance, PerExpert)
+    summary = convert(back, tmp_path / "official", to="official")  # which has no place for them
+    assert any("no place for" in note and "shift" in note for note in summary.notes)
+    assert any("no release" in note for note in open_checkpoint(tmp_path / "official").notes)
+
+
+def test_a_foreign_diffusers_tree_that_is_no_release(diffusers):
+    """Its scheduler's shift counts, and what it does not say is what diffusers does: nothing of a release."""
+    change_json(diffusers / "scheduler" / "scheduler_config.json", flow_shift=3)
+    index = json.loads((diffusers / "model_index.json").read_text())
+    del index["_wan_jax_sampling"]
+    (diffusers / "model_index.json").write_text(json.dumps(index))
+    checkpoint = open_checkpoint(diffusers)
+    sampling = checkpoint.config.sampling
+    assert (sampling.shift, sampling.size, sampling.steps, sampling.guidance) == (3.0, (832, 480), 50, (5.0, 5.0))
+    assert (sampling.boundary, sampling.negative_prompt) == (0.875, "")
+    (note,) = checkpoint.notes
+    assert "shift 3" in note
+    assert "no release" in note
 
 
 def test_the_boundary_of_a_diffusers_tree_counts(diffusers_layout_tree, tmp_path):
@@ -97,8 +136,8 @@ def test_the_boundary_of_a_diffusers_tree_counts(diffusers_layout_tree, tmp_path
     assert open_checkpoint(tree).config.sampling.boundary == 0.9
 
 
-@pytest.mark.parametrize(("naming", "shift"), [("official", 5.0), ("diffusers", 5.0)])
-def test_one_expert(official_tree, diffusers_layout_tree, tmp_path, naming, shift):
+@pytest.mark.parametrize("naming", ["official", "diffusers"])
+def test_one_expert(official_tree, diffusers_layout_tree, tmp_path, naming):
     """Wan2.1: one denoiser, at the top of the official tree."""
     tree = tmp_path / "tree"
     if naming == "official":
@@ -111,16 +150,16 @@ def test_one_expert(official_tree, diffusers_layout_tree, tmp_path, naming, shif
         change_json(tree / "model_index.json", transformer_2=[None, None], boundary_ratio=None)
     checkpoint = open_checkpoint(tree)
     assert set(checkpoint.components) == {"denoiser", "text_encoder", "vae"}
-    assert checkpoint.config.sampling == PRESETS["t2v-1.3b"].sampling
     assert checkpoint.config.experts == ("denoiser",)
-    assert checkpoint.config.sampling.shift == shift
+    own = dataclasses.replace(CONFIG.sampling, boundary=None)
+    assert checkpoint.config.sampling == (PRESETS["t2v-1.3b"].sampling if naming == "official" else own)
 
 
 def test_an_experts_folder_alone(official_tree):
     checkpoint = open_checkpoint(official_tree / "high_noise_model")
     assert checkpoint.components == ("denoiser",)
     assert checkpoint.config.denoiser == CONFIG.denoiser
-    assert "holds no text_encoder and no vae" in checkpoint.notes[0]
+    assert any("holds no text_encoder and no vae" in note for note in checkpoint.notes)
     with pytest.raises(InputError, match="has no vae; it holds denoiser"):
         checkpoint.load("vae")
 

@@ -1,6 +1,5 @@
 """Small random checkpoints in every published layout, made from the tables of names."""
 
-import dataclasses
 import json
 import pathlib
 import zipfile
@@ -8,6 +7,7 @@ from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
+import tokenizers
 
 from wan_jax.checkpoint.formats.safetensors import SafetensorsFile, write_safetensors_file
 from wan_jax.checkpoint.formats.tensors import TensorInfo
@@ -25,7 +25,17 @@ CONFIG = WanConfig(
     vae=VAEConfig(base_dim=6, dim_mult=(1, 1, 2), num_res_blocks=1, temporal_downsample=(False, True)),
 )
 COMPONENTS = ("text_encoder", "vae", "high_noise", "low_noise")
-TOKENIZER_FILES = {"tokenizer.json": '{"version": "1.0"}', "spiece.model": "pieces"}
+
+
+def _small_tokenizer() -> str:
+    """tokenizer.json of the smallest tokenizer that could be UMT5's."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("a", -1.0)]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(pieces, 2))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tokenizer.to_str()
+
+
+TOKENIZER_FILES = {"tokenizer.json": _small_tokenizer(), "spiece.model": "pieces"}
 
 StateDict = Mapping[str, np.ndarray]
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -95,15 +105,14 @@ def write_official(folder: pathlib.Path, dtype: str = "float32") -> pathlib.Path
 
 
 def write_diffusers(folder: pathlib.Path, dtype: str = "float32") -> pathlib.Path:
-    """A diffusers tree, with the wrong flow_shift of the published ones."""
+    """A diffusers tree."""
     layout = WRITABLE["diffusers"]
     for component in COMPONENTS:
         tensors = state_dict(component, "diffusers", "float32" if component == "vae" else dtype)
         layout.write_component(
             folder, component, CONFIG, infos(tensors), lambda names, held=tensors: map(held.__getitem__, names)
         )
-    wrong = dataclasses.replace(CONFIG, sampling=dataclasses.replace(CONFIG.sampling, shift=3.0))
-    layout.finish(folder, wrong, {component: {} for component in COMPONENTS}, tokenizer=True)
+    layout.finish(folder, CONFIG, {component: {} for component in COMPONENTS}, tokenizer=True)
     write_tokenizer(folder / "tokenizer")
     return folder
 

@@ -15,11 +15,12 @@ from jax.typing import DTypeLike
 
 from wan_jax import assets
 from wan_jax.checkpoint.components import Component, Shardings, load_component
-from wan_jax.checkpoint.formats.tensors import Progress, TensorInfo, readable
+from wan_jax.checkpoint.formats.tensors import Progress, TensorInfo, one_line, readable
 from wan_jax.checkpoint.hub import local_checkpoint
 from wan_jax.checkpoint.layouts import recognise
 from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
+from wan_jax.text.tokenizer import check_whole
 
 
 @dataclass(frozen=True)
@@ -163,13 +164,24 @@ def open_checkpoint(path: str | os.PathLike | Sequence[str | os.PathLike] | None
     """
     if path is None:
         return _open_nano()
-    paths = [local_checkpoint(item) for item in ([path] if isinstance(path, str | os.PathLike) else path)]
-    if not paths:
+    items = [path] if isinstance(path, str | os.PathLike) else path
+    if not isinstance(items, list | tuple) or not all(isinstance(item, str | os.PathLike) for item in items):
+        raise TypeError(f"path must be a path, a hub id or a list of files, not {type(path).__name__}")
+    if not items:
         raise InputError("no checkpoint given; name a folder or files")
+    try:
+        return _open([local_checkpoint(item) for item in items])
+    except OSError as error:
+        raise InputError(f"checkpoint {items[0]} cannot be read ({one_line(error)})") from None
+
+
+def _open(paths: Sequence[Path]) -> Checkpoint:
     layouts = [recognise(item) for item in paths]
     if len(paths) > 1 and not all(layout.takes_several_paths for layout in layouts):
         raise InputError(f"{paths[0]} and {paths[1]}: only ComfyUI files can be opened together; give one folder")
     opened = layouts[0].open(paths)
+    if opened.tokenizer_folder is not None:
+        check_whole(opened.tokenizer_folder)
     return Checkpoint(paths[0], layouts[0].name, opened.config, opened.parts, opened.tokenizer_folder, opened.notes)
 
 

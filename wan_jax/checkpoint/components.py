@@ -8,8 +8,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from wan_jax.checkpoint.formats.tensors import WEIGHT_DTYPES, Box, TensorInfo, TensorStore, copy_into
-from wan_jax.checkpoint.tables import expanded_table, is_ignored, num_layers, parameter_table
+from wan_jax.checkpoint.formats.tensors import (
+    WEIGHT_DTYPES,
+    Box,
+    TensorInfo,
+    TensorStore,
+    check_finite,
+    copy_into,
+)
+from wan_jax.checkpoint.tables import expanded_table, is_ignored, max_repeats, num_layers, parameter_table
 from wan_jax.checkpoint.tables.mapping import Naming, ParamMapping
 from wan_jax.config import ModelConfig
 from wan_jax.errors import InputError
@@ -54,6 +61,7 @@ class Component:
         if stored is None:
             return next(self.read_parameters([mapping], dtype))[box]
         tensor = self.store.read_box(name, stored, dtype)
+        check_finite(name, tensor, self.store.place)
         if self.naming == "wan_jax":
             return tensor
         return replace(mapping, torch_shape=tensor.shape).from_torch(tensor)
@@ -103,6 +111,7 @@ class Component:
                     raise InputError(
                         f"{self.store.place}: {name} and {copy} must be equal and differ; remove the wrong one"
                     )
+            check_finite(name, tensor, self.store.place)
             yield tensor
 
 
@@ -112,6 +121,8 @@ def bind_component(component: str, config: ModelConfig, naming: Naming, store: T
     Raises InputError, naming the first few and how many, for tensors that are missing, unexpected, of the wrong shape
     or of a dtype that is no weight's.
     """
+    if max_repeats(config) > len(store.tensors):  # before a table of any length is made
+        _raise_for(store.place, "missing", [f"those of {max_repeats(config)} layers"])
     table = expanded_table(config)
     candidates = {mapping.name: mapping.stored_names(naming) for mapping in table}
     present = {name: tuple(c for c in candidates[name] if c in store.tensors) for name in candidates}

@@ -15,9 +15,12 @@ from jax.typing import DTypeLike
 
 from wan_jax.checkpoint.api import Checkpoint, ComponentInfo, describe, open_checkpoint
 from wan_jax.checkpoint.components import Component, check_against_model
-from wan_jax.checkpoint.formats.tensors import BFLOAT16, Progress, TensorInfo, copy_into, readable
+from wan_jax.checkpoint.formats.tensors import BFLOAT16, Progress, TensorInfo, copy_into, readable, visible_files
 from wan_jax.checkpoint.layouts import INCOMPLETE, WRITABLE, Layout
+from wan_jax.checkpoint.layouts.base import differing_fields
+from wan_jax.checkpoint.load import load_tokenizer
 from wan_jax.checkpoint.tables.mapping import Naming, ParamMapping
+from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
 
 KEEP_DTYPE = ("vae", "image_encoder")  # whose dtype a conversion never changes
@@ -95,21 +98,42 @@ def convert(
     for plan in plans:
         check_against_model(plan.component.config)
     layout.check_can_hold(checkpoint.config, checkpoint.components)
+    notes = _check_tokenizer(checkpoint)
     _check_destination(destination, sum(plan.nbytes for plan in plans))
     components = tuple(describe(plan.component, plan.tensors) for plan in plans)
+    contents = {component.name: component.as_json() for component in components}
     with _atomic_folder(destination) as folder:
         for plan in plans:
-            read_many = partial(plan.read_many, progress)
-            layout.write_component(folder, plan.component.name, checkpoint.config, plan.tensors, read_many)
-        notes = _copy_tokenizer(folder, checkpoint, layout)
-        contents = {component.name: component.as_json() for component in components}
+            name, read_many = plan.component.name, partial(plan.read_many, progress)
+            contents[name] |= layout.write_component(folder, name, checkpoint.config, plan.tensors, read_many) or {}
+        _copy_tokenizer(folder, checkpoint, layout)
         notes += layout.finish(folder, checkpoint.config, contents, checkpoint.tokenizer_folder is not None)
         (folder / INCOMPLETE).unlink()
-        _verify(folder, checkpoint, plans)
+        written = _verify(folder, checkpoint, plans)
+        if lost := differing_fields(checkpoint.config.sampling, written.sampling):
+            notes.append(f"the {to} layout has no place for the checkpoint's {', '.join(lost)}: set them at every run")
     seconds = time.perf_counter() - start
     return ConversionSummary(
         str(checkpoint.path), str(destination), to, components, seconds, (*checkpoint.notes, *notes)
     )
+
+
+def verify(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
+    """Reads every tensor and the tokenizer. Returns what was found to be right, for people.
+
+    Raises InputError for the first value that is not finite, checksum that differs, or tokenizer that does not fit.
+    """
+    notes = _check_tokenizer(checkpoint)
+    tensors = checksums = 0
+    for name, part in checkpoint.parts.items():
+        done, table = 0, part.table
+        for mapping, _ in zip(table, part.read_parameters(table), strict=True):
+            done += part.info(mapping).nbytes
+            if progress:
+                progress(name, done, part.nbytes)
+        tensors, checksums = tensors + len(table), checksums + len(part.store.checksums)
+    tokenizer = "; ".join(notes) or "the tokenizer fits"
+    return f"verified: {tensors:,} tensors have finite values, {checksums:,} have checksums, which agree; {tokenizer}"
 
 
 class _Plan:
@@ -196,20 +220,31 @@ def _empty(folder: Path) -> None:
             leftover.unlink()
 
 
-def _copy_tokenizer(folder: Path, checkpoint: Checkpoint, layout: Layout) -> list[str]:
-    """Copies the tokenizer's files. Returns notes."""
+def _check_tokenizer(checkpoint: Checkpoint) -> list[str]:
+    """Raises InputError for one that is damaged or of another model. Returns notes."""
     if checkpoint.tokenizer_folder is None:
         return [f"{checkpoint.path}: holds no tokenizer, so the copy has none"]
-    target = folder / layout.tokenizer
-    target.mkdir(parents=True)
-    for file in sorted(checkpoint.tokenizer_folder.iterdir()):
-        if file.is_file() and file.suffix in TOKENIZER_SUFFIXES:
-            shutil.copyfile(file, target / file.name)
+    try:
+        load_tokenizer(checkpoint)
+    except InputError as error:
+        if not isinstance(error.__cause__, ModuleNotFoundError):
+            raise
+        return [f"copied unread: {error}"]
     return []
 
 
-def _verify(folder: Path, checkpoint: Checkpoint, plans: Sequence[_Plan]) -> None:
-    """Opens the result as a reader would. Raises RuntimeError where it differs from the plan (a bug)."""
+def _copy_tokenizer(folder: Path, checkpoint: Checkpoint, layout: Layout) -> None:
+    if checkpoint.tokenizer_folder is None:
+        return
+    target = folder / layout.tokenizer
+    target.mkdir(parents=True)
+    for file in visible_files(checkpoint.tokenizer_folder, "*"):
+        if file.suffix in TOKENIZER_SUFFIXES:
+            shutil.copyfile(file, target / file.name)
+
+
+def _verify(folder: Path, checkpoint: Checkpoint, plans: Sequence[_Plan]) -> WanConfig:
+    """Opens the result as a reader would. Returns its config; raises RuntimeError where it differs from the plan."""
     written = open_checkpoint(folder)
     for plan in plans:
         name = plan.component.name
@@ -224,3 +259,4 @@ def _verify(folder: Path, checkpoint: Checkpoint, plans: Sequence[_Plan]) -> Non
             raise RuntimeError(f"{name} reads back differently: {wrong[:3] or (expected, actual)}")
     if set(written.components) != set(checkpoint.components):
         raise RuntimeError(f"wrote {written.components} of {checkpoint.components}")
+    return written.config

@@ -111,7 +111,7 @@ def infer_conditioning(place: object, config: DenoiserConfig, stated: str | None
     return stated or by_channels[0]
 
 
-def recognition_notes(place: str, config: WanConfig) -> list[str]:
+def recognition_notes(place: str, config: WanConfig, states_sampling: bool) -> list[str]:
     """What a user should know of how a checkpoint was recognised."""
     notes = []
     if config.name.startswith("i2v-14b-") and _size_in_path(place) is None:
@@ -122,4 +122,10 @@ def recognition_notes(place: str, config: WanConfig) -> list[str]:
     whole = [preset.name for preset in PRESETS.values() if preset.denoiser == config.denoiser]
     if config.name == "custom" and len(config.experts) == 1 and whole:
         notes.append(f"{place}: one expert of {whole[0]}, which needs both")
+    elif config.name == "custom" and not states_sampling:
+        nearest = _nearest_release(place, config.denoiser, len(config.experts), config.conditioning)
+        notes.append(
+            f"{place}: has the structure of no release, and its layout says no sampling values: they are those of "
+            f"{nearest.name} (override size, steps, shift and guidance)"
+        )
     return notes

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from wan_jax.checkpoint.formats.tensors import one_line
 from wan_jax.errors import InputError
 
 # Weights, configs and tokenizers of every layout; not the pictures and demos beside them.
@@ -18,7 +19,7 @@ def local_checkpoint(path_or_id: str | os.PathLike) -> Path:
 
     Raises InputError where there is neither such a path nor such a repository, or the hub cannot be reached.
     """
-    path, name = Path(path_or_id).expanduser(), os.fspath(path_or_id)
+    path, name = Path(os.path.expanduser(path_or_id)), os.fspath(path_or_id)
     if path.exists():
         return path
     if not HUB_ID.fullmatch(name) or name.startswith("."):
@@ -34,7 +35,7 @@ def local_lora(path_or_id: str | os.PathLike) -> Path:
 
     Raises InputError where there is neither, or the hub cannot be reached.
     """
-    path, name = Path(path_or_id).expanduser(), os.fspath(path_or_id)
+    path, name = Path(os.path.expanduser(path_or_id)), os.fspath(path_or_id)
     if path.is_file():
         return path
     match = HUB_FILE.fullmatch(name)
@@ -49,10 +50,7 @@ def local_lora(path_or_id: str | os.PathLike) -> Path:
 
 
 def _download(what: str, download: Callable[[], str]) -> Path:
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
     try:
         return Path(download())
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{what} is no local path and could not be downloaded: {reason}") from error
+    except Exception as error:  # refused names, the network, the hub: each library below raises its own
+        raise InputError(f"{what} is no local path and could not be downloaded ({one_line(error)})") from error

@@ -21,6 +21,7 @@ def add_command(commands: Any) -> None:
 
     command = commands.add_parser("info", help="say what a checkpoint is", allow_abbrev=False)
     command.add_argument("checkpoint", help="folder, file or hub id", metavar="PATH")
+    command.add_argument("--verify", action="store_true", help="read all of it: checksums, finite values, tokenizer")
     command.set_defaults(run=_info)
 
 
@@ -40,6 +41,12 @@ def _convert(values: argparse.Namespace) -> None:
 
 
 def _info(values: argparse.Namespace) -> None:
-    from wan_jax.checkpoint import open_checkpoint
+    from wan_jax.checkpoint import open_checkpoint, verify
+    from wan_jax.runtime.events import Run
+    from wan_jax.runtime.progress import Bars
 
-    print(open_checkpoint(values.checkpoint).info())
+    checkpoint = open_checkpoint(values.checkpoint)
+    print(checkpoint.info())
+    if values.verify:
+        with Run(Bars()).transfers("verify") as report:
+            print(verify(checkpoint, report))

@@ -7,7 +7,6 @@ alpha / rank is 1 where a file says no alpha. How files name things is in names.
 
 import difflib
 import functools
-import json
 import math
 import os
 import re
@@ -17,9 +16,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import regex
 
 from wan_jax.checkpoint.formats.safetensors import SafetensorsFile
-from wan_jax.checkpoint.formats.tensors import FLOAT8_DTYPES, WEIGHT_DTYPES, copy_into
+from wan_jax.checkpoint.formats.tensors import (
+    FLOAT8_DTYPES,
+    WEIGHT_DTYPES,
+    check_finite,
+    copy_into,
+    one_line,
+    strict_json,
+)
 from wan_jax.checkpoint.hub import local_lora
 from wan_jax.checkpoint.tables import ParamMapping, expanded_table
 from wan_jax.config import DenoiserConfig, WanConfig
@@ -125,12 +132,14 @@ class LoraFile:
                 self.store.read_into(name, target)
             else:
                 copy_into(target, self.store.read(name, target.dtype).reshape(target.shape))
+            check_finite(name, target, self.store.place)
 
     def sum_of_diffs(self, change: Change) -> np.ndarray:
         """float32, in PyTorch's layout of the parameter."""
         total = np.zeros(change.mapping.torch_shape, np.float32)
         for name, scale in change.diffs:
             total += np.float32(scale) * self.store.read(name, total.dtype).reshape(total.shape)
+            check_finite(name, total, self.store.place)
         return total
 
     def delta(self, change: Change) -> np.ndarray:
@@ -416,12 +425,12 @@ def _peft_scale(path: Path, metadata: Mapping[str, str]) -> Callable[[Key, int],
     beside = path.with_name("adapter_config.json")
     text = metadata.get("lora_adapter_metadata")
     if text is None and path.name == "adapter_model.safetensors" and beside.is_file():
-        text = beside.read_text()
+        text = beside.read_text(errors="replace")
     if text is None:
         return lambda key, rank: 1.0
     try:
-        everything = dict(json.loads(text) or {})
-    except (ValueError, TypeError):
+        everything = strict_json(text.encode())
+    except ValueError:
         raise InputError(f"LoRA {path}: its adapter metadata is not a JSON object; download the file again") from None
 
     def scale(key: Key, rank: int) -> float:
@@ -430,9 +439,14 @@ def _peft_scale(path: Path, metadata: Mapping[str, str]) -> Callable[[Key, int],
         config = config or everything
         if config.get("use_dora"):
             raise InputError(f"LoRA {path}: is a DoRA, which is not supported; use a plain LoRA")
-        patterns = (config.get("alpha_pattern") or {}).items()
-        matching = [alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", key.module)]
-        alpha = matching[0] if matching else config.get("lora_alpha", rank)
-        return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        try:
+            patterns = (config.get("alpha_pattern") or {}).items()
+            matches = (a for pattern, a in patterns if regex.match(rf"(.*\.)?({pattern})$", key.module, timeout=1))
+            alpha = float(next(matches, config.get("lora_alpha", rank)))
+            if not math.isfinite(alpha):
+                raise ValueError(f"{alpha} is not finite")
+        except Exception as error:  # values of any type, expressions of any form
+            raise InputError(f"LoRA {path}: its adapter metadata are damaged ({one_line(error)})") from None
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     return scale

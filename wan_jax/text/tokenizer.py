@@ -1,5 +1,6 @@
 """Prompts to token ids: the official text cleaning, then UMT5's SentencePiece vocabulary."""
 
+import hashlib
 import html
 import os
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import tokenizers
 from wan_jax.errors import InputError
 
 PAD_TOKEN, END_TOKEN = "<pad>", "</s>"  # ids 0 and 1
+SPARE_ROWS = 1024
 
 
 def clean_prompt(text: str) -> str:
@@ -23,6 +25,16 @@ def clean_prompt(text: str) -> str:
     """
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return regex.sub(r"\s+", " ", text).strip()
+
+
+def check_whole(folder: Path) -> None:
+    """Raises InputError where tokenizer.json is cut off. Reading all of UMT5's takes a second; this reads its end."""
+    file = folder / "tokenizer.json"
+    if file.is_file():
+        with file.open("rb") as content:
+            content.seek(max(file.stat().st_size - 64, 0))
+            if not content.read().rstrip().endswith(b"}"):
+                raise InputError(f"{file}: truncated; fetch it again")
 
 
 class Tokenizer:
@@ -65,7 +77,27 @@ class Tokenizer:
             ) from error
         except Exception as error:  # both libraries raise bare Exception for a damaged file
             raise InputError(f"{name} cannot be read ({' '.join(str(error).split())}); fetch it again") from error
-        return cls(backend, name=name, vocab_size=vocab_size)
+        tokenizer = cls(backend, name=name, vocab_size=vocab_size)
+        tokenizer._check()
+        return tokenizer
+
+    def _check(self) -> None:
+        """Raises InputError for a tokenizer of another model."""
+        rows, size = self._vocab_size, self._backend.get_vocab_size()
+        ids = [self._backend.token_to_id(token) for token in (PAD_TOKEN, END_TOKEN)]
+        if ids != [0, 1] or self._backend.encode("a").ids[-1:] != [1]:
+            problem = f"it is not UMT5's: it does not end prompts with {END_TOKEN}, id 1, or pad with {PAD_TOKEN}, id 0"
+        # An embedding has rows to spare; small models' tokenizers need not be full.
+        elif rows is not None and not size <= rows <= max(2 * size, SPARE_ROWS):
+            problem = f"it has {size} tokens and the text encoder {rows}"
+        else:
+            return
+        raise InputError(f"{self._name} is of another model: {problem}; use the one that came with the text encoder")
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that it does to a text."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def __call__(self, prompts: Sequence[str], length: int = 512) -> tuple[np.ndarray, np.ndarray]:
         """Tokenizes a batch of prompts.

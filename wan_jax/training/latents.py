@@ -40,13 +40,14 @@ def encode_examples(
 ) -> dict[Bucket, list[Record]]:
     """Encodes what the cache does not have yet; returns the records by bucket.
 
-    A record's key is made of the video's content, the rate and buckets, and the weights of the model that encodes it. A
-    video that cannot be used is named by `note` and left out, and how many there were.
+    A record's key is made of the video's content, the rate and buckets, and the weights of the model that encodes it (a
+    caption's: and the tokenizer). A video that cannot be used is named by `note` and left out, and how many there were.
 
     Raises InputError where none can be used.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    vae, text_encoder = fingerprint(pipeline.vae), fingerprint(pipeline.text_encoder)
+    vae = fingerprint(pipeline.vae)
+    text_encoder = fingerprint(pipeline.text_encoder) + pipeline.tokenizer.fingerprint
     records: dict[Bucket, list[Record]] = {}
     skipped = 0
     for example in examples:

@@ -1,17 +1,29 @@
 """Orbax trees of named arrays, read and written group by group."""
 
+import contextlib
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorstore
 from orbax.checkpoint import v1 as ocp
 
-from wan_jax.checkpoint.formats.tensors import Box, ReadMany, TensorInfo, TensorStore, cast, one_line, split_by_bytes
+from wan_jax.checkpoint.formats.tensors import (
+    Box,
+    ReadMany,
+    TensorInfo,
+    TensorStore,
+    cast,
+    one_line,
+    raw_bytes,
+    split_by_bytes,
+)
 from wan_jax.errors import InputError
 
-ARRAYS = "state"  # Orbax's own folder in a tree
+ARRAYS = "state"  # Orbax's own folder in a tree: a database of zarr arrays
+DESCRIPTION = "/zarr.json"  # of each array
 
 WRITE_BYTES = 1 << 30  # held in memory per call that saves; fewer calls make the final merge of metadata cheaper
 READ_BYTES = 512 << 20  # the same per call that loads; a call for each small tensor would take longer than its data
@@ -19,47 +31,73 @@ CHUNK_BYTES = 64 << 20  # a process that needs a slice of a parameter reads whol
 
 
 class OrbaxStore(TensorStore):
-    """The Orbax tree of one model. Raises InputError where Orbax cannot read it."""
+    """The Orbax tree of one model. Raises InputError where it cannot be read.
 
-    def __init__(self, folder: Path):
+    It is read by tensorstore, as Orbax does itself: Orbax reads parts of arrays only to devices, and its threads print
+    tracebacks where a tree is damaged.
+    """
+
+    def __init__(self, folder: Path, checksums: Mapping[str, int] | None = None):
+        """`checksums` are the CRC-32 of tensors, where known: reads of whole tensors verify them."""
         self.place = str(folder)
-        self._folder = folder.resolve()
-        try:
-            self._metadata: Mapping[str, Any] = ocp.metadata(self._folder).metadata
+        self.checksums = checksums or {}
+        database = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder.resolve()}/{ARRAYS}/"}}
+        with self._readable("it"):
+            keys = tensorstore.KvStore.open(database).result().list().result()
+            if not keys:
+                raise ValueError("holds no arrays")
+            names = [key.decode().removesuffix(DESCRIPTION) for key in keys if key.endswith(DESCRIPTION.encode())]
+            places = {name: {"driver": "zarr3", "kvstore": {**database, "path": f"{name}/"}} for name in names}
+            opening = {name: tensorstore.open(place, open=True, read=True) for name, place in places.items()}
+            self._arrays = {name: future.result() for name, future in opening.items()}
             self.tensors = {
-                name: TensorInfo(tuple(leaf.shape), np.dtype(leaf.dtype), self.place)
-                for name, leaf in self._metadata.items()
+                name: TensorInfo(tuple(array.shape), np.dtype(array.dtype.numpy_dtype), self.place)
+                for name, array in self._arrays.items()
             }
-        except Exception as error:  # Orbax has no exception of its own for a damaged checkpoint
-            raise InputError(f"{self.place}: not a readable Orbax tree ({one_line(error)}); convert it again") from None
 
     def read(self, name: str, dtype: np.dtype | None = None) -> np.ndarray:
         return next(self.read_many([name], dtype))
 
     def read_box(self, name: str, box: Box, dtype: np.dtype | None = None) -> np.ndarray:
-        """Reads the chunks that the box touches, by tensorstore itself: Orbax reads parts only to devices."""
-        place = {"driver": "ocdbt", "base": f"file://{self._folder}/{ARRAYS}/", "path": f"{name}/"}
-        try:
-            array = tensorstore.open({"driver": "zarr3", "kvstore": place}, open=True, read=True).result()
-            return cast(array[box].read().result(), dtype)
-        except ValueError as error:  # as tensorstore says everything
-            raise InputError(f"{self.place}: {name} cannot be read ({one_line(error)}); convert it again") from None
+        """Reads the chunks that the box touches."""
+        with self._readable(name):
+            return cast(self._arrays[name][box].read().result(), dtype)
 
     def read_many(self, names: Sequence[str], dtype: np.dtype | None = None) -> Iterator[np.ndarray]:
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
         for group in split_by_bytes({name: self.tensors[name] for name in names}, READ_BYTES):
-            try:
-                with context:
-                    arrays = ocp.load(self._folder, {name: self._metadata[name] for name in group})
-            except Exception as error:
-                raise InputError(f"{self.place}: cannot be read ({one_line(error)}); convert it again") from None
+            with self._readable(f"{next(iter(group))} or what follows it"):
+                reading = [self._arrays[name].read() for name in group]
+                arrays = dict(zip(group, [future.result() for future in reading], strict=True))
+            del reading
+            for name, checksum in crc32(arrays).items() if self.checksums else ():
+                if self.checksums.get(name, checksum) != checksum:
+                    raise InputError(
+                        f"{self.place}: {name} is damaged (its checksum differs); convert or copy it again"
+                    )
             for name in group:
                 yield cast(arrays.pop(name), dtype)
 
+    @contextlib.contextmanager
+    def _readable(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # tensorstore says everything as ValueError, damaged names are another
+            problem = f"not a readable Orbax tree: {what} cannot be read ({one_line(error)})"
+            raise InputError(f"{self.place}: {problem}; convert or copy it again") from None
 
-def write_orbax(folder: Path, tensors: Mapping[str, TensorInfo], read_many: ReadMany) -> None:
-    """Writes one model's tree, group by group; until it is complete it stands under another name."""
+
+def crc32(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """The checksum of each array's bytes, computed by threads."""
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(arrays, threads.map(lambda array: zlib.crc32(raw_bytes(array)), arrays.values()), strict=True))
+
+
+def write_orbax(folder: Path, tensors: Mapping[str, TensorInfo], read_many: ReadMany) -> dict[str, int]:
+    """Writes one model's tree, group by group; until it is complete it stands under another name.
+
+    Returns the CRC-32 of every tensor.
+    """
+    checksums: dict[str, int] = {}
     context = ocp.Context()
     context.array.saving.use_compression = False  # weights are noise to a general compressor
     context.array.saving.enable_write_sharding_file = False
@@ -67,5 +105,9 @@ def write_orbax(folder: Path, tensors: Mapping[str, TensorInfo], read_many: Read
     folder = folder.resolve()
     with context:
         for group in split_by_bytes(tensors, WRITE_BYTES):
-            ocp.partial.save(folder, dict(zip(group, read_many(list(group)), strict=True)))
+            arrays = dict(zip(group, read_many(list(group)), strict=True))
+            checksums |= crc32(arrays)
+            ocp.partial.save(folder, arrays)
+            del arrays  # before the next group is read
         ocp.partial.finalize(folder)
+    return checksums

@@ -11,7 +11,7 @@ import pickletools
 import struct
 import weakref
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 
 from wan_jax.checkpoint.formats.tensors import (
-    MAX_NUMBER,
     MAX_RANK,
     ReadMany,
     TensorInfo,
@@ -92,24 +91,12 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     **{("torch", name): name for name in STORAGE_DTYPES},
 }
 MAX_ARGUMENTS = 8  # of torch._utils._rebuild_tensor_v2
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_LIST": list,
-    "EMPTY_DICT": dict,
-}
-# Opcodes that push their argument, as pickletools reads it.
-_LITERALS = (
-    *("BININT", "BININT1", "BININT2", "INT", "LONG", "LONG1", "LONG4", "BINFLOAT", "FLOAT", "BINSTRING", "STRING"),
-    *("SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE"),
-)
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_LITERALS = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE")
+_CONSTANTS = {"NEWTRUE": True, "NEWFALSE": False, "NONE": None, "EMPTY_TUPLE": ()}
 
 
 def _unpickle(pickled: bytes) -> Any:
-    """What the pickle of a state dict describes.
+    """What the pickle of a state dict describes, of protocol 2 or later.
 
     Python's own unpickler lets a few bytes take gigabytes (an index of its memo, a length) or hours (the hash of a
     nested tuple). This one knows the opcodes that state dicts need; time and memory are in proportion to the pickle.
@@ -129,41 +116,34 @@ def _unpickle(pickled: bytes) -> Any:
         del stack[start:]
         return values
 
-    def set_items(pairs: list[Any]) -> None:
-        for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            if not isinstance(key, str) and not (isinstance(key, int) and abs(key) <= MAX_NUMBER):
-                raise _Refused("a dictionary of the pickle has an unusual key")  # whose hash may take for ever
-            stack[-1][key] = value
-
     argument: Any
     for opcode, argument, _ in pickletools.genops(pickled):
         name = opcode.name
         if name in _LITERALS:
             stack.append(argument)
         elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name]())
-        elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            memo[len(memo) if argument is None else argument] = stack[-1]
-        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(_CONSTANTS[name])
+        elif name == "EMPTY_DICT":
+            stack.append({})
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
         elif name == "MARK":
             marks.append(len(stack))
-        elif name in ("TUPLE", *_TUPLES):
-            stack.append(tuple(pop(_TUPLES.get(name))))
-        elif name in ("APPEND", "APPENDS", "LIST"):
-            values = pop(1 if name == "APPEND" else None)
-            stack.append(values) if name == "LIST" else stack[-1].extend(values)
-        elif name in ("SETITEM", "SETITEMS", "DICT"):
-            values = pop(2 if name == "SETITEM" else None)
-            stack += [{}] if name == "DICT" else []
-            set_items(values)
+        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(pop(None if name == "TUPLE" else int(name[-1]))))
+        elif name in ("SETITEM", "SETITEMS"):
+            pairs = pop(2 if name == "SETITEM" else None)
+            if not all(isinstance(key, str | int) for key in pairs[::2]):  # a nested tuple's hash may take for ever
+                raise _Refused("a dictionary of the pickle has an unusual key")
+            stack[-1] |= dict(zip(pairs[::2], pairs[1::2], strict=True))
         elif name in ("GLOBAL", "STACK_GLOBAL"):
-            module, function = argument.split(" ") if name == "GLOBAL" else pop(2)
-            if not isinstance(module, str) or not isinstance(function, str):
-                raise _Refused("the pickle wants to call what has no name")
-            if (module, function) not in _ALLOWED:
-                raise _Refused(f"the pickle wants to call {module}.{function}")
-            stack.append(_ALLOWED[module, function])
+            path = argument.split(" ") if name == "GLOBAL" else pop(2)
+            called = ".".join(path)  # before the tuple is hashed: this needs texts
+            if tuple(path) not in _ALLOWED:
+                raise _Refused(f"the pickle wants to call {called}")
+            stack.append(_ALLOWED[tuple(path)])
         elif name == "REDUCE":
             function, arguments = pop(2)
             if len(arguments) > MAX_ARGUMENTS:
@@ -175,14 +155,12 @@ def _unpickle(pickled: bytes) -> Any:
                 raise _Refused(f"the pickle changes a {type(stack[-1]).__name__} that it has made")
         elif name == "BINPERSID":
             kind, storage_type, key, _device, size = pop(1)[0]
-            if not isinstance(kind, str) or kind != "storage" or not isinstance(storage_type, str):
+            if (isinstance(kind, str) and kind) != "storage" or not isinstance(storage_type, str):
                 raise _Refused("the pickle holds something else than a storage")
             stack.append(_Storage(STORAGE_DTYPES[storage_type], key, size))
-        elif name == "STOP":
-            return stack.pop()
-        elif name not in ("PROTO", "FRAME"):
+        elif name not in ("PROTO", "FRAME", "STOP"):
             raise _Refused(f"the pickle has an opcode {name}, which no state dict needs")
-    raise AssertionError  # genops ends with STOP
+    return stack.pop()  # genops has seen STOP
 
 
 class TorchPickleFile(TensorStore):

@@ -2,16 +2,25 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from wan_jax.checkpoint.components import Component, bind_component
 from wan_jax.checkpoint.family import another_family, assemble_config, infer_conditioning, recognition_notes
-from wan_jax.checkpoint.formats.tensors import ReadMany, TensorInfo, TensorStore
+from wan_jax.checkpoint.formats.tensors import (
+    MAX_NUMBER,
+    ReadMany,
+    TensorInfo,
+    TensorStore,
+    one_line,
+    strict_json,
+)
 from wan_jax.checkpoint.tables import Naming, infer_config
-from wan_jax.config import DenoiserConfig, ModelConfig, WanConfig
+from wan_jax.config import DenoiserConfig, ModelConfig, PerExpert, SamplingConfig, WanConfig
 from wan_jax.errors import InputError
 
 DIFFUSERS_VERSION = "0.36.0"  # written into config.json: the oldest we test with; loaders only compare it
@@ -49,8 +58,11 @@ class Layout:
 
     def write_component(
         self, folder: Path, component: str, config: WanConfig, tensors: Mapping[str, TensorInfo], read_many: ReadMany
-    ) -> None:
-        """Writes one model, with its config, into the checkpoint's folder."""
+    ) -> dict[str, Any] | None:
+        """Writes one model, with its config, into the checkpoint's folder.
+
+        Returns what `finish` shall know of it beside what it holds.
+        """
         raise NotImplementedError
 
     def finish(
@@ -87,6 +99,8 @@ def assemble(
     *,
     conditionings: Mapping[str, str] | None = None,
     boundary: float | None = None,
+    image_encoder: tuple[object, Callable[[], StoredModel]] | None = None,
+    sampling: Callable[[WanConfig], tuple[SamplingConfig, Sequence[str]]] | None = None,
     tokenizer_folder: Path | None,
     notes: Sequence[str] = (),
 ) -> Opened:
@@ -94,10 +108,11 @@ def assemble(
 
     Args:
         place: the checkpoint's path, for messages.
-        models: by component: text_encoder, vae, image_encoder, and either denoiser or high_noise and low_noise. An
-            image encoder that the denoiser does not attend to is left out, with a note.
+        models: by component: text_encoder, vae, and either denoiser or high_noise and low_noise.
         conditionings: how the checkpoint says that a denoiser is conditioned, by component.
         boundary: between the experts, where the checkpoint states it.
+        image_encoder: its place and what opens it. Where the denoiser attends to no image it is left out, with a note.
+        sampling: gives the sampling defaults, and notes, where the checkpoint states any; else they are the release's.
         tokenizer_folder: where the tokenizer is, if anywhere.
         notes: further notes of the layout.
 
@@ -109,10 +124,11 @@ def assemble(
     conditioning = ""
     for name, model in denoisers.items():
         conditioning = infer_conditioning(model.store.place, denoiser, (conditionings or {}).get(name))
-    unused = []
-    if denoiser.image_dim is None and "image_encoder" in models:
-        unused = [ignored(models["image_encoder"].store.place)]
-        models = {name: model for name, model in models.items() if name != "image_encoder"}
+    all_notes = list(notes)
+    if image_encoder is not None and denoiser.image_dim is not None:
+        models = {**models, "image_encoder": image_encoder[1]()}
+    elif image_encoder is not None:
+        all_notes.append(ignored(image_encoder[0]))
     parts = {name: bind_component(name, model.config, model.naming, model.store) for name, model in models.items()}
     others: dict[str, Any] = {
         name: models[name].config if name in models else None for name in ("text_encoder", "vae", "image_encoder")
@@ -122,7 +138,11 @@ def assemble(
     )
     needed = ["text_encoder", "vae", *(["image_encoder"] if config.image_encoder is not None else [])]
     absent = [name for name in needed if name not in parts]
-    all_notes = [*recognition_notes(str(place), config), *notes, *unused]
+    all_notes = [*recognition_notes(str(place), config, sampling is not None), *all_notes]
+    if sampling is not None:
+        stated, sampling_notes = sampling(config)
+        config = dataclasses.replace(config, sampling=stated)
+        all_notes += sampling_notes
     if absent:
         all_notes.append(f"{place}: holds no {' and no '.join(absent)}")
     return Opened(config, parts, tokenizer_folder, tuple(all_notes))
@@ -141,7 +161,7 @@ def _same_config(place: object, denoisers: Mapping[str, StoredModel]) -> Denoise
     return first
 
 
-def differing_fields(one: ModelConfig, other: ModelConfig) -> list[str]:
+def differing_fields(one: Any, other: Any) -> list[str]:
     names = [field.name for field in dataclasses.fields(one)]
     return [name for name in names if getattr(one, name) != getattr(other, name)]
 
@@ -159,15 +179,49 @@ def first_folder(path: Path, *candidates: str) -> Path | None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A file's JSON object. Raises InputError for anything else."""
+    if not path.is_file():
+        raise InputError(f"{path}: missing; is the download complete?")
     try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; is the download complete?") from None
+        return strict_json(path.read_bytes())
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object; download it again")
-    return content
+        raise InputError(f"{path}: not valid JSON ({one_line(error)}); download it again") from None
+
+
+def typed(value: Any, hint: Any) -> Any:
+    """A value of JSON as what a field of a config is annotated with. Raises ValueError for any other value.
+
+    Whole numbers in configs count something: they are at least 1.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (UnionType, Union):
+        return None if value is None and NoneType in arguments else typed(value, arguments[0])
+    if origin in (tuple, PerExpert):
+        items = value if isinstance(value, list | tuple) else [value]
+        kinds = arguments[:1] * len(items) if origin is PerExpert or arguments[-1] is ... else arguments
+        if isinstance(value, list | tuple) and len(items) == (2 if origin is PerExpert else len(kinds)):
+            result = tuple(map(typed, items, kinds))
+            return PerExpert(*result) if origin is PerExpert else result
+    elif is_dataclass(hint) and isinstance(value, dict):
+        hints = get_type_hints(hint)
+        if unknown := value.keys() - hints.keys():
+            raise ValueError(f"{min(unknown)} is unknown")
+        return hint(**{key: typed(item, hints[key]) for key, item in value.items()})  # type: ignore[operator]
+    elif hint is int and type(value) is int and 1 <= value <= MAX_NUMBER:
+        return value
+    elif hint is float and type(value) in (int, float) and abs(value) < math.inf:
+        return float(value)
+    elif hint in (bool, str) and type(value) is hint:
+        return value
+    raise ValueError(f"{value!r} is not a {getattr(hint, '__name__', hint)}")
+
+
+def value_of(path: Path, content: Mapping[str, Any], key: str, hint: Any) -> Any:
+    """What a config.json says under a key; None: nothing. Raises InputError for a value of another type."""
+    try:
+        return typed(content[key], hint) if key in content else None
+    except ValueError:
+        name = hint.__name__ if isinstance(hint, type) else hint
+        raise InputError(f"{path}: {key} is {content[key]!r}, which is not a {name}; download it again") from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -199,22 +253,8 @@ class ConfigKeys:
         Raises InputError for a model of another family and for a value of another type.
         """
         require(path, content, self.fixed)
-        defaults = self.model()
-        fields: dict[str, Any] = {}
-        for field, key in self.keys.items():
-            if key not in content:
-                continue
-            default, value = getattr(defaults, field), content[key]
-            try:
-                if default is None:  # every field that is None by default is a whole number where it is set
-                    fields[field] = int(value)
-                elif isinstance(default, tuple):
-                    fields[field] = tuple(type(default[0])(item) for item in value)
-                else:
-                    fields[field] = type(default)(value)
-            except (TypeError, ValueError):
-                raise InputError(f"{path}: {key} is {value!r}, which is not a {type(default).__name__}") from None
-        return fields
+        hints, keys = get_type_hints(self.model), self.keys
+        return {field: value_of(path, content, key, hints[field]) for field, key in keys.items() if key in content}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         return {**self.fixed, **{key: getattr(config, field) for field, key in self.keys.items()}}

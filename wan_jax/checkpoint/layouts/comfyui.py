@@ -5,7 +5,7 @@ an "fp8_scaled" file a layer's weight is float8 and a scale stands beside it: W 
 or one per output row. Which model a file holds is told by the names inside.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from wan_jax.checkpoint.formats.tensors import (
     TensorInfo,
     TensorStore,
     cast,
+    visible_files,
 )
 from wan_jax.checkpoint.layouts.base import Layout, Opened, StoredModel, assemble, first_folder, ignored
 from wan_jax.checkpoint.tables import Naming
@@ -72,16 +73,18 @@ class ComfyUILayout(Layout):
         notes = [f"{file.place}: stored in float8, dequantised when read" for file in chosen.values() if file.quantized]
         notes += [ignored(file.path) for file in files if file.kind is None]
         folder = paths[0] if paths[0].is_dir() else paths[0].parent
+        encoder = chosen.pop("image_encoder", None)
         return assemble(
             place,
             {component: file.as_model() for component, file in chosen.items()},
+            image_encoder=None if encoder is None else (encoder.path, encoder.as_model),
             tokenizer_folder=first_folder(folder, "tokenizer", "google/umt5-xxl"),
             notes=notes,
         )
 
 
 def _find_files(folder: Path) -> list[Path]:
-    return [file for name in FOLDERS for file in sorted((folder / name).glob("*.safetensors"))]
+    return [file for name in FOLDERS for file in visible_files(folder / name, "*.safetensors")]
 
 
 class ComfyFile(TensorStore):
@@ -176,7 +179,7 @@ def _without_prefix(name: str) -> str:
     return name
 
 
-def _choose_files(files: Sequence[ComfyFile], place: str) -> Mapping[str, ComfyFile]:
+def _choose_files(files: Sequence[ComfyFile], place: str) -> dict[str, ComfyFile]:
     """The file of each component. Raises InputError where two files are one component, or an expert has no name."""
     chosen: dict[str, ComfyFile] = {}
     experts = sum(file.kind is DenoiserConfig for file in files)

@@ -1,10 +1,11 @@
 """The diffusers layout: a tree with model_index.json, and a folder with a config.json for each model.
 
-Its scheduler's flow_shift never decides: published trees hold 3.0 where the release uses 12.
+The scheduler's flow_shift does not decide for a release: published trees hold 3.0 where the release uses 12.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from wan_jax.checkpoint.layouts.base import (
     first_folder,
     read_json,
     require,
+    value_of,
     write_json,
 )
 from wan_jax.checkpoint.tables.denoiser import RELEASED_HEAD_DIM
@@ -28,6 +30,8 @@ from wan_jax.config import (
     DenoiserConfig,
     ImageEncoderConfig,
     ModelConfig,
+    PerExpert,
+    SamplingConfig,
     TextEncoderConfig,
     VAEConfig,
     WanConfig,
@@ -36,6 +40,9 @@ from wan_jax.errors import InputError
 from wan_jax.presets import PRESETS
 
 INDEX = "model_index.json"
+SAMPLING_KEY = "_wan_jax_sampling"  # ours, in model_index.json: diffusers ignores private keys
+# What diffusers' pipelines of Wan do where nothing is said.
+DEFAULT_SAMPLING = SamplingConfig(size=(832, 480), steps=50, guidance=PerExpert(low=5.0, high=5.0), negative_prompt="")
 # Of model_index.json -> how the model is conditioned, unless expand_timesteps says that it takes a first frame.
 PIPELINES = {"WanPipeline": "text", "WanImageToVideoPipeline": "image_latents"}
 FOLDERS = {
@@ -79,33 +86,26 @@ VAE = ConfigKeys(
     "residual=is_residual latents_mean latents_std",
     {"_class_name": "AutoencoderKLWan", "attn_scales": []},
 )
-# What CLIP was trained on, as transformers' image processors say it.
+# What CLIP was trained on, as transformers' image processors say it; resample 3 is bicubic.
 CLIP_PREPROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
-    "do_convert_rgb": True,
-    "do_resize": True,
-    "resample": 3,  # bicubic
-    "do_center_crop": True,
-    "do_rescale": True,
+    **dict.fromkeys(("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
+    "resample": 3,
     "rescale_factor": 1 / 255,
-    "do_normalize": True,
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
-# What transformers needs to know of UMT5 and CLIP, and no config of ours says.
+# What transformers needs to know of UMT5 and CLIP, and no config of ours says. Some versions leave the encoder's
+# embedding unset where tie_word_embeddings is false.
 UMT5_EXTRAS = {
     "architectures": ["UMT5EncoderModel"],
-    "is_encoder_decoder": True,
-    "is_gated_act": True,
+    **dict.fromkeys(("is_encoder_decoder", "is_gated_act", "tie_word_embeddings", "use_cache"), True),
     "dense_act_fn": "gelu_new",
     "dropout_rate": 0.1,
     "initializer_factor": 1.0,
     "pad_token_id": 0,
     "eos_token_id": 1,
     "decoder_start_token_id": 0,
-    # Some versions of transformers leave the encoder's embedding unset where this is false.
-    "tie_word_embeddings": True,
-    "use_cache": True,
 }
 CLIP_EXTRAS = {
     "architectures": ["CLIPVisionModel"],
@@ -118,11 +118,9 @@ SCHEDULER = {
     "_diffusers_version": DIFFUSERS_VERSION,
     "num_train_timesteps": 1000,
     "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
     "solver_order": 2,
     "solver_type": "bh2",
-    "predict_x0": True,
-    "lower_order_final": True,
+    **dict.fromkeys(("use_flow_sigmas", "predict_x0", "lower_order_final"), True),
     "final_sigmas_type": "zero",
 }
 
@@ -139,7 +137,7 @@ class DiffusersLayout(Layout):
         (path,) = paths
         index_path = path / INDEX
         index = read_json(index_path)
-        pipeline = index.get("_class_name")
+        pipeline = str(index.get("_class_name"))
         if pipeline not in PIPELINES:
             raise another_family(index_path, f"its pipeline is {pipeline}")
         conditioning = "first_frame" if index.get("expand_timesteps") else PIPELINES[pipeline]
@@ -149,18 +147,19 @@ class DiffusersLayout(Layout):
         experts = ("high_noise", "low_noise") if "transformer_2" in folders else ("denoiser",)
         models = {
             component: _open_model(component, path / FOLDERS[component])
-            for component in (*experts, "text_encoder", "vae", "image_encoder")
+            for component in (*experts, "text_encoder", "vae")
             if FOLDERS[component] in folders
         }
-        boundary = index.get("boundary_ratio")
-        opened = assemble(
+        clip = path / "image_encoder"
+        return assemble(
             path,
             models,
             conditionings=dict.fromkeys(experts, conditioning),
-            boundary=None if boundary is None else float(boundary),
+            boundary=value_of(index_path, index, "boundary_ratio", float | None),
+            image_encoder=(clip, partial(_open_model, clip.name, clip)) if clip.name in folders else None,
+            sampling=partial(_sampling, path, index),
             tokenizer_folder=first_folder(path, self.tokenizer),
         )
-        return dataclasses.replace(opened, notes=(*opened.notes, *_scheduler_notes(path, opened.config)))
 
     def check_can_hold(self, config: WanConfig, components: Sequence[str]) -> None:
         known = any(
@@ -204,6 +203,7 @@ class DiffusersLayout(Layout):
             "_class_name": "WanImageToVideoPipeline" if takes_images else "WanPipeline",
             "_diffusers_version": DIFFUSERS_VERSION,
             "boundary_ratio": config.sampling.boundary,
+            SAMPLING_KEY: dataclasses.asdict(config.sampling),
             "expand_timesteps": config.conditioning == "first_frame",
             "scheduler": ["diffusers", SCHEDULER["_class_name"]],
             **entries,
@@ -213,7 +213,8 @@ class DiffusersLayout(Layout):
 
 
 def _is_present(index_path: Path, index: Mapping[str, Any], folder: str) -> bool:
-    class_name = (index.get(folder) or [None, None])[1]
+    entry = index.get(folder) or [None, None]
+    class_name = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
     classes = CLASSES[folder][1:]
     if class_name not in (None, *classes):
         raise another_family(index_path, f"{folder} is {class_name}, not {classes[0]}")
@@ -239,7 +240,9 @@ def _denoiser_config(path: Path, content: Mapping[str, Any]) -> DenoiserConfig:
     content = {key: value for key, value in content.items() if value is not None}
     fields = DENOISER.read(path, content)
     heads = fields.get("num_heads", DenoiserConfig.num_heads)
-    config = DenoiserConfig(dim=heads * int(content.get("attention_head_dim", RELEASED_HEAD_DIM)), **fields)
+    config = DenoiserConfig(
+        dim=heads * (value_of(path, content, "attention_head_dim", int) or RELEASED_HEAD_DIM), **fields
+    )
     require(path, {"added_kv_proj_dim": None} | content, _image_attention(config))
     # The layout has no place for text_length: a preset of this structure says it.
     for preset in PRESETS.values():
@@ -297,15 +300,25 @@ def _write_preprocessor(folder: Path, image_size: int) -> None:
     write_json(folder / "preprocessor_config.json", CLIP_PREPROCESSOR | sizes)
 
 
-def _scheduler_notes(path: Path, config: WanConfig) -> list[str]:
+def _sampling(path: Path, index: Mapping[str, Any], config: WanConfig) -> tuple[SamplingConfig, list[str]]:
+    """The sampling defaults, and notes: ours where we wrote them, the release's, or for other models diffusers'."""
+    release = config.sampling
+    if SAMPLING_KEY in index:
+        own = value_of(path / INDEX, index, SAMPLING_KEY, SamplingConfig)
+        return dataclasses.replace(own, boundary=release.boundary), []
     scheduler = path / "scheduler" / "scheduler_config.json"
-    if not scheduler.is_file():
-        return []
-    content = read_json(scheduler)
-    shift = content.get("flow_shift", content.get("shift"))
-    if shift is None or float(shift) == config.sampling.shift:
-        return []
-    return [
-        f"{scheduler}: flow_shift {float(shift):g} is not used; the release's shift {config.sampling.shift:g} is "
-        "(override it with shift)"
-    ]
+    content = read_json(scheduler) if scheduler.is_file() else {}
+    shift = value_of(scheduler, content, "flow_shift" if "flow_shift" in content else "shift", float | None)
+    if config.name == "custom":
+        own = dataclasses.replace(
+            DEFAULT_SAMPLING, shift=release.shift if shift is None else shift, boundary=release.boundary
+        )
+        note = (
+            f"{path}: has the structure of no release: shift {own.shift:g} is its scheduler's; size, steps, guidance "
+            "and negative prompt are the defaults of diffusers (override them)"
+        )
+        return own, [note]
+    if shift is None or shift == release.shift:
+        return release, []
+    note = f"flow_shift {shift:g} is not used; the release's shift {release.shift:g} is (override it with shift)"
+    return release, [f"{scheduler}: {note}"]

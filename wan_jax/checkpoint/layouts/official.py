@@ -6,12 +6,13 @@ alone is a checkpoint, too.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from wan_jax.checkpoint.family import another_family
 from wan_jax.checkpoint.formats.safetensors import open_safetensors_folder, write_safetensors
-from wan_jax.checkpoint.formats.tensors import BFLOAT16, ReadMany, TensorInfo
+from wan_jax.checkpoint.formats.tensors import BFLOAT16, ReadMany, TensorInfo, visible_files
 from wan_jax.checkpoint.formats.torch_pickle import TorchPickleFile, write_torch_pickle
 from wan_jax.checkpoint.layouts.base import (
     DIFFUSERS_VERSION,
@@ -23,6 +24,7 @@ from wan_jax.checkpoint.layouts.base import (
     differing_fields,
     first_folder,
     read_json,
+    value_of,
     write_json,
 )
 from wan_jax.checkpoint.tables import expanded_table, infer_config
@@ -68,7 +70,7 @@ class OfficialLayout(Layout):
         config = path / "config.json"
         if config.is_file():
             return read_json(config).get("_class_name") == DENOISER.fixed["_class_name"]
-        return any(path.glob("diffusion_pytorch_model*.safetensors"))
+        return bool(visible_files(path, "diffusion_pytorch_model*.safetensors"))
 
     def open(self, paths: Sequence[Path]) -> Opened:
         (path,) = paths
@@ -83,16 +85,20 @@ class OfficialLayout(Layout):
             if (folder / "config.json").is_file():
                 models[name], conditioning = _with_config(models[name], folder / "config.json")
                 conditionings |= {} if conditioning is None else {name: conditioning}
-        encoder = _only_one(path, "text encoder", sorted(path.glob("models_t5_umt5-xxl-enc-*.pth")))
+        encoder = _only_one(path, "text encoder", visible_files(path, "models_t5_umt5-xxl-enc-*.pth"))
         if encoder is not None:
             models["text_encoder"] = StoredModel.infer(TextEncoderConfig, TorchPickleFile(encoder))
         vae = _only_one(path, "VAE", [path / name for name in VAES if (path / name).is_file()])
         if vae is not None:
             models["vae"] = StoredModel.infer(VAEConfig, TorchPickleFile(vae))
-        if (path / IMAGE_ENCODER).is_file():
-            clip = OfficialClipStore(TorchPickleFile(path / IMAGE_ENCODER))
-            models["image_encoder"] = StoredModel.infer(ImageEncoderConfig, clip)
-        return assemble(path, models, conditionings=conditionings, tokenizer_folder=first_folder(path, TOKENIZER))
+        clip = path / IMAGE_ENCODER
+        return assemble(
+            path,
+            models,
+            conditionings=conditionings,
+            image_encoder=(clip, partial(_open_clip, clip)) if clip.is_file() else None,
+            tokenizer_folder=first_folder(path, TOKENIZER),
+        )
 
     def check_can_hold(self, config: WanConfig, components: Sequence[str]) -> None:
         """Only denoisers have a config.json, so what shapes do not tell must be the released values."""
@@ -139,6 +145,10 @@ class OfficialLayout(Layout):
         ]
 
 
+def _open_clip(file: Path) -> StoredModel:
+    return StoredModel.infer(ImageEncoderConfig, OfficialClipStore(TorchPickleFile(file)))
+
+
 def _with_config(model: StoredModel, path: Path) -> tuple[StoredModel, str | None]:
     """The model with what its config.json says, and its conditioning where the file tells.
 
@@ -146,7 +156,7 @@ def _with_config(model: StoredModel, path: Path) -> tuple[StoredModel, str | Non
     """
     content = read_json(path)
     fields = DENOISER.read(path, content)
-    kind = content.get("model_type")
+    kind = value_of(path, content, "model_type", str | None)
     if kind is not None and kind not in MODEL_TYPES:
         raise another_family(path, f"model_type is {kind!r}, not one of {', '.join(MODEL_TYPES)}")
     config = dataclasses.replace(model.config, **fields)

@@ -15,18 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from wan_jax.checkpoint.components import bind_component
-from wan_jax.checkpoint.formats.orbax import OrbaxStore, one_line, write_orbax
-from wan_jax.checkpoint.formats.tensors import ReadMany, TensorInfo
-from wan_jax.checkpoint.layouts.base import Layout, Opened, first_folder, read_json
-from wan_jax.config import (
-    DenoiserConfig,
-    ImageEncoderConfig,
-    PerExpert,
-    SamplingConfig,
-    TextEncoderConfig,
-    VAEConfig,
-    WanConfig,
-)
+from wan_jax.checkpoint.formats.orbax import OrbaxStore, write_orbax
+from wan_jax.checkpoint.formats.tensors import ReadMany, TensorInfo, one_line
+from wan_jax.checkpoint.layouts.base import Layout, Opened, first_folder, read_json, typed
+from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
 
 MANIFEST = "wan_jax.json"
@@ -51,22 +43,26 @@ class WanJaxLayout(Layout):
             )
         try:
             config = config_from_json(content["config"])
-            components = list(content["components"])
-        except (KeyError, TypeError, ValueError) as error:
+            components = {name: dict(held.get("crc32") or {}) for name, held in content["components"].items()}
+            allowed = {"text_encoder", "vae", "image_encoder", *config.experts}
+            if foreign := components.keys() - allowed:
+                raise ValueError(f"{min(foreign)} is no component")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
                 f"{manifest}: damaged or from another version ({one_line(error)}); convert it again"
             ) from None
         parts = {}
-        for name in components:
+        for name, checksums in components.items():
             if not (path / name).is_dir():
                 raise InputError(f"{path}: {name}/ is missing; copy or convert the checkpoint again")
-            parts[name] = bind_component(name, config.model(name), self.naming, OrbaxStore(path / name))
+            store = OrbaxStore(path / name, checksums)
+            parts[name] = bind_component(name, config.model(name), self.naming, store)
         return Opened(config, parts, first_folder(path, self.tokenizer))
 
     def write_component(
         self, folder: Path, component: str, config: WanConfig, tensors: Mapping[str, TensorInfo], read_many: ReadMany
-    ) -> None:
-        write_orbax(folder / component, tensors, read_many)
+    ) -> dict[str, Any]:
+        return {"crc32": write_orbax(folder / component, tensors, read_many)}
 
     def finish(
         self, folder: Path, config: WanConfig, contents: Mapping[str, Mapping[str, Any]], tokenizer: bool
@@ -78,18 +74,7 @@ class WanJaxLayout(Layout):
 
 
 def config_from_json(content: Mapping[str, Any]) -> WanConfig:
-    """The inverse of dataclasses.asdict and json. Raises TypeError or ValueError for unknown or unusable values."""
-    classes: dict[str, type] = {
-        "denoiser": DenoiserConfig,
-        "text_encoder": TextEncoderConfig,
-        "vae": VAEConfig,
-        "sampling": SamplingConfig,
-        "image_encoder": ImageEncoderConfig,
-    }
-    sections: dict[str, Any] = {
-        name: {key: tuple(value) if isinstance(value, list) else value for key, value in content[name].items()}
-        for name in classes
-        if name != "image_encoder" or content.get(name) is not None
-    }
-    sections["sampling"]["guidance"] = PerExpert(*sections["sampling"]["guidance"])
-    return WanConfig(**{**content, **{name: classes[name](**fields) for name, fields in sections.items()}})
+    """The inverse of dataclasses.asdict and json. Raises KeyError or ValueError for unknown or unusable values."""
+    for section in ("denoiser", "text_encoder", "vae", "sampling"):
+        content[section]  # without it, the defaults are another model's
+    return typed(content, WanConfig)

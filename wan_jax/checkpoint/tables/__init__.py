@@ -39,6 +39,11 @@ def num_layers(config: ModelConfig) -> int:
     return 0 if isinstance(config, VAEConfig) else config.num_layers
 
 
+def max_repeats(config: ModelConfig) -> int:
+    """The largest number that the length of its table is in proportion to."""
+    return config.num_res_blocks if isinstance(config, VAEConfig) else config.num_layers
+
+
 def infer_config(model: type, place: str, tensors: Tensors, naming: Naming) -> Any:
     """The config, of type `model`, of stored tensors. Raises InputError where they are no such model's."""
     return _MODELS[model][1](place, tensors, naming)
