@@ -1,6 +1,7 @@
 """The command line: what it writes, what it prints, and its one line for every kind of bad input."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 import wan_jax
 from wan_jax import WanPipeline, read_video
+from wan_jax.assets import NANO_WEIGHTS
 from wan_jax.cli.main import main
 
 SMALL = ["--size", "48x32", "--frames", "5", "--steps", "2", "--dtype", "float32"]
@@ -35,7 +37,7 @@ def test_generate(generate, tmp_path, capsys):
     assert report["outputs"] == ["out.mp4"]
     assert set(report["seconds"]) == {"load", "compile", "text", "denoise", "decode", "save"}
     assert report["settings"]["size"] == [48, 32]
-    assert report["settings"]["shift"] == 12.0
+    assert report["settings"]["shift"] == 3.0  # the tree's own: it is no release
     assert report["peak_bytes"] is None or report["peak_bytes"] > 0
     assert np.load(latents).shape == SHAPE
     assert np.load(latents).dtype == np.float32
@@ -74,12 +76,15 @@ def test_several_prompts(generate, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt", "v-1.gif", "v-2.gif"]
 
 
-def test_notes_say_that_the_presets_shift_wins(diffusers_tree, tmp_path, capsys, monkeypatch):
+def test_notes_say_that_a_releases_shift_wins(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["generate", "a", "--checkpoint", str(diffusers_tree), *SMALL]) == 0
+    tree = shutil.copytree(NANO_WEIGHTS, tmp_path / "tree")
+    scheduler = tree / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"flow_shift": 3.0}))
+    assert main(["generate", "a", "--checkpoint", str(tree), *SMALL]) == 0
     errors = capsys.readouterr().err
-    assert "flow_shift" in errors
-    assert "12" in errors
+    assert "flow_shift 3" in errors
+    assert "shift 5" in errors
 
 
 def test_no_pytorch_at_run_time(diffusers_tree, tmp_path):

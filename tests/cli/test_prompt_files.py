@@ -181,7 +181,7 @@ def test_a_failing_video_and_a_second_run(run, tmp_path, monkeypatch):
     assert report["outputs"] == ["out-1.mp4", *(f"blue-{index:04d}.png" for index in range(9))]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*report["outputs"], "huge.npy", "prompts.jsonl"])
     assert (report["videos"][0]["seed"], report["videos"][2]["seed"], report["seed"]) == (3, 4, None)
-    assert (report["settings"]["size"], report["settings"]["shift"]) == ([48, 32], 12.0)
+    assert (report["settings"]["size"], report["settings"]["shift"]) == ([48, 32], 3.0)
     assert read_metadata("out-1.mp4")["seed"] == 3
     before = (tmp_path / "out-1.mp4").stat().st_mtime_ns
 

@@ -186,12 +186,29 @@ def test_runs_without_torch_and_without_a_word(small_tokenizer, sentencepiece_to
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_ids_beyond_the_embedding(small_tokenizer):
+def test_a_tokenizer_of_another_model(small_tokenizer, tmp_path):
+    """One with more tokens than the embedding has rows, with far fewer, or that does not end prompts as UMT5's."""
     Tokenizer.from_pretrained(small_tokenizer, vocab_size=400)(PROMPTS)
-    tokens, _ = Tokenizer.from_pretrained(small_tokenizer)(PROMPTS)
-    Tokenizer.from_pretrained(small_tokenizer, vocab_size=int(tokens.max()) + 1)(PROMPTS)
-    with pytest.raises(InputError, match=rf"gave id {tokens.max()} but the text encoder has {tokens.max()} tokens"):
-        Tokenizer.from_pretrained(small_tokenizer, vocab_size=int(tokens.max()))(PROMPTS)
+    for rows in (200, 256384):
+        with pytest.raises(InputError, match=rf"the text encoder {rows}; use the one"):
+            Tokenizer.from_pretrained(small_tokenizer, vocab_size=rows)
+    content = json.loads((small_tokenizer / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"post_processor": None}))
+    with pytest.raises(InputError, match="not UMT5's"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_ids_beyond_the_embedding(small_tokenizer):
+    backend = tokenizers.Tokenizer.from_file(str(small_tokenizer / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"gave id \d+ but the text encoder has 50 tokens"):
+        Tokenizer(backend, vocab_size=50)(PROMPTS)
+
+
+def test_the_fingerprint_tells_tokenizers_apart(small_tokenizer, tmp_path):
+    train_small_tokenizer(["another"], 300, tmp_path)
+    one, other = (Tokenizer.from_pretrained(folder) for folder in (small_tokenizer, tmp_path))
+    assert one.fingerprint != other.fingerprint
+    assert one.fingerprint == Tokenizer.from_pretrained(small_tokenizer).fingerprint
 
 
 def test_bad_folders(small_tokenizer, tmp_path):
