@@ -13,6 +13,7 @@ import pytest
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.diffusion.state import SamplingState
 from wan_jax.errors import Cancelled, InputError
+from wan_jax.parameters import named_parameters
 from wan_jax.pipeline import WanPipeline
 from wan_jax.runtime.events import CancelToken, FramesDecoded, Run, StageDone, StageStarted, StepDone
 from wan_jax.testing.models import DEMO, random_pipeline
@@ -222,6 +223,25 @@ def test_attention_by_name(pipe):
     assert (chunked.metadata["attention"], chunked.metadata["attention_used"]) == ("chunked", "chunked")
     assert (exact.metadata["attention"], exact.metadata["attention_used"]) == (None, "reference")
     np.testing.assert_allclose(chunked.latents, exact.latents, rtol=0, atol=1e-4)
+
+
+def test_weights_by_name(pipe):
+    """8-bit copies are made once, change the video a little, and leave the stored weights as they are."""
+    exact = pipe("a red circle", **SMALL)
+    kernels = [named_parameters(each)["blocks.feed_forward.up.kernel"] for each in pipe.denoisers.values()]
+    for name in ("int8", "float8"):
+        first, again = (pipe("a red circle", **SMALL, weights=name) for _ in range(2))
+        assert first.metadata["weights"] == name
+        np.testing.assert_array_equal(first.latents, again.latents)
+        error = np.abs(first.latents - exact.latents).mean() / np.abs(exact.latents).mean()
+        assert 1e-5 < error < 0.1
+    assert all(
+        kernel is named_parameters(each)["blocks.feed_forward.up.kernel"]
+        for kernel, each in zip(kernels, pipe.denoisers.values(), strict=True)
+    )
+    np.testing.assert_array_equal(pipe("a red circle", **SMALL).latents, exact.latents)
+    with pytest.raises(InputError, match="unknown weights 'int4'"):
+        pipe("a red circle", **SMALL, weights="int4")
 
 
 def test_two_threads(pipe):

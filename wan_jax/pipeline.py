@@ -20,6 +20,7 @@ from wan_jax.generation.extension import extended, extension
 from wan_jax.generation.pictures import PictureEncoder
 from wan_jax.generation.requests import check_together, make_requests
 from wan_jax.generation.sampler import Result, Sampler
+from wan_jax.generation.weight_formats import WeightFormats
 from wan_jax.lora import Lora, LoraFile, Loras, open_loras
 from wan_jax.lora.apply import AdaptedDenoiser, adapter_bytes, with_loras
 from wan_jax.media.codec import Codec
@@ -78,6 +79,7 @@ class WanPipeline:
 
     def _use(self, denoisers: dict[str, Denoiser]) -> None:
         self.denoisers = denoisers
+        self._formats = WeightFormats(self.placement)
         self.loras: tuple[Lora, ...] = ()
         placements = self.placement.by_expert(list(denoisers))
         self._adapted = {
@@ -184,6 +186,7 @@ class WanPipeline:
             Run(self.on_event).note(note)
         # The old adapters go before the new ones come.
         self.loras = ()
+        self._formats.clear()
         self.denoisers = {name: adapted.base for name, adapted in self._adapted.items()}
         self.denoisers = with_loras(self._adapted, opened)
         self.loras = opened.loras
@@ -247,7 +250,8 @@ class WanPipeline:
         check_together(requests)
         self.placement.mesh_spec.check(self.config, prompts=len(requests))
         run = Run(listeners(self.on_event, on_event), cancel)
-        parts = self.denoisers, self.memory, self.placement, self.codec.preview
+        denoisers = self._formats.get(self.denoisers, requests[0].weights)
+        parts = denoisers, self.memory, self.placement, self.codec.preview
         latents, attention = Sampler(self.config, self._prompts, self._pictures, *parts).denoise(requests, run, state)
         for index, request in enumerate(requests):
             metadata = self.metadata(request) | {"attention_used": attention}

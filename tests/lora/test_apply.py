@@ -79,8 +79,8 @@ def pipe(tokenizer_folder):
     return make(tokenizer_folder)
 
 
-def latents(pipe: WanPipeline) -> np.ndarray:
-    return next(pipe.results([SamplingParams("a red circle", **SMALL)])).latents
+def latents(pipe: WanPipeline, **choices) -> np.ndarray:
+    return next(pipe.results([SamplingParams("a red circle", **SMALL, **choices)])).latents
 
 
 def test_set_and_unset_give_back_every_bit(pipe, files):
@@ -143,6 +143,18 @@ def test_each_expert_its_own(pipe, files):
         assert np.abs(one - other).max() > 1e-3
 
 
+def test_around_8_bits(pipe, files):
+    pipe.set_loras([])
+    plain, plain_8_bit = latents(pipe), latents(pipe, weights="int8")
+    pipe.set_loras([files["a"]])
+    adapted, adapted_8_bit = latents(pipe), latents(pipe, weights="int8")
+    change = np.abs(adapted - plain).mean()
+    for ours, exact in ((plain_8_bit, plain), (adapted_8_bit, adapted)):
+        assert 0 < np.abs(ours - exact).mean() < change / 3
+    pipe.set_loras([])
+    np.testing.assert_array_equal(latents(pipe, weights="int8"), plain_8_bit)
+
+
 def _both(pipe, files) -> np.ndarray:
     pipe.set_loras([files["a"]])
     return latents(pipe)
@@ -155,6 +167,7 @@ def test_every_memory_profile_gives_the_same_bits(pipe, files, tokenizer_folder,
     other = make(tokenizer_folder, profile)
     other.set_loras(loras)
     np.testing.assert_array_equal(latents(other), latents(pipe))
+    np.testing.assert_array_equal(latents(other, weights="int8"), latents(pipe, weights="int8"))
     parameters = named_parameters(other.denoisers["low_noise"])
     assert {array.sharding.memory_kind for array in parameters.values()} == {"pinned_host"}
     assert not any(array.is_deleted() for array in parameters.values())

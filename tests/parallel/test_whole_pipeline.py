@@ -52,8 +52,15 @@ def test_a_video_on_a_mesh(text_to_video):
     assert video.metadata["mesh"] == "cfg2-ulysses4"
 
 
-def latents_of(pipeline: WanPipeline, *prompts: str) -> np.ndarray:
-    return np.stack([result.latents for result in pipeline.results(make_requests(prompts, SMALL))])
+def latents_of(pipeline: WanPipeline, *prompts: str, **choices) -> np.ndarray:
+    return np.stack([result.latents for result in pipeline.results(make_requests(prompts, SMALL | choices))])
+
+
+@pytest.mark.parametrize("mesh", ["fsdp2-tensor2", "experts2-ulysses2"])
+def test_weights_in_8_bits(text_to_video, mesh):
+    made, _ = text_to_video
+    alone, spread = (latents_of(load(made, each), "a red circle", weights="int8") for each in (None, mesh))
+    assert_same(spread, alone)
 
 
 def test_a_batch_in_parts(text_to_video):

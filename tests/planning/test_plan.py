@@ -15,9 +15,11 @@ from wan_jax.config import ImageEncoderConfig
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.diffusion.segments import plan_steps
 from wan_jax.models import vae as vae_model
+from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import named_parameters
 from wan_jax.planning.memory import Plan, Prediction, choose_profile
+from wan_jax.planning.mesh import MeshPlan
 from wan_jax.planning.report import report
 from wan_jax.planning.time import decode_flops, decode_workspace, denoiser_flops, encode_flops, encode_workspace
 from wan_jax.presets import get_preset
@@ -78,6 +80,22 @@ def test_weights_are_those_of_the_pipeline(tokenizer_folder):
         assert streamed[stage] == with_layers[stage] - sum(blocks)
     assert plan.predict(PROFILES["resident"]).host_bytes == 0
     assert plan.predict(PROFILES["swap"]).host_bytes == everything
+
+
+def test_weights_in_8_bits():
+    """The copies wait beside the stored weights; of an expert that runs, only the copy is on the device."""
+
+    def bytes_with(weights: str, make=Plan, *mesh) -> list[int]:
+        plan = make(A14B, SamplingParams(weights=weights).resolve(A14B), "bfloat16", "float32", *mesh)
+        profiles = PROFILES["resident"], PROFILES["swap"]
+        return [plan.without_workspace(profile)["denoise"] - plan.input_bytes["denoise"] for profile in profiles]
+
+    for mesh in ((), (MeshPlan, MeshSpec(fsdp=4))):
+        (resident, swap), (resident_8_bit, swap_8_bit) = (
+            bytes_with(weights, *mesh) for weights in ("as_stored", "int8")
+        )
+        assert swap_8_bit == pytest.approx(swap / 2, rel=0.05)
+        assert resident_8_bit == pytest.approx(resident + 2 * swap_8_bit, rel=0.05)
 
 
 def test_stages_of_images(tokenizer_folder):

@@ -16,7 +16,7 @@ def add_command(commands: Any) -> None:
         "plan", help="predict memory and seconds before anything is loaded", allow_abbrev=False
     )
     command.add_argument("--preset", default="t2v-a14b", help="model (default t2v-a14b)", metavar="NAME")
-    add_options(command, ["size", "frames", "steps", "guidance", "shift", "solver", "schedule"])
+    add_options(command, ["size", "frames", "steps", "guidance", "shift", "solver", "schedule", "weights"])
     add_options(command, ["dtype", "vae_dtype", "profile", "mesh"])
     command.add_argument("--devices", type=int, help="that --mesh auto may use, instead of those here", metavar="N")
     command.add_argument("--device-memory", type=float, help="what fits, instead of this device's", metavar="GIB")

@@ -32,6 +32,7 @@ from wan_jax.fields import (
 from wan_jax.media.image import Picture, check_images, output_size
 
 NOISES = ("jax", "torch")
+WEIGHTS = {"as_stored": None, "int8": "int8", "float8": "float8_e4m3fn"}  # the dtype that kernels of layers get
 DTYPES = ("bfloat16", "float32")
 PROFILE_NAMES = ("auto", "resident", "swap", "stream")  # what the last three mean is in runtime/offload.py
 
@@ -85,6 +86,12 @@ class SamplingParams:
         anything, "start from these float32 [C, F', h, w] latents", metavar="F.npy", per_row=True
     )
     attention: str | None = knob(text, "implementation of attention (default: the fastest exact one)", metavar="NAME")
+    weights: str = knob(
+        text,
+        f"{' | '.join(WEIGHTS)}: the kernels of the denoisers' layers; 8 bits are approximate, and half as large",
+        default="as_stored",
+        metavar="NAME",
+    )
 
     if TYPE_CHECKING:  # the fields' types are those of resolved values; __post_init__ takes more
 
@@ -140,6 +147,7 @@ class SamplingParams:
         if self.last_image is not None and self.frames < 2:
             raise InputError(f"frames {self.frames}: a first and a last image need more than one")
         check_name("noise", self.noise, NOISES)
+        check_name("weights", self.weights, tuple(WEIGHTS))
         if not all(map(math.isfinite, as_pair(self.guidance))):
             raise InputError(f"guidance {self.guidance}: must be finite numbers")
         if config.sampling.boundary is None and self.boundary is not None:

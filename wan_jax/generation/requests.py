@@ -56,8 +56,12 @@ def make_requests(
     return requests
 
 
-# What the videos of one batch have in common.
-SHARED = ("size", "frames", "steps", "shift", "boundary", "solver", "schedule", "attention")
+# What the videos of one batch have in common: all but what belongs to a row.
+SHARED = [
+    each.name
+    for each in knobs(SamplingParams)
+    if not each.metadata["per_row"] and each.name not in ("prompt", "fps", "guidance", "noise")
+]
 
 
 def check_together(requests: Sequence[SamplingParams]) -> None:

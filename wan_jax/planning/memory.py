@@ -21,7 +21,7 @@ from jax.sharding import Sharding
 
 from wan_jax.config import ModelConfig, WanConfig
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, KnownFrames
-from wan_jax.diffusion.params import SamplingParams
+from wan_jax.diffusion.params import WEIGHTS, SamplingParams
 from wan_jax.diffusion.segments import Segment, plan_segments
 from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.diffusion.step import Expert, compile_step
@@ -31,10 +31,11 @@ from wan_jax.models.build import build_model
 from wan_jax.models.denoiser import CrossAttentionKV
 from wan_jax.models.image_encoder import encode_image
 from wan_jax.models.nn.causal_conv import CacheArrays
+from wan_jax.models.nn.weights import quantize_layers
 from wan_jax.models.vae import VAE
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import SINGLE
-from wan_jax.parameters import dotted, named_parameters
+from wan_jax.parameters import ParameterInfo, abstract_parameters, dotted
 from wan_jax.planning.time import RATES, decode_flops, decode_workspace, denoiser_flops, encode_flops, encode_workspace
 from wan_jax.runtime.compiled import workspace_bytes
 from wan_jax.runtime.offload import PROFILES, Profile, abstract_array, on_host, single_device, streams
@@ -87,6 +88,8 @@ class Plan:
       adapter_bytes: of an expert's LoRAs.
     """
 
+    mesh_spec = MeshSpec()  # one device
+
     def __init__(
         self,
         config: WanConfig,
@@ -102,18 +105,24 @@ class Plan:
         self.dtype = jnp.dtype(dtype)
         self.vae_dtype = jnp.dtype(vae_dtype)
         self.device = jax.devices()[0] if device is None else device
-        self.mesh_spec = MeshSpec()  # one device
         self.compiled = self.device.platform != "cpu"  # whether workspace comes from compiled functions
         self._workspace: dict[bool, Mapping[str, int]] = {}
         dtypes = {"text_encoder": self.dtype, "denoiser": self.dtype, "vae": self.vae_dtype}
         if config.image_encoder is not None:
             dtypes["image_encoder"] = IMAGE_ENCODER_DTYPE
-        self._models = {name: _model_of_shapes(config.model(name), dtype) for name, dtype in dtypes.items()}
-        self._weights = {
-            name: {path: _nbytes(array) for path, array in named_parameters(model).items()}
-            for name, model in self._models.items()
-        }
+        shapes = {name: _shapes(config.model(name), dtype) for name, dtype in dtypes.items()}
+        stored = self._bytes_of("denoiser", shapes["denoiser"][1])
+        shapes["denoiser"] = _shapes(config.denoiser, self.dtype, settings.weights)
+        self._models = {name: model for name, (model, _) in shapes.items()}
+        self._weights = {name: self._bytes_of(name, tree) for name, (_, tree) in shapes.items()}
+        # Of kernels that have a copy in another format: they wait beside it.
+        self._copied_bytes = sum(size for path, size in stored.items() if path not in self._weights["denoiser"])
         self._weights["denoiser"]["adapters"] = adapter_bytes
+
+    def _bytes_of(self, name: str, tree: Mapping[str, ParameterInfo]) -> dict[str, int]:
+        """Bytes of each parameter of a model on a device."""
+        del name  # all of any model
+        return {path: info.dtype.itemsize * math.prod(info.shape) for path, info in tree.items()}
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -152,7 +161,8 @@ class Plan:
     def weight_bytes(self) -> int:
         """Of all models together."""
         counts = {"denoiser": len(self.config.experts)}
-        return sum(counts.get(name, 1) * sum(sizes.values()) for name, sizes in self._weights.items())
+        weights = sum(counts.get(name, 1) * sum(sizes.values()) for name, sizes in self._weights.items())
+        return weights + counts["denoiser"] * self._copied_bytes
 
     def workspace(self, profile: Profile) -> Mapping[str, int]:
         """Bytes that each stage takes beside weights and inputs."""
@@ -382,9 +392,15 @@ def memory_limit(device: jax.Device) -> int | None:
 
 
 @functools.cache
-def _model_of_shapes(config: ModelConfig, dtype: jnp.dtype) -> Any:
-    """A model with jax.ShapeDtypeStruct for arrays."""
-    return nnx.eval_shape(functools.partial(build_model, config, dtype))
+def _shapes(
+    config: ModelConfig, dtype: jnp.dtype, weights: str = "as_stored"
+) -> tuple[Any, Mapping[str, ParameterInfo]]:
+    """A model with jax.ShapeDtypeStruct for arrays, and its abstract tree."""
+
+    def build() -> nnx.Module:
+        return quantize_layers(build_model(config, dtype), WEIGHTS[weights])
+
+    return nnx.eval_shape(build), abstract_parameters(build)
 
 
 def _placed(model: Any, sharding: Callable[[str], Sharding]) -> Any:

@@ -19,10 +19,10 @@ from wan_jax.config import WanConfig
 from wan_jax.diffusion.experts import as_pair
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError
-from wan_jax.models.build import abstract_model
 from wan_jax.models.nn.causal_conv import CacheArrays
 from wan_jax.parallel.mesh_spec import ONE_DEVICE, MeshSpec
 from wan_jax.parallel.placement import Placement
+from wan_jax.parameters import ParameterInfo
 from wan_jax.planning.memory import Plan, Prediction, choose_profile, memory_limit
 from wan_jax.planning.report import Report
 from wan_jax.planning.time import RATES, decode_workspace, denoiser_flops, encode_workspace
@@ -48,23 +48,23 @@ class MeshPlan(Plan):
         device: jax.Device | None = None,
         adapter_bytes: int = 0,
     ):
+        self.mesh_spec = mesh_spec
         super().__init__(config, settings, dtype, vae_dtype, device=device, adapter_bytes=adapter_bytes)
         self.compiled = False
-        self.mesh_spec = mesh_spec
-        placement = Placement.planned(mesh_spec)
-        for name, model in (("denoiser", config.denoiser), ("text_encoder", config.text_encoder)):
-            tree = abstract_model(model)
-            shardings = placement.model_shardings(model, tree)
-            self._weights[name] |= {
-                path: self.dtype.itemsize * math.prod(shardings[path].shard_shape(info.shape))
-                for path, info in tree.items()
-            }
         self.token_parts = mesh_spec.ring * mesh_spec.fsdp * mesh_spec.ulysses
+
+    def _bytes_of(self, name: str, tree: Mapping[str, ParameterInfo]) -> dict[str, int]:
+        """Of the part of each parameter that a device has."""
+        shardings = Placement.planned(self.mesh_spec).model_shardings(self.config.model(name), tree)
+        return {
+            path: info.dtype.itemsize * math.prod(shardings[path].shard_shape(info.shape))
+            for path, info in tree.items()
+        }
 
     def weight_bytes(self) -> int:
         """Of two experts a device may have one."""
-        whole = super().weight_bytes()
-        return whole if self.mesh_spec.experts == 1 else whole - sum(self._weights["denoiser"].values())
+        whole, expert = super().weight_bytes(), sum(self._weights["denoiser"].values()) + self._copied_bytes
+        return whole if self.mesh_spec.experts == 1 else whole - expert
 
     def estimated_workspace(self, profile: Profile) -> dict[str, int]:
         """The formula of one device, with a part of the tokens, heads, features and pixels.

@@ -3,16 +3,21 @@
 `Dense` is one floating-point array. `Scaled` has 8-bit values and a scale for each output, half the memory of bfloat16.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from wan_jax.kernels.precision import matmul_precision
+from wan_jax.runtime.offload import to_device
 
 Model = TypeVar("Model", bound=nnx.Module)
+Place = Callable[[tuple[str | None, ...]], Sharding]  # where a parameter of these logical axes is
 
 
 class Weight(Protocol):
@@ -54,15 +59,17 @@ class Scaled(nnx.Module):
         self.axes = axes
 
     @classmethod
-    def quantize(cls, kernel: Weight, dtype: DTypeLike) -> "Scaled":
-        """Rounds to the nearest value, the largest of each output being the dtype's largest."""
-        dense = kernel.dense().astype(jnp.float32)
-        is_integer = jnp.issubdtype(dtype, jnp.integer)
-        largest = float((jnp.iinfo if is_integer else jnp.finfo)(dtype).max)
-        peak = jnp.abs(dense).max(axis=-2)
-        scale = jnp.where(peak == 0, 1, peak / largest)
-        values = dense / scale[..., None, :]
-        return cls((jnp.round(values) if is_integer else values).astype(dtype), scale, axes=kernel.axes)
+    def quantize(cls, kernel: Weight, dtype: DTypeLike, place: Place | None = None) -> "Scaled":
+        """Rounds to the nearest value, the largest of each output being the dtype's largest.
+
+        `place` says where stacked values and scales go.
+        """
+        values, scale = _quantized(to_device(kernel.dense()), jnp.dtype(dtype))
+        if place is not None:
+            inputs, outputs = kernel.axes
+            values = jax.device_put(values, place(("layers", inputs, outputs)))
+            scale = jax.device_put(scale, place(("layers", outputs)))
+        return cls(values, scale, axes=kernel.axes)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -86,15 +93,29 @@ def dot(x: jax.Array, kernel: jax.Array, result: DTypeLike | None = None) -> jax
     )
 
 
-def quantize_layers(model: Model, dtype: DTypeLike) -> Model:
+@partial(jax.jit, static_argnames="dtype")
+def _quantized(dense: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    dense = dense.astype(jnp.float32)
+    is_integer = jnp.issubdtype(dtype, jnp.integer)
+    largest = float((jnp.iinfo if is_integer else jnp.finfo)(dtype).max)
+    peak = jnp.abs(dense).max(axis=-2)
+    scale = jnp.where(peak == 0, 1, peak / largest)
+    values = dense / scale[..., None, :]
+    return (jnp.round(values) if is_integer else values).astype(dtype), scale
+
+
+def quantize_layers(model: Model, dtype: DTypeLike | None, place: Place | None = None) -> Model:
     """The model with the kernels of its stacked layers in 8 bits, under "....kernel.values" and "....kernel.scale".
 
     All other arrays are shared. Under `nnx.eval_shape` it makes the abstract model that `with_parameters` needs.
+    `place` says where the new arrays go. With dtype None it is the model itself.
     """
+    if dtype is None:
+        return model
     quantized = nnx.merge(*nnx.split(model))
     blocks: nnx.Module = vars(quantized)["blocks"]
     for _, module in nnx.iter_modules(blocks):
         kernel = vars(module).get("kernel")
         if isinstance(kernel, Dense):
-            vars(module)["kernel"] = Scaled.quantize(kernel, dtype)
+            vars(module)["kernel"] = Scaled.quantize(kernel, dtype, place)
     return quantized
