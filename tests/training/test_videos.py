@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from wan_jax.errors import InputError
+from wan_jax.media.frames import read_frames
 from wan_jax.media.video import Video
 from wan_jax.testing.models import DEMO
 from wan_jax.training.videos import (
@@ -11,7 +12,6 @@ from wan_jax.training.videos import (
     choose_bucket,
     fit_to_bucket,
     parse_buckets,
-    read_clip,
     read_metadata,
 )
 
@@ -45,6 +45,59 @@ def test_bad_metadata(name, text, message, tmp_path):
         read_metadata(tmp_path)
 
 
+ROWS = {
+    "metadata.jsonl": (
+        '{"file_name": "a.mp4", "caption": "one\\ntwo \\" \\u2028\u2028 \x85 end"}\r\n\n'
+        ' {"caption": "", "file_name": "b c.mp4", "size": [1, 2]} ',
+        [("a.mp4", 'one\ntwo " \u2028\u2028 \x85 end'), ("b c.mp4", "")],
+    ),
+    "metadata.csv": (
+        '\ufefffile_name,caption\r\na.mp4,"one\r\ntwo ""x"", three"\r\n\r\n"b,c.mp4",\u2028 five " six\r\n',
+        [("a.mp4", 'one\r\ntwo "x", three'), ("b,c.mp4", '\u2028 five " six')],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_any_valid_line_is_kept_as_it_is(name, tmp_path):
+    """Line breaks inside quotes, the separators of Unicode, quotes and commas."""
+    text, expected = ROWS[name]
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    assert [(example.file.name, example.caption) for example in read_metadata(tmp_path)] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("metadata.csv", b"file_name,caption\na.mp4,a, red, circle\n", "line 2: 4 cells; the header has 2"),
+        ("metadata.csv", b"file_name,caption\na.mp4\n", "line 2: 1 cells"),
+        ("metadata.csv", b'file_name,caption\na.mp4,"open\nb.mp4,b\nc.mp4,c\n', "line 2: not CSV"),
+        ("metadata.csv", b'file_name,caption\na.mp4,"x" y\n', "line 2: not CSV"),
+        ("metadata.csv", b"file_name;caption\na.mp4;b\n", "line 2: has no text under file_name or video"),
+        ("metadata.csv", b"file_name,caption,caption\na.mp4,b,c\n", "line 1: key 'caption' is there twice"),
+        ("metadata.csv", b"file_name,caption\n", "is empty"),
+        ("metadata.csv", b"", "is empty"),
+        ("metadata.csv", b"file_name,caption\n,b\n", "line 2: names no file"),
+        ("metadata.csv", "file_name,caption\na.mp4,caf\xe9\n".encode("cp1252"), r"Windows-1252 or another \(byte 0xe9"),
+        ("metadata.csv", "file_name,caption\na.mp4,b\n".encode("utf-16"), "not UTF-8 text but UTF-16"),
+        ("metadata.csv", "file_name,caption\na.mp4,b\n".encode("utf-16-le"), "not UTF-8 text but UTF-16"),
+        ("metadata.jsonl", '{"file_name": "a.mp4", "caption": "b"}'.encode("utf-32"), "not UTF-8 text but UTF-32"),
+        ("metadata.jsonl", b'{"file_name": "a.mp4", "caption": "b", "caption": "c"}', "line 1: key 'caption' is there"),
+        ("metadata.jsonl", b'{"file_name": "a.mp4", "caption": "b"} {"x": 1}', "line 1: not JSON"),
+        ("metadata.jsonl", b'{"file_name": "a.mp4", "caption": "b", "x": NaN}', "line 1: not JSON"),
+        ("metadata.jsonl", b'{"file_name": "a.mp4",\n"caption": "b"}', "line 1: not JSON"),
+        ("metadata.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("metadata.jsonl", b'{"file_name": "a\\u0000.mp4", "caption": "b"}', "line 1: names no file"),
+        ("metadata.jsonl", b'{"file_name": null, "caption": "b"}', "line 1: has no text under file_name"),
+    ],
+)
+def test_what_is_no_row_is_said_with_its_line(name, data, message, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=message) as error:
+        read_metadata(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_two_metadata_files_or_one_that_is_missing(tmp_path):
     for name in ("metadata.jsonl", "metadata.csv"):
         (tmp_path / name).write_text("")
@@ -74,7 +127,7 @@ def video(tmp_path_factory):
     ],
 )
 def test_rates(video, fps, longest, expected):
-    frames = read_clip(video, fps, longest)
+    frames = read_frames(video, fps, longest)
     assert frames.shape[1:] == (32, 48, 3)
     np.testing.assert_array_equal(np.round(frames.mean(axis=(1, 2, 3)) / 20), list(expected))
 
@@ -82,10 +135,10 @@ def test_rates(video, fps, longest, expected):
 def test_what_is_no_video(tmp_path, video):
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(video.read_bytes()[:300])
-    with pytest.raises(InputError, match=r"broken\.mp4: cannot be decoded"):
-        read_clip(broken, 16, 5)
-    with pytest.raises(InputError, match=r"none\.mp4: no such file"):
-        read_clip(tmp_path / "none.mp4", 16, 5)
+    with pytest.raises(InputError, match=r"broken\.mp4 cannot be read as a video"):
+        read_frames(broken, 16, 5)
+    with pytest.raises(InputError, match=r"none\.mp4 does not exist"):
+        read_frames(tmp_path / "none.mp4", 16, 5)
 
 
 def test_buckets():

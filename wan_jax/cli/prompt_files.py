@@ -9,18 +9,16 @@ options say. Videos without an "output" are numbered by their place in the file:
 """
 
 import contextlib
-import csv
 import dataclasses
-import io
-import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from wan_jax.cli.options import OPTIONS, PER_VIDEO, Options
 from wan_jax.errors import InputError, unknown_name
+from wan_jax.runtime.rows import READERS, Row, read_rows, read_text
 
 FILES = ("output", "save_latents", "save_frames")  # what a video writes
 
@@ -58,20 +56,19 @@ def read_items(options: Options) -> list[Item]:
         _check_distinct(items)
         return items
     path = pathlib.Path(options.prompts)
-    reader = READERS.get(path.suffix.lower() or ".txt")
-    if reader is None:
-        raise InputError(f"prompts file {path}: unknown ending {path.suffix!r}; use one of {', '.join(READERS)}")
+    ending = path.suffix.lower() or ".txt"
+    if ending != ".txt" and ending not in READERS:
+        endings = ", ".join((".txt", *READERS))
+        raise InputError(f"prompts file {path}: unknown ending {path.suffix!r}; use one of {endings}")
     if not path.is_file():
         raise InputError(f"prompts file {path} does not exist; give a text file with one prompt a line")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"prompts file {path} is not UTF-8 text; save it as UTF-8") from None
     items = []
-    for number, (line, values) in enumerate(reader(str(path), text), start=1):
+    rows = _read_lines(path) if ending == ".txt" else read_rows(path, '{"prompt": ...}', _check_keys)
+    for number, (where, row) in enumerate(rows, start=1):
+        values = _values(where, row)
         numbered = {name: _numbered(value, number) for name in FILES if (value := vars(options)[name])}
         own = dataclasses.replace(options, **{"prompts": None, **numbered, **values})
-        items.append(Item(own, _where(str(path), line)))
+        items.append(Item(own, where))
         if own.prompt is None or not own.prompt.strip():
             raise InputError(f"{items[-1].where}: no prompt; write what the video shows")
     if not items:
@@ -96,80 +93,27 @@ def _numbered(name: str, number: int) -> str:
     return str(path.with_name(f"{path.stem}-{number}{path.suffix}"))
 
 
-def _where(path: str, line: int) -> str:
-    return f"{path} line {line}"
-
-
-def _read_text(path: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    del path
-    for line, prompt in enumerate(text.split("\n"), start=1):
+def _read_lines(path: pathlib.Path) -> Iterator[Row]:
+    for line, prompt in enumerate(read_text(path).split("\n"), start=1):
         if prompt.strip():
-            yield line, {"prompt": prompt.strip()}
+            yield f"{path} line {line}", {"prompt": prompt}
 
 
-def _read_json_lines(path: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, entry in enumerate(text.split("\n"), start=1):
-        if not entry.strip():
-            continue
-        try:
-            pairs = json.loads(entry, object_pairs_hook=_Pairs)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{_where(path, line)}: not JSON ({error})") from None
-        if not isinstance(pairs, _Pairs):
-            raise InputError(f'{_where(path, line)}: not an object; write {{"prompt": ...}}')
-        names = [name for name, _ in pairs]
-        if doubled := [name for name in names if names.count(name) > 1]:
-            raise InputError(f"{_where(path, line)}: key {doubled[0]!r} is there twice")
-        values = {name: dict(value) if isinstance(value, _Pairs) else value for name, value in pairs}
-        yield line, _values(_where(path, line), values)
-
-
-class _Pairs(list[tuple[str, Any]]):
-    """A JSON object as it is written."""
-
-
-def _read_csv(path: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
-    while True:
-        line = rows.line_num + 1
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            raise InputError(f"{_where(path, line)}: not CSV ({error})") from None
-        if row is None:
-            return
-        if not any(cell.strip() for cell in row):
-            continue
-        if header is None:
-            header = [name.strip() for name in row]
-            _values(_where(path, line), dict.fromkeys(header))
-            if doubled := [name for name in header if header.count(name) > 1]:
-                raise InputError(f"{_where(path, line)}: key {doubled[0]!r} is there twice")
-            continue
-        if len(row) != len(header):
-            raise InputError(f"{_where(path, line)}: {len(row)} cells; the header has {len(header)} keys")
-        cells = {name: cell.strip() or None for name, cell in zip(header, row, strict=True)}
-        yield line, _values(_where(path, line), cells)
-
-
-READERS: dict[str, Callable[[str, str], Iterator[tuple[int, dict[str, Any]]]]] = {
-    ".txt": _read_text,
-    ".jsonl": _read_json_lines,
-    ".csv": _read_csv,
-}
-
-
-def _values(where: str, entry: dict[str, Any]) -> dict[str, Any]:
-    """The options of one line; those that say nothing are left out."""
-    values = {}
-    for name, value in entry.items():
+def _check_keys(where: str, names: Sequence[str]) -> None:
+    for name in names:
         if name not in PER_VIDEO:
             error = unknown_name("key", name, PER_VIDEO)
             if name in OPTIONS:
                 error = InputError(f"key {name!r} is one of the whole run; give it as --{name.replace('_', '-')}")
             raise InputError(f"{where}: {error}")
-        if value is not None:
+
+
+def _values(where: str, row: dict[str, Any]) -> dict[str, Any]:
+    """The options of one line; those that say nothing, as an empty cell, are left out."""
+    values = {}
+    for name, value in row.items():
+        value = value.strip() if isinstance(value, str) else value
+        if value is not None and (value != "" or name == "prompt"):
             try:
                 values[name] = OPTIONS[name].metadata["convert"](name, value)
             except InputError as error:

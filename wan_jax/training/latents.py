@@ -13,12 +13,13 @@ import numpy as np
 from flax import nnx
 
 from wan_jax.errors import InputError
+from wan_jax.media.frames import read_frames
 from wan_jax.parameters import named_parameters
 from wan_jax.pipeline import WanPipeline
 from wan_jax.runtime.files import written_whole
-from wan_jax.training.videos import Bucket, Example, choose_bucket, fit_to_bucket, read_clip
+from wan_jax.training.videos import Bucket, Example, choose_bucket, fit_to_bucket
 
-FORMAT = 1  # of the cache; another number encodes everything again
+FORMAT = 2  # of the cache; another number encodes everything again
 FINGERPRINT_VALUES = 1024
 
 
@@ -76,7 +77,7 @@ def _encode_video(
         path = cache / f"{key}-{bucket}.npy"
         if content and path.exists():
             return bucket, path
-    frames = read_clip(file, fps, max(bucket.frames for bucket in buckets))
+    frames = read_frames(file, fps, max(bucket.frames for bucket in buckets))
     bucket = choose_bucket(frames, buckets)
     path = cache / f"{key}-{bucket}.npy"
     _save(path, pipeline.encode(fit_to_bucket(frames, bucket)))

@@ -1,19 +1,18 @@
 """A folder of videos with captions, and clips of them in the sizes that a run trains on."""
 
-import csv
-import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
 from wan_jax.media.image import cover
+from wan_jax.runtime.rows import read_rows
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 FILE_KEYS = ("file_name", "video")  # whichever the metadata has
@@ -78,57 +77,24 @@ def read_metadata(folder: Path, metadata: Path | None = None) -> list[Example]:
         (metadata,) = present
     if not metadata.is_file():
         raise InputError(f"metadata {metadata} does not exist")
-    text = metadata.read_text(encoding="utf-8-sig")
-    rows: list[tuple[int, object]] = []
-    if metadata.suffix == ".csv":
-        rows = list(enumerate(csv.DictReader(text.splitlines()), start=2))
-    else:
-        for number, line in enumerate(text.splitlines(), start=1):
-            if line.strip():
-                try:
-                    rows.append((number, json.loads(line)))
-                except json.JSONDecodeError as error:
-                    raise InputError(f"{metadata}, line {number}: not JSON ({error.msg}); correct it") from None
-    return [_example(folder, f"{metadata}, line {number}", row) for number, row in rows]
+    examples = [
+        _example(folder, place, row) for place, row in read_rows(metadata, '{"file_name": ..., "caption": ...}')
+    ]
+    if not examples:
+        raise InputError(f"metadata {metadata} is empty; write a file name and a caption a line")
+    return examples
 
 
-def _example(folder: Path, place: str, row: object) -> Example:
+def _example(folder: Path, place: str, row: dict[str, Any]) -> Example:
     values = []
     for keys in (FILE_KEYS, CAPTION_KEYS):
-        present = [key for key in keys if isinstance(row, dict) and isinstance(row.get(key), str)]
+        present = [row[key] for key in keys if isinstance(row.get(key), str)]
         if not present:
             raise InputError(f"{place}: has no text under {' or '.join(keys)}; it needs a file name and a caption")
-        values.append(row[present[0]])  # type: ignore[index]
+        values.append(present[0])
+    if not values[0].strip() or "\0" in values[0]:
+        raise InputError(f"{place}: names no file; write one under {' or '.join(FILE_KEYS)}")
     return Example(folder / values[0], values[1])
-
-
-def read_clip(path: str | os.PathLike, fps: float, longest: int) -> np.ndarray:
-    """The first frames of a video at `fps`, at most `longest`: uint8 [F, H, W, 3].
-
-    Of a video of another rate, the frame that shows at each time. Raises InputError for a file that is no video, or a
-    damaged one.
-    """
-    import av
-
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file")
-    frames: list[np.ndarray] = []
-    try:
-        with av.open(os.fspath(path)) as container:
-            rate = container.streams.video[0].average_rate
-            ratio = fps / float(rate) if rate else 1.0
-            for index, frame in enumerate(container.decode(video=0)):
-                # How many of the wanted frames show before the next one of the video.
-                due = min(math.ceil((index + 1) * ratio - 1e-6), longest) - len(frames)
-                if due > 0:
-                    frames += [frame.to_ndarray(format="rgb24")] * due
-                if len(frames) == longest:
-                    break
-    except (av.FFmpegError, IndexError) as error:
-        raise InputError(f"{path}: cannot be decoded ({' '.join(str(error).split())})") from None
-    if not frames:
-        raise InputError(f"{path}: has no frames")
-    return np.stack(frames)
 
 
 def choose_bucket(frames: np.ndarray, buckets: Sequence[Bucket]) -> Bucket:
