@@ -1,11 +1,13 @@
 """Flow matching on each expert's own noise levels; adapters; rematerialisation."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import nnx
 
 from wan_jax.config import DenoiserConfig, SamplingConfig, WanConfig
@@ -23,6 +25,7 @@ from wan_jax.training.denoiser_loss import (
     high_noise_share,
     sigma_range,
     training_flops,
+    truncated_normal,
 )
 from wan_jax.training.optimizer import make_optimizer
 from wan_jax.training.step import init_state, make_step, split_batch
@@ -119,11 +122,10 @@ def test_caption_dropout(dropout, share):
 
 def test_each_expert_gets_gradients_of_its_own_examples():
     loss = DenoiserLoss(CONFIG, ("high_noise", "low_noise"), NoiseConfig(high_noise_share=0.25), jnp.float32)
-    assert loss.counts(8) == {"high_noise": 2, "low_noise": 6}
-    assert loss.counts(2) == {"high_noise": 1, "low_noise": 1}
-    assert DenoiserLoss(CONFIG, ("low_noise",), NoiseConfig(), jnp.float32).counts(3) == {"low_noise": 3}
-    with pytest.raises(InputError, match="a microbatch needs 2 examples"):
-        loss.counts(1)
+    assert loss.counts(8) == {"high_noise": (2, 0.25), "low_noise": (6, 0.75)}
+    assert loss.counts(2) == {"high_noise": (1, 0.5), "low_noise": (1, 0.5)}
+    assert loss.counts(1) == {"high_noise": (1, 0.25), "low_noise": (1, 0.75)}
+    assert DenoiserLoss(CONFIG, ("low_noise",), NoiseConfig(), jnp.float32).counts(3) == {"low_noise": (3, 1.0)}
     parameters = {expert: random_parameters(TREE, seed, jnp.float32) for seed, expert in enumerate(loss.experts)}
     batch, ks = make_batch(4), keys(4)
     (value, metrics), slopes = jax.jit(jax.value_and_grad(loss, has_aux=True))(parameters, frozen(), batch, ks)
@@ -134,6 +136,58 @@ def test_each_expert_gets_gradients_of_its_own_examples():
     for name, slope in slopes["low_noise"].items():  # float32 sums in another order
         np.testing.assert_allclose(slope, 0.75 * expected[name], rtol=1e-3, atol=1e-6, err_msg=name)
     assert all(np.any(slope) for slope in slopes["high_noise"].values())
+
+
+@pytest.mark.parametrize("share", [None, 0.25])
+def test_accumulation_changes_nothing(share):
+    """Each expert gets the same examples with the same noise, whatever the microbatches are; of 8, 5 are high here."""
+    config = dataclasses.replace(CONFIG, sampling=SamplingConfig(shift=12.0, boundary=0.875))
+    loss = DenoiserLoss(config, ("high_noise", "low_noise"), NoiseConfig(high_noise_share=share), jnp.float32)
+    loss = dataclasses.replace(loss, batch_size=8)
+    assert share is not None or loss.counts(8)["high_noise"][0] == 5
+    parameters = {expert: random_parameters(TREE, seed, jnp.float32) for seed, expert in enumerate(loss.experts)}
+    examples = {**make_batch(8), "row": np.arange(8, dtype=np.int32)}
+    gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+    def means(parts):
+        cut, ks = split_batch((examples, keys(8)), parts)
+        results = [
+            gradients(parameters, frozen(), *jax.tree.map(lambda x, part=part: x[part], (cut, ks)))
+            for part in range(parts)
+        ]
+        return jax.tree.map(lambda *xs: sum(xs) / parts, *results)
+
+    whole = jax.tree_util.tree_leaves_with_path(means(1))
+    for parts in (2, 4):
+        found = dict(jax.tree_util.tree_leaves_with_path(means(parts)))
+        for name, expected in whole:  # float32 sums in another order
+            np.testing.assert_allclose(found[name], expected, rtol=2e-3, atol=2e-6, err_msg=str(name))
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper"),
+    [(7, math.inf), (-math.inf, -7), (-20, -19.9), (12, 12.5), (40, math.inf), (-1, 9), (-math.inf, math.inf), (0, 1)],
+)
+def test_narrow_tails_are_resolved(lower, upper):
+    """By scipy's quantiles, computed in float64."""
+    shares = np.linspace(0.001, 0.999, 101)
+    ours = np.asarray(truncated_normal(jnp.float32(shares), lower, upper), np.float64)
+    # Of the upper tail by symmetry: the distribution function is resolved near 0 only.
+    if flipped := lower + upper > 0:
+        lower, upper, shares = -upper, -lower, 1 - shares
+    ends = scipy.special.log_ndtr([lower, upper])
+    logs = ends[1] + np.log(shares + (1 - shares) * np.exp(ends[0] - ends[1]))
+    expected = scipy.special.ndtri_exp(logs)
+    np.testing.assert_allclose(ours, -expected if flipped else expected, atol=2e-4)
+    assert len(np.unique(ours)) == 101
+
+
+def test_logit_normal_far_from_an_expert_has_many_levels():
+    for mean, expert in ((-8.0, "high_noise"), (8.0, "low_noise"), (-20.0, "high_noise")):
+        noise = NoiseConfig("logit-normal", logit_mean=mean)
+        sigmas = np.asarray(draw_sigmas(keys(1000), noise, 5.0, sigma_range(CONFIG, expert)))
+        assert len(np.unique(sigmas)) > 900
+        assert np.isfinite(sigmas).all()
 
 
 def test_rematerialisation_changes_nothing():

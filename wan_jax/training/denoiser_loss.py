@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
+from jax.scipy.special import log_ndtr
 from jax.typing import DTypeLike
 
 from wan_jax.config import DenoiserConfig, WanConfig
 from wan_jax.diffusion.schedule import TRAIN_TIMESTEPS, shift_sigmas
-from wan_jax.errors import InputError
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.placement import REPLICATED, SINGLE, Placement
 from wan_jax.parallel.sharding import gather_outside_layers, state_specs
@@ -46,9 +47,29 @@ def draw_sigmas(keys: jax.Array, noise: NoiseConfig, shift: float, bounds: tuple
         base = jax.vmap(partial(jax.random.uniform, minval=low, maxval=high))(keys)
     else:
         lower, upper = ((_logit(bound) - noise.logit_mean) / noise.logit_std for bound in (low, high))
-        normal = jax.vmap(lambda key: jax.random.truncated_normal(key, lower, upper))(keys)
+        normal = truncated_normal(jax.vmap(jax.random.uniform)(keys), lower, upper)
         base = jax.nn.sigmoid(noise.logit_mean + noise.logit_std * normal)
     return jnp.clip(shift_sigmas(base, shift), *bounds)
+
+
+def truncated_normal(shares: jax.Array, lower: float, upper: float) -> jax.Array:
+    """Quantiles of the normal distribution within bounds, in float32 also where these are far out in a tail.
+
+    The logarithm of the distribution function is inverted by bisection: the function itself, by which
+    `jax.random.truncated_normal` draws, is 0 or 1 there, and all draws are one.
+    """
+    if lower + upper > 0:  # only the lower tail is resolved
+        return -truncated_normal(1 - shares, -upper, -lower)
+    low, high = max(lower, min(upper, 0.0) - 15), min(upper, 15.0)
+    log_low, log_high = log_ndtr(jnp.float32(low)), log_ndtr(jnp.float32(high))
+    wanted = log_high + jnp.log(shares + (1 - shares) * jnp.exp(log_low - log_high))
+
+    def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        middle = (ends[0] + ends[1]) / 2
+        below = log_ndtr(middle) < wanted
+        return jnp.where(below, middle, ends[0]), jnp.where(below, ends[1], middle)
+
+    return lax.fori_loop(0, 32, halve, (jnp.full_like(shares, low), jnp.full_like(shares, high)))[0]
 
 
 def high_noise_share(config: WanConfig, noise: NoiseConfig) -> float:
@@ -72,7 +93,8 @@ class DenoiserLoss:
     Parameters are {expert: {name: array}}: all of an expert's, or those of its adapters. `frozen` is {"empty_text":
     [text_length, text_dim]}, and with adapters {"experts": {expert: {name: array}}} beside it. Batches are {"latents":
     float32 [b, C, F, h, w], "text": [b, text_length, text_dim]}. Where both experts train, the first examples of a
-    batch are the high-noise expert's.
+    batch are the high-noise expert's, however it is cut into microbatches: these have "row" [b] too, the places of
+    their examples in the whole batch.
 
     Attributes:
       experts: those that train.
@@ -80,6 +102,7 @@ class DenoiserLoss:
       remat: see `layers.scan_layers`.
       lora_scale: alpha / rank; None: the experts themselves are trained.
       placement: where parameters and batches are.
+      batch_size: of the whole batch; None: there are no microbatches.
     """
 
     config: WanConfig
@@ -89,28 +112,40 @@ class DenoiserLoss:
     remat: str | None = None
     lora_scale: float | None = None
     placement: Placement = SINGLE
+    batch_size: int | None = None
 
     def __call__(
         self, parameters: Any, frozen: Any, batch: Mapping[str, jax.Array], keys: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        metrics, errors, start = {}, [], 0
-        for expert, count in self.counts(len(keys)).items():
-            rows = slice(start, start + count)
+        size = len(keys)
+        total = self.batch_size or size
+        microbatches = total // size
+        metrics: dict[str, jax.Array] = {}
+        value = jnp.float32(0)
+        for expert, (count, weight) in self.counts(total).items():
+            # Where counts do not divide, both experts see one row of the microbatch, which counts for its own.
+            most = -(-count // microbatches)
+            is_high = expert == self.experts[0]
+            rows = slice(0, most) if is_high else slice(size - most, size)
             denoiser = self.denoiser(expert, parameters, frozen)
-            examples = {name: array[rows] for name, array in batch.items()}
-            errors.append(self._placed_errors(denoiser, expert, examples, frozen["empty_text"], keys[rows]))
-            metrics[f"loss_{expert}"] = errors[-1].mean()
-            start += count
-        return jnp.concatenate(errors).mean(), metrics if len(metrics) > 1 else {}
+            examples = {name: batch[name][rows] for name in ("latents", "text")}
+            errors = self._placed_errors(denoiser, expert, examples, frozen["empty_text"], keys[rows])
+            if most * microbatches > count:
+                places = batch["row"][rows]
+                errors = errors * (places < count if is_high else places >= total - count)
+            metrics[f"loss_{expert}"] = errors.sum() * microbatches / count
+            value += weight * metrics[f"loss_{expert}"]
+        return value, metrics if len(metrics) > 1 else {}
 
-    def counts(self, size: int) -> dict[str, int]:
-        """How many examples of a microbatch each expert gets; raises InputError where there are too few."""
+    def counts(self, size: int) -> dict[str, tuple[int, float]]:
+        """How many examples of a batch each expert gets, and its weight in the loss; of one example both get it."""
         if len(self.experts) == 1:
-            return {self.experts[0]: size}
-        if size < 2:
-            raise InputError("both experts train, so a microbatch needs 2 examples; raise the batch size, or train one")
-        high = min(max(round(size * high_noise_share(self.config, self.noise)), 1), size - 1)
-        return {"high_noise": high, "low_noise": size - high}
+            return {self.experts[0]: (size, 1.0)}
+        share = high_noise_share(self.config, self.noise)
+        if size == 1:
+            return {"high_noise": (1, share), "low_noise": (1, 1 - share)}
+        high = min(max(round(size * share), 1), size - 1)
+        return {"high_noise": (high, high / size), "low_noise": (size - high, 1 - high / size)}
 
     def denoiser(self, expert: str, parameters: Any, frozen: Any) -> Denoiser:
         """The expert as it is now; gradients with respect to `parameters` go through."""
