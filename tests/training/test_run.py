@@ -1,5 +1,6 @@
 """wan-jax train, from a folder of videos to a checkpoint that a pipeline opens, and to LoRA files."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_training_both_experts(train, tmp_path, capsys, monkeypatch, checkpoint)
     out, notes = capsys.readouterr()
     run = tmp_path / "run"
     assert out.split() == [str(run / "checkpoint-6")]
-    assert "broken.mp4: cannot" in notes
+    assert "broken.mp4 cannot be read" in notes
     assert "short.mp4: has 3 frames" in notes
     assert "2 of 5 videos" in notes
     assert "step 6/6  loss " in notes
@@ -148,11 +149,47 @@ def test_training_a_lora_on_a_mesh(train, tmp_path, capsys, checkpoint):
     np.testing.assert_allclose(adapted, merged, atol=1e-4)  # float32, merged while running and before
 
 
+def test_a_batch_of_one_and_a_folder_that_nothing_was_trained_in(train, videos, tmp_path, capsys):
+    """Batches of 1 are the default. A run that failed before its first checkpoint claims nothing."""
+    broken = tmp_path / "broken.csv"
+    broken.write_text("file_name,caption\nbroken.mp4,a\n")
+    one = {"data__batch_size": 1, "trainer__steps": 2}
+    assert train(**one, data__metadata=broken) == 2
+    assert "none of the 1 videos" in capsys.readouterr().err
+    assert train(**one, noise__shift=2.0) == 0
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert {"loss_high_noise", "loss_low_noise"} <= rows[0].keys()
+    assert train(**one) == 2
+    assert "noise.shift was 2.0" in capsys.readouterr().err
+
+    # It goes on with other data, and says so.
+    (tmp_path / "run" / "checkpoints" / "2").rename(tmp_path / "2")
+    rows = (videos / "metadata.jsonl").read_text().splitlines()
+    (videos / "metadata.jsonl").write_text("\n".join(rows[1:]))
+    try:
+        (tmp_path / "2").rename(tmp_path / "run" / "checkpoints" / "2")
+        assert train(**one, noise__shift=2.0) == 0
+    finally:
+        (videos / "metadata.jsonl").write_text("\n".join(rows))
+    assert "the data are not those that this run has trained on: 2 examples, 3 before" in capsys.readouterr().err
+
+
+def test_models_that_need_an_image_are_refused(train, tmp_path, capsys):
+    for conditioning in ("first_frame", "image_latents"):
+        write_demo(tmp_path / conditioning, "orbax", dataclasses.replace(TINY, name="x", conditioning=conditioning))
+        assert train(checkpoint=tmp_path / conditioning) == 2
+        assert "x makes videos from images" in capsys.readouterr().err
+
+
 def test_no_usable_video(train, tmp_path, capsys):
     metadata = tmp_path / "other.csv"
     metadata.write_text("file_name,caption\nbroken.mp4,a\nmissing.mp4,b\n")
     assert train(data__metadata=metadata) == 2
     assert "none of the 2 videos" in capsys.readouterr().err
+    metadata.write_text("file_name,caption\nmissing.mp4,b\n")
+    assert train(data__metadata=metadata) == 2
+    assert "none of the 1 videos exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -160,6 +197,21 @@ def test_no_usable_video(train, tmp_path, capsys):
     [
         ({"mesh": "cfg2"}, "mesh cfg2: training has no use for cfg"),
         ({"mesh": "data64"}, "mesh data64: needs 64 devices"),
+        ({"mesh": "data2", "data__batch_size": 2, "trainer__accumulation": 2}, "batch_size 2: must divide by"),
+        ({"trainer__accumulation": 3}, "batch_size 4 does not split into accumulation 3"),
+        ({"export__lora_styles": "diffusers,kohya"}, "unknown style of LoRA files 'kohya'"),
+        ({"export__lora_styles": ""}, "unknown style of LoRA files ''"),
+        ({"data__fps": 0}, "fps 0.0: must be at least"),
+        ({"trainer__keep_every": 0}, "keep_every 0: must be at least 1"),
+        ({"trainer__ema_decay": "nan"}, "ema_decay nan: must be between 0 and 1"),
+        ({"trainer__optimizer__learning_rate": -1}, "learning_rate -1.0: must be above 0"),
+        ({"trainer__optimizer__beta_1": 1}, "beta_1 1.0: must be at least 0 and below 1"),
+        ({"trainer__optimizer__clip_norm": 0}, "clip_norm 0.0: must be above 0"),
+        ({"trainer__seed": 2**40}, "must be below 2**32"),
+        ({"noise__logit_mean": "inf"}, "logit_mean inf: must be finite"),
+        ({"lora__rank": 2, "lora__alpha": "nan"}, "alpha nan: must be above 0"),
+        ({"samples__every": 1, "samples__prompts": "('',)"}, "must be texts"),
+        ({"samples__every": 1, "samples__prompts": "('a',)", "samples__steps": 10**8}, "steps 100000000"),
         ({"data__buckets": "30x16x5"}, "bucket 30x16x5: must be multiples of 16"),
         ({"data__folder": "/nowhere"}, "has neither metadata.jsonl and metadata.csv"),
         ({"lora__rank": 2, "lora__targets": "nothing.*"}, "LoRA target 'nothing.*' matches none"),

@@ -1,6 +1,8 @@
 """A run's checkpoints: written while training goes on, kept by policy, whole or absent."""
 
 import logging
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,9 @@ class Checkpoints:
         }
         metadata = self._checkpointer.metadata(step)
         stored: Any = metadata.metadata
+        custom: Any = metadata.custom_metadata
+        if stored is None or not custom:
+            raise ValueError("its metadata are lost")
         names = stored.keys() ^ abstract.keys()
         names |= {name for name in stored.keys() & abstract.keys() if stored[name].shape != abstract[name].shape}
         if names:
@@ -69,8 +74,29 @@ class Checkpoints:
                 "differs); choose another folder or the options that it was made with"
             )
         leaves: Any = self._checkpointer.load(step, abstract)
-        custom: Any = metadata.custom_metadata
         return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in abstract]), custom
+
+    def load_latest(self, like: Any, note: Callable[[str], None]) -> tuple[int, Any, dict[str, Any]] | None:
+        """Step, state and metadata of the last checkpoint that can be read; None before the first.
+
+        Damaged ones after it are moved beside the folder, so that the run can write them anew, and `note` is told.
+        Raises InputError where all are damaged; see also `load`.
+        """
+        steps = sorted(self.steps, reverse=True)
+        for step in steps:
+            try:
+                return step, *self.load(step, like)
+            except InputError:
+                raise
+            except Exception as error:  # whatever Orbax, TensorStore or JSON say of it
+                moved = Path(tempfile.mkdtemp(prefix=f"damaged-{step}-", dir=self._folder.parent))
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                (self._folder / str(step)).rename(moved / str(step))
+                self._checkpointer.reload()
+                note(f"the checkpoint of step {step} is damaged and now in {moved} ({reason})")
+        if steps:
+            raise InputError(f"{self._folder}: all checkpoints are damaged; choose another folder to begin anew")
+        return None
 
     def wait(self) -> None:
         """Until what is being saved is on disk."""

@@ -1,13 +1,36 @@
 """The options of a training run, as frozen dataclasses that hold every default; recipes set what differs."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from wan_jax.diffusion.params import DTYPES, check_name
 from wan_jax.errors import InputError, unknown_name
+from wan_jax.fields import rate
+from wan_jax.lora.export import Style
 from wan_jax.models.nn.stacked_layers import REMAT_POLICIES
+
+# What numbers may be; NaN is nothing of these.
+KINDS: dict[str, Callable[[float], bool]] = {
+    "at least 1": lambda x: 1 <= x < math.inf,
+    "at least 0": lambda x: 0 <= x < math.inf,
+    "above 0": lambda x: 0 < x < math.inf,
+    "between 0 and 1": lambda x: 0 <= x <= 1,
+    "at least 0 and below 1": lambda x: 0 <= x < 1,
+    "above 0 and below 1": lambda x: 0 < x < 1,
+    "finite": math.isfinite,
+}
+
+
+def check_numbers(options: Any, **kinds: str) -> None:
+    """Raises InputError unless the fields of a dataclass that have a value are of these kinds."""
+    for name, kind in kinds.items():
+        value = vars(options)[name]
+        if value is not None and (isinstance(value, bool) or not KINDS[kind](value)):
+            raise InputError(f"{name} {value}: must be {kind}")
+
 
 EXPERTS = ("all", "high_noise", "low_noise")
 WEIGHTS = ("ema", "raw")
@@ -35,6 +58,9 @@ class OptimizerConfig:
     def __post_init__(self):
         check_name("optimizer", self.name, OPTIMIZERS)
         check_name("learning rate schedule", self.schedule, SCHEDULES)
+        check_numbers(self, learning_rate="above 0", warmup_steps="at least 0", final_fraction="between 0 and 1")
+        check_numbers(self, beta_1="at least 0 and below 1", beta_2="at least 0 and below 1", eps="above 0")
+        check_numbers(self, weight_decay="at least 0", clip_norm="above 0")
 
 
 @dataclass(frozen=True)
@@ -57,11 +83,11 @@ class TrainerConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self):
-        for name in ("steps", "accumulation", "metrics_every", "log_every", "save_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: must be at least 1")
-        if not 0 <= self.start_fraction <= 1:
-            raise InputError(f"start_fraction {self.start_fraction}: must be from 0 to 1")
+        counts = ("steps", "accumulation", "metrics_every", "log_every", "save_every", "keep_last", "keep_every")
+        check_numbers(self, **dict.fromkeys(counts, "at least 1"), seed="at least 0", ema_decay="between 0 and 1")
+        check_numbers(self, seconds="above 0", later_seconds="at least 0", start_fraction="between 0 and 1")
+        if self.seed >= 2**32:
+            raise InputError(f"seed {self.seed}: must be below 2**32")
         if self.seconds is None and self.optimizer.warmup_steps >= self.steps:
             raise InputError(
                 f"warmup_steps {self.optimizer.warmup_steps}: must be less than the {self.steps} steps of the run"
@@ -82,12 +108,10 @@ class NoiseConfig:
     def __post_init__(self):
         if self.distribution not in DISTRIBUTIONS:
             raise unknown_name("distribution of noise levels", self.distribution, DISTRIBUTIONS)
-        if not 0 <= self.caption_dropout <= 1:
-            raise InputError(f"caption_dropout {self.caption_dropout}: must be between 0 and 1")
-        if self.high_noise_share is not None and not 0 < self.high_noise_share < 1:
-            raise InputError(f"high_noise_share {self.high_noise_share}: must lie between 0 and 1")
-        if self.logit_std <= 0 or (self.shift is not None and self.shift <= 0):
-            raise InputError("logit_std and shift must be above 0")
+        check_numbers(
+            self, logit_mean="finite", logit_std="above 0", shift="above 0", caption_dropout="between 0 and 1"
+        )
+        check_numbers(self, high_noise_share="above 0 and below 1")
 
 
 @dataclass(frozen=True)
@@ -100,8 +124,7 @@ class LoraConfig:
     targets: str = "blocks.*attention.*,blocks.feed_forward.*"
 
     def __post_init__(self):
-        if self.rank < 0 or (self.alpha is not None and self.alpha <= 0):
-            raise InputError(f"LoRA of rank {self.rank} and alpha {self.alpha}: must be above 0")
+        check_numbers(self, rank="at least 0", alpha="above 0")
 
     @property
     def scale(self) -> float | None:
@@ -122,6 +145,11 @@ class DataConfig:
     fps: float | None = None  # None: the model's own
     cache: str | None = None  # folder for latents and texts; None: cache/ in the run's
 
+    def __post_init__(self):
+        check_numbers(self, batch_size="at least 1")
+        if self.fps is not None:
+            rate("fps", self.fps)
+
 
 @dataclass(frozen=True)
 class SamplesConfig:
@@ -134,6 +162,13 @@ class SamplesConfig:
     steps: int | None = None
     seed: int = 0
 
+    def __post_init__(self):
+        check_numbers(self, every="at least 1")
+        if self.every is not None and not self.prompts:
+            raise InputError("samples.every is set and samples.prompts is empty; give prompts")
+        if not all(isinstance(prompt, str) and prompt.strip() for prompt in self.prompts):
+            raise InputError(f"samples.prompts {self.prompts}: must be texts")
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -144,6 +179,16 @@ class ExportConfig:
     # Of a LoRA: the styles of its files, separated by commas, and whether to write a merged checkpoint too.
     lora_styles: str = "diffusers,comfyui"
     merged: bool = False
+
+    def __post_init__(self):
+        check_name("export weights", self.weights, WEIGHTS)
+        check_name("export dtype", self.dtype, DTYPES)
+        for style in self.styles:
+            check_name("style of LoRA files", style, get_args(Style))
+
+    @property
+    def styles(self) -> list[str]:
+        return [style.strip() for style in self.lora_styles.split(",")]
 
 
 @dataclass(frozen=True)
@@ -168,14 +213,11 @@ class TrainOptions:
     def __post_init__(self):
         check_name("experts", self.experts, EXPERTS)
         check_name("dtype", self.dtype, DTYPES)
-        check_name("export dtype", self.export.dtype, DTYPES)
-        check_name("export weights", self.export.weights, WEIGHTS)
         if self.remat is not None:
             check_name("remat", self.remat, tuple(REMAT_POLICIES))
-        if self.data.batch_size < 1 or (self.samples.every is not None and self.samples.every < 1):
-            raise InputError("data.batch_size and samples.every: must be at least 1")
-        if self.samples.every is not None and not self.samples.prompts:
-            raise InputError("samples.every is set and samples.prompts is empty; give prompts")
+        if self.data.batch_size % self.trainer.accumulation:
+            parts = f"accumulation {self.trainer.accumulation}"
+            raise InputError(f"batch_size {self.data.batch_size} does not split into {parts}; use a multiple of it")
 
 
 # May differ when a run goes on: they change where it runs and what is shown and kept, not what is trained.

@@ -21,6 +21,7 @@ from wan_jax.training.videos import Bucket, Example, choose_bucket, fit_to_bucke
 
 FORMAT = 2  # of the cache; another number encodes everything again
 FINGERPRINT_VALUES = 1024
+EPOCHS = 10**9  # for ever: without a number grain counts up to the largest one, which a batch of 1 exceeds
 
 
 @dataclass(frozen=True)
@@ -130,16 +131,33 @@ class RecordSource:
 
 
 class LatentBatches:
-    """Batches {"latents": [B, C, F', h, w], "text": [B, text_length, text_dim]}, each of one bucket, for ever.
+    """Batches {"latents": [B, C, F', h, w], "text": [B, text_length, text_dim], "row": [B]}, each of one bucket.
 
-    Every example of a bucket comes once before any comes again; buckets take turns in proportion to their examples.
-    The order is a function of the seed. Files are read ahead by threads. See `trainer.Batches`.
+    They come for ever. Every example of a bucket comes once before any comes again; buckets take turns in proportion
+    to their examples. The order is a function of the seed. Files are read ahead by threads. See `trainer.Batches`.
+    `note` is told where a run goes on with other data.
     """
 
-    def __init__(self, records: Mapping[Bucket, Sequence[Record]], batch_size: int, text_length: int, seed: int):
+    def __init__(
+        self,
+        records: Mapping[Bucket, Sequence[Record]],
+        batch_size: int,
+        text_length: int,
+        seed: int,
+        note: Callable[[str], None],
+    ):
+        self._note = note
+        names = sorted(
+            f"{bucket} {each.latents.name} {each.text.name}" for bucket in records for each in records[bucket]
+        )
+        self._data = {"examples": len(names), "digest": _key(names)}
+        self._rows = np.arange(batch_size, dtype=np.int32)
         in_order = [records[bucket] for bucket in sorted(records, key=str)]
         datasets = [
-            grain.MapDataset.source(RecordSource(bucket, text_length)).shuffle(seed=seed).repeat().batch(batch_size)
+            grain.MapDataset.source(RecordSource(bucket, text_length))
+            .shuffle(seed=seed)
+            .repeat(EPOCHS)
+            .batch(batch_size)
             for bucket in in_order
         ]
         weights = [float(len(bucket)) for bucket in in_order]
@@ -151,10 +169,14 @@ class LatentBatches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._iterator)
+        return {**next(self._iterator), "row": self._rows}
 
     def get_state(self) -> Any:
-        return self._iterator.get_state()
+        return {"data": self._data, "iterator": self._iterator.get_state()}
 
     def set_state(self, state: Any) -> None:
-        self._iterator.set_state(state)
+        before = state.get("data", self._data)
+        if before != self._data:
+            now, count = self._data["examples"], before["examples"]
+            self._note(f"the data are not those that this run has trained on: {now} examples, {count} before")
+        self._iterator.set_state(state.get("iterator", state))

@@ -26,6 +26,7 @@ from wan_jax.pipeline import WanPipeline
 from wan_jax.runtime import xla_flags
 from wan_jax.runtime.devices import matmul_rate
 from wan_jax.runtime.events import Run
+from wan_jax.runtime.files import written_whole
 from wan_jax.runtime.offload import PROFILES, place, single_device
 from wan_jax.runtime.progress import Bars
 from wan_jax.training.adapters import adapter_tree, initial_adapters, make_adapters
@@ -50,6 +51,7 @@ def train(options: TrainOptions) -> list[Path]:
     run = TrainingRun(options)
     trainer = run.make_trainer()
     if not options.export_only:
+        run.remember()
         trainer.run()
     elif trainer.step == 0:
         raise InputError(f"{run.folder}: there is no checkpoint to export yet; train first")
@@ -67,13 +69,15 @@ class TrainingRun:
         for note in self.checkpoint.notes:
             self.run.note(note)
         self.config = self.checkpoint.config
-        if self.config.conditioning == "image_latents":
+        if self.config.conditioning != "text":
             raise InputError(f"{self.config.name} makes videos from images, which this trainer does not do yet")
         self.experts = self._experts()
         self.buckets = parse_buckets(options.data.buckets, self.config)
         self.examples = read_metadata(
             Path(options.data.folder), None if options.data.metadata is None else Path(options.data.metadata)
         )
+        if not any(example.file.is_file() for example in self.examples):
+            raise InputError(f"none of the {len(self.examples)} videos exists, not even {self.examples[0].file}")
         self.sample_settings = self._sample_settings()
         self.placement = self._placement()
         self.tree = abstract_model(self.config.denoiser)
@@ -87,8 +91,9 @@ class TrainingRun:
             remat=options.remat,
             lora_scale=options.lora.scale,
             placement=self.placement,
+            batch_size=options.data.batch_size,
         )
-        self._remember()
+        self._check_same_run()
         self._encoding = Placement(offload=PROFILES["swap"])
         self._frozen: dict[str, Any] = {}
         self._others: dict[str, Denoiser] = {}  # experts that samples need and that do not train
@@ -101,7 +106,7 @@ class TrainingRun:
         fps = self.config.sampling.fps if options.data.fps is None else options.data.fps
         records = encode_examples(self.examples, self.buckets, self.pipeline, cache, fps, self.run.note)
         batches = LatentBatches(
-            records, options.data.batch_size, self.config.denoiser.text_length, options.trainer.seed
+            records, options.data.batch_size, self.config.denoiser.text_length, options.trainer.seed, self.run.note
         )
         negative = () if self.sample_settings is None else (self.sample_settings.negative_prompt,)
         empty, *_ = self.pipeline.encode_prompts(["", *options.samples.prompts, *negative])  # the rest for samples
@@ -151,10 +156,10 @@ class TrainingRun:
         model = nnx.eval_shape(self._build)
         for expert, arrays in trained.items():
             adapters = make_adapters(model, {name: jnp.asarray(array) for name, array in arrays.items()}, scale)
-            for style in self.options.export.lora_styles.split(","):
-                path = self.folder / f"lora-{step}-{expert}-{style.strip()}.safetensors"
+            for style in self.options.export.styles:
+                path = self.folder / f"lora-{step}-{expert}-{style}.safetensors"
                 one = expert if len(self.config.experts) > 1 else None
-                save_lora(path, adapters, self.config.denoiser, style.strip(), expert=one)  # type: ignore[arg-type]
+                save_lora(path, adapters, self.config.denoiser, style, expert=one)  # type: ignore[arg-type]
                 files.append((expert, path))
         return files
 
@@ -177,6 +182,9 @@ class TrainingRun:
         if others := mesh_spec.axes.keys() & {EXPERTS, CFG}:
             raise InputError(f"mesh {mesh_spec}: training has no use for {min(others)}; use data, or any other axis")
         mesh_spec.check(self.config)
+        parts, batch_size = self.options.trainer.accumulation * mesh_spec.data, self.options.data.batch_size
+        if batch_size % parts:
+            raise InputError(f"batch_size {batch_size}: must divide by accumulation times the mesh's data, {parts}")
         return Placement.over(mesh_spec)
 
     def _sample_settings(self) -> SamplingParams | None:
@@ -186,14 +194,21 @@ class TrainingRun:
         choices = {name: vars(samples)[name] for name in ("size", "frames", "steps", "seed")}
         return SamplingParams(**choices).resolve(self.config)
 
-    def _remember(self) -> None:
-        """Writes the options beside the run, or compares them with those that it began with."""
-        path, now = self.folder / RECIPE, dataclasses.asdict(self.options)
-        if path.exists():
-            check_same_run(json.loads(path.read_text()), now, str(self.folder))
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(now, indent=1, ensure_ascii=False) + "\n")
+    def _check_same_run(self) -> None:
+        """Compares the options with those of the steps that the folder holds, if any."""
+        path = self.folder / RECIPE
+        if path.exists() and any((self.folder / "checkpoints").glob("[0-9]*")):
+            try:
+                before = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                raise InputError(f"{path} is damaged; remove it if the options are those of the run") from None
+            check_same_run(before, dataclasses.asdict(self.options), str(self.folder))
+
+    def remember(self) -> None:
+        """Writes the options beside the run, which other options cannot continue once it has a checkpoint."""
+        with written_whole(self.folder / RECIPE) as temporary:
+            now = dataclasses.asdict(self.options)
+            temporary.write_text(json.dumps(now, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _build(self) -> Denoiser:
         return Denoiser(self.config.denoiser, dtype=self.loss.dtype, rngs=nnx.Rngs(0))

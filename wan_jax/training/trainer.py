@@ -138,14 +138,16 @@ class Trainer:
         self._checkpoints = Checkpoints(
             folder / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every
         )
-        if (latest := self._checkpoints.latest) is not None:
+        self.step = 0
+        if self._checkpoints.latest is not None:
             for array in jax.tree.leaves(self.state):  # there is not room for two
                 array.delete()
-            self.state, metadata = self._checkpoints.load(latest, self._shapes)
+            loaded = self._checkpoints.load_latest(self._shapes, self._print)
+            assert loaded is not None
+            self.step, self.state, metadata = loaded
             batches.set_state(metadata["data"])
             self._earlier_seconds = metadata.get("seconds", 0.0)
-            self._print(f"continues {folder} after step {latest}")
-        self.step = latest or 0
+            self._print(f"continues {folder} after step {self.step}")
 
     @property
     def averaged(self) -> Any:
