@@ -182,10 +182,11 @@ class TrainingRun:
         if others := mesh_spec.axes.keys() & {EXPERTS, CFG}:
             raise InputError(f"mesh {mesh_spec}: training has no use for {min(others)}; use data, or any other axis")
         mesh_spec.check(self.config)
+        placement = Placement.over(mesh_spec)
         parts, batch_size = self.options.trainer.accumulation * mesh_spec.data, self.options.data.batch_size
         if batch_size % parts:
             raise InputError(f"batch_size {batch_size}: must divide by accumulation times the mesh's data, {parts}")
-        return Placement.over(mesh_spec)
+        return placement
 
     def _sample_settings(self) -> SamplingParams | None:
         samples = self.options.samples
