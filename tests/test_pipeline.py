@@ -225,6 +225,17 @@ def test_attention_by_name(pipe):
     np.testing.assert_allclose(chunked.latents, exact.latents, rtol=0, atol=1e-4)
 
 
+def test_attention_window(pipe):
+    choices = SMALL | {"frames": 9}
+    exact, wide, narrow = (pipe("a red circle", **choices, attention_window=window) for window in (None, 3, 0))
+    assert (exact.metadata["attention_window"], narrow.metadata["attention_window"]) == (None, 0)
+    np.testing.assert_allclose(wide.latents, exact.latents, rtol=0, atol=1e-4)
+    assert np.abs(narrow.latents - exact.latents).mean() > 1e-4
+    for wrong in ({"attention_window": -1}, {"attention_window": 1, "attention": "cudnn"}):
+        with pytest.raises(InputError, match="attention_window"):
+            pipe("a red circle", **choices, **wrong)
+
+
 def test_weights_by_name(pipe):
     """8-bit copies are made once, change the video a little, and leave the stored weights as they are."""
     exact = pipe("a red circle", **SMALL)

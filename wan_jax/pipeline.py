@@ -248,7 +248,7 @@ class WanPipeline:
         """Denoises the requests as one batch and yields the result of each; see `__call__` for arguments and errors."""
         requests = [request.resolve(self.config) for request in requests]
         check_together(requests)
-        self.placement.mesh_spec.check(self.config, prompts=len(requests))
+        requests[0].check_mesh(self.config, self.placement.mesh_spec, len(requests))
         run = Run(listeners(self.on_event, on_event), cancel)
         denoisers = self._formats.get(self.denoisers, requests[0].weights)
         parts = denoisers, self.memory, self.placement, self.codec.preview

@@ -56,6 +56,14 @@ def latents_of(pipeline: WanPipeline, *prompts: str, **choices) -> np.ndarray:
     return np.stack([result.latents for result in pipeline.results(make_requests(prompts, SMALL | choices))])
 
 
+def test_attention_window(text_to_video):
+    made, _ = text_to_video
+    alone, spread = (latents_of(load(made, each), "a red circle", attention_window=0) for each in (None, "ulysses2"))
+    assert_same(spread, alone)
+    with pytest.raises(InputError, match="ring knows no attention_window"):
+        WanPipeline.from_checkpoint(made, "float32", mesh="ring2", request=SamplingParams(attention_window=0))
+
+
 @pytest.mark.parametrize("mesh", ["fsdp2-tensor2", "experts2-ulysses2"])
 def test_weights_in_8_bits(text_to_video, mesh):
     made, _ = text_to_video

@@ -112,12 +112,13 @@ def _generate(
     start, is_batch = time.perf_counter(), options.prompts is not None
     loras = read_loras(options.lora, options.lora_high, options.lora_low)
     checkpoint = open_checkpoint(options.checkpoint)
-    if options.mesh is not None and options.mesh != "auto":
-        MeshSpec.parse(options.mesh).check(checkpoint.config, prompts=1)
+    mesh_spec = None if options.mesh in (None, "auto") else MeshSpec.parse(options.mesh)
     opened_loras = open_loras(loras, checkpoint.config)
     for job in jobs:
         with job.item.naming_errors():
             job.request = job.item.options.resolve(checkpoint.config)
+            if mesh_spec is not None:
+                job.request.check_mesh(checkpoint.config, mesh_spec, prompts=1)
             check_output(job.item.options.output, fps=job.request.fps)
     finished = [is_batch and not options.overwrite and job.find_finished(loras, run) for job in jobs]
     finished = distributed.broadcast_from_process_0(finished)

@@ -31,6 +31,10 @@ from wan_jax.fields import (
 )
 from wan_jax.media.image import Picture, check_images, output_size
 
+if TYPE_CHECKING:
+    from wan_jax.kernels.attention import AttentionOptions
+    from wan_jax.parallel.mesh_spec import MeshSpec
+
 NOISES = ("jax", "torch")
 WEIGHTS = {"as_stored": None, "int8": "int8", "float8": "float8_e4m3fn"}  # the dtype that kernels of layers get
 DTYPES = ("bfloat16", "float32")
@@ -86,6 +90,9 @@ class SamplingParams:
         anything, "start from these float32 [C, F', h, w] latents", metavar="F.npy", per_row=True
     )
     attention: str | None = knob(text, "implementation of attention (default: the fastest exact one)", metavar="NAME")
+    attention_window: int | None = knob(
+        integer, "tokens attend to latent frames at most N away; approximate (default: all frames)", metavar="N"
+    )
     weights: str = knob(
         text,
         f"{' | '.join(WEIGHTS)}: the kernels of the denoisers' layers; 8 bits are approximate, and half as large",
@@ -163,12 +170,32 @@ class SamplingParams:
             from wan_jax.kernels.attention import BACKENDS
 
             check_name("attention", self.attention, tuple(BACKENDS))
+        if self.attention_window is not None:
+            if self.attention_window < 0:
+                raise InputError(f"attention_window {self.attention_window}: must not be negative")
+            if self.attention == "cudnn":
+                raise InputError("attention cudnn knows no attention_window; leave one of them out")
         self.make_schedule()
         if self.initial_latents is not None and self.initial_latents.shape != (needed := self.latents_shape(config)):
             raise InputError(
                 f"latents have shape {self.initial_latents.shape}; {self.size[0]}x{self.size[1]} with {self.frames} "
                 f"frames needs {needed}"
             )
+
+    def check_mesh(self, config: WanConfig, mesh_spec: "MeshSpec", prompts: int | None = None) -> None:
+        """Raises InputError for a mesh that the model cannot run on, or not with these choices."""
+        mesh_spec.check(config, prompts=prompts)
+        if self.attention_window is not None and mesh_spec.ring > 1:
+            raise InputError(f"mesh {mesh_spec}: ring knows no attention_window; use ulysses, or leave the window out")
+
+    @property
+    def attention_options(self) -> "AttentionOptions":
+        """How self-attention is computed."""
+        from wan_jax.kernels.attention import AttentionOptions
+        from wan_jax.kernels.attention.block_lists import TemporalWindow
+
+        window = self.attention_window
+        return AttentionOptions(self.attention, None if window is None else TemporalWindow(window))
 
     def make_schedule(self) -> Schedule:
         """The run's sigmas and timesteps; raises InputError for unknown names, steps or shift out of range."""

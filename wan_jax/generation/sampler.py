@@ -22,7 +22,6 @@ from wan_jax.diffusion.state import Preview, SamplingState
 from wan_jax.diffusion.step import Expert
 from wan_jax.errors import InputError
 from wan_jax.generation.pictures import PictureEncoder
-from wan_jax.kernels.attention import AttentionOptions
 from wan_jax.media.codec import Codec
 from wan_jax.media.video import Video
 from wan_jax.models.denoiser import Denoiser
@@ -117,7 +116,7 @@ class Sampler:
             inputs = rows[0], rows[1] if name in guided else None, rows[2]
             parts = [None if x is None else x[batches[index]] for x in inputs]
             text, negative, image = placements[name].put_batch(parts)
-            denoiser = denoiser.with_attention(AttentionOptions(first.attention))
+            denoiser = denoiser.with_attention(first.attention_options)
             expert = Expert.prepare(denoiser, text, negative, image, placements[name])
             attention.add(expert.attention_used((len(text), *first.latents_shape(self.config))))
             return expert

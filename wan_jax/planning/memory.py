@@ -25,7 +25,6 @@ from wan_jax.diffusion.params import WEIGHTS, SamplingParams
 from wan_jax.diffusion.segments import Segment, plan_segments
 from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.diffusion.step import Expert, compile_step
-from wan_jax.kernels.attention import AttentionOptions
 from wan_jax.media.codec import decode_function, encode_function
 from wan_jax.models.build import build_model
 from wan_jax.models.denoiser import CrossAttentionKV
@@ -221,7 +220,7 @@ class Plan:
         text = encode_text_function(SINGLE).workspace_bytes(text_encoder, tokens, tokens)
 
         context = self._context(here)
-        denoise, attention = 0, AttentionOptions(self.settings.attention)
+        denoise, attention = 0, self.settings.attention_options
         for segment in self._segments:
             expert = Expert(denoiser.with_attention(attention), context, context if segment.is_guided else None)
             state = jax.eval_shape(segment.solver.init, self._latents())

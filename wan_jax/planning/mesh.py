@@ -142,19 +142,20 @@ class MeshPlan(Plan):
         return super().predict(profile)
 
 
-def candidates(config: WanConfig, devices: int, guided: bool) -> Iterator[MeshSpec]:
+def candidates(config: WanConfig, request: SamplingParams, devices: int) -> Iterator[MeshSpec]:
     """Meshes of all devices, the best first: those with all weights everywhere, then those in parts.
 
     The prompt and the negative prompt side by side exchange nothing; Ulysses exchanges less than the ring, and the ring
     has no limit.
     """
+    guided = any(scale != 1 for scale in as_pair(request.guidance))
     for axis in ("ulysses", "fsdp"):
         for cfg in (2, 1) if guided and devices % 2 == 0 else (1,):
             rest = devices // cfg
             for group in (size for size in range(rest, 0, -1) if rest % size == 0):
                 mesh_spec = MeshSpec(cfg=cfg, ring=rest // group, **{axis: group})
                 try:
-                    mesh_spec.check(config)
+                    request.check_mesh(config, mesh_spec)
                 except InputError:
                     continue
                 if group > 1 or axis == "ulysses":
@@ -175,9 +176,8 @@ def choose_mesh(
     devices = jax.device_count() if devices is None else devices
     memory = memory_limit(jax.local_devices()[0]) if memory is None else memory
     single = plan_of(ONE_DEVICE)
-    guided = any(scale != 1 for scale in as_pair(single.settings.guidance))
     plans = []
-    for mesh_spec in candidates(single.config, devices, guided):
+    for mesh_spec in candidates(single.config, single.settings, devices):
         plans.append(plan_of(mesh_spec))
         prediction = plans[-1].predict()
         if memory is None or prediction.fits(memory):
@@ -222,7 +222,7 @@ def resolve(
     if mesh == "auto":
         return choose_mesh(plan_of, devices, memory)
     plan = plan_of(MeshSpec.parse(mesh))
-    plan.mesh_spec.check(plan.config)
+    plan.settings.check_mesh(plan.config, plan.mesh_spec)
     return plan, None
 
 
