@@ -293,8 +293,8 @@ class WanPipeline:
 
     def metadata(self, request: SamplingParams) -> dict[str, Any]:
         """What the file of a resolved request's video says of its making."""
-        pictures = {"image": request.image, "last_image": request.last_image}
-        names = {name: picture.name for name, picture in pictures.items() if picture is not None}
+        names = {name: x.name for name in ("image", "last_image") if (x := vars(request)[name]) is not None}
         loras = {"loras": [lora.as_json() for lora in self.loras]} if self.loras else {}
         mesh = {} if self.placement.is_single else {"mesh": str(self.placement.mesh_spec)}
+        names |= {} if request.initial_latents is None else {"initial_latents": "given"}
         return {"prompt": request.prompt, **names, "model": self.config.name, **loras, **mesh, **request.as_json()}

@@ -12,6 +12,7 @@ import wan_jax
 from wan_jax import WanPipeline, read_video
 from wan_jax.assets import NANO_WEIGHTS
 from wan_jax.cli.main import main
+from wan_jax.media.video import Video
 
 SMALL = ["--size", "48x32", "--frames", "5", "--steps", "2", "--dtype", "float32"]
 SHAPE = (16, 2, 4, 6)
@@ -46,6 +47,58 @@ def test_generate(generate, tmp_path, capsys):
     assert video.frames.shape == (5, 32, 48, 3)
     assert (video.metadata["prompt"], video.metadata["seed"], video.fps) == ("a red circle", 3, 16)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["frames.npy", "latents.npy", "out.mp4"]
+
+
+def test_a_video_says_how_it_was_made_and_is_made_again(generate, diffusers_tree, tmp_path, capsys):
+    assert generate("a red circle", "--seed", "3", "--fps", "12.5", "--save-latents", "a.npy", "--crf", "0") == 0
+    made = read_video("out.mp4")
+    assert made.fps == made.metadata["fps"] == 12.5
+    for file in ("out.mp4", "a.npy"):
+        capsys.readouterr()
+        assert main(["info", file]) == 0
+        assert json.loads(capsys.readouterr().out) == made.metadata
+
+    # Decoded latents have the rate and the words of the run.
+    decode = ["decode", "a.npy", "--checkpoint", str(diffusers_tree), "--crf", "0", "--quiet"]
+    assert main([*decode, "--output", "decoded.webm"]) == 0
+    decoded = read_video("decoded.webm")
+    assert (decoded.metadata, decoded.fps) == (made.metadata, 12.5)
+
+    common = ["generate", "--checkpoint", str(diffusers_tree), "--dtype", "float32", "--quiet"]
+    assert main([*common, "--again", "out.mp4", "--crf", "0"]) == 0
+    assert capsys.readouterr().out.split()[-1] == "out-again.mp4"
+    again = read_video("out-again.mp4")
+    assert again.metadata == made.metadata
+    np.testing.assert_array_equal(again.frames, made.frames)
+    assert main([*common, "--again", "a.npy", "--seed", "4", "--output", "other.gif"]) == 0
+    assert read_video("other.gif").metadata == made.metadata | {"seed": 4}
+
+
+def test_again_and_info_of_what_does_not_say(generate, diffusers_tree, tmp_path, capsys):
+    frames = np.zeros((5, 32, 48, 3), np.uint8)
+    Video(frames).save("plain.mp4")
+    Video(frames, metadata={"prompt": "a", "model": "another"}).save("other.mp4")
+    np.save("plain.npy", np.zeros((3, 2, 4, 6), np.float32))
+    for arguments, message in (
+        (["generate", "--again", "plain.mp4"], "plain.mp4: does not say"),
+        (["generate", "--again", "none.mp4"], "none.mp4: does not say"),
+        (["generate", "--again", "other.mp4", "--checkpoint", str(diffusers_tree)], "another made it, not"),
+        (["info", "plain.mp4"], "plain.mp4: is no video that says"),
+        (["info", "plain.npy"], "plain.npy: is no video that says"),
+        (["decode", "plain.npy", "--checkpoint", str(diffusers_tree)], "plain.npy has 3 channels"),
+        (["train", "--config", "none.py"], "none.py does not exist"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+
+
+def test_help_of_train(capsys):
+    assert main(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--config.data.batch_size=1" in out
+    assert "metadata.jsonl" in out
 
 
 def test_the_command_and_python_agree(generate, diffusers_tree, tmp_path):

@@ -1,9 +1,12 @@
 """`wan-jax convert` and `info`: checkpoints on disk."""
 
 import argparse
+import json
+import pathlib
 from typing import Any
 
 from wan_jax.diffusion.params import DTYPES
+from wan_jax.errors import InputError
 
 
 def add_command(commands: Any) -> None:
@@ -19,8 +22,8 @@ def add_command(commands: Any) -> None:
     command.add_argument("--quiet", action="store_true", help="no progress bars")
     command.set_defaults(run=_convert)
 
-    command = commands.add_parser("info", help="say what a checkpoint is", allow_abbrev=False)
-    command.add_argument("checkpoint", help="folder, file or hub id", metavar="PATH")
+    command = commands.add_parser("info", help="say what a checkpoint is, or how a video was made", allow_abbrev=False)
+    command.add_argument("checkpoint", help="folder, file or hub id; or a video, or its latents", metavar="PATH")
     command.add_argument("--verify", action="store_true", help="read all of it: checksums, finite values, tokenizer")
     command.set_defaults(run=_info)
 
@@ -42,9 +45,15 @@ def _convert(values: argparse.Namespace) -> None:
 
 def _info(values: argparse.Namespace) -> None:
     from wan_jax.checkpoint import open_checkpoint, verify
+    from wan_jax.media.video import WRITERS, read_metadata
     from wan_jax.runtime.events import Run
     from wan_jax.runtime.progress import Bars
 
+    if pathlib.Path(values.checkpoint).suffix.lower() in {".npy", *WRITERS}:
+        if not (metadata := read_metadata(values.checkpoint)):
+            raise InputError(f"{values.checkpoint}: is no video that says how it was made")
+        print(json.dumps(metadata, indent=1, ensure_ascii=False))
+        return
     checkpoint = open_checkpoint(values.checkpoint)
     print(checkpoint.info())
     if values.verify:

@@ -4,6 +4,7 @@ import pathlib
 from typing import Any
 
 from wan_jax.cli.options import Options, add_options, options_of
+from wan_jax.errors import InputError
 
 
 def add_command(commands: Any) -> None:
@@ -19,7 +20,7 @@ def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
     from wan_jax.checkpoint.load import load_models
     from wan_jax.diffusion.params import DTYPES, check_name, read_latents
     from wan_jax.media.codec import Codec
-    from wan_jax.media.video import VideoWriter, check_output
+    from wan_jax.media.video import VideoWriter, check_output, read_metadata
     from wan_jax.parallel.placement import SINGLE
     from wan_jax.runtime.events import Run
     from wan_jax.runtime.offload import Memory
@@ -27,14 +28,20 @@ def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
 
     check_name("VAE dtype", options.vae_dtype, DTYPES)
     check_output(options.output, crf=options.crf, fps=options.fps)
-    latents, run = read_latents(latents_file), Run(Bars(not options.quiet))
+    latents, metadata, run = read_latents(latents_file), read_metadata(latents_file), Run(Bars(not options.quiet))
     checkpoint = open_checkpoint(options.checkpoint)
+    if len(latents) != (channels := checkpoint.config.vae.z_dim):
+        raise InputError(
+            f"{latents_file} has {len(latents)} channels, {checkpoint.config.name} {channels}; give another"
+        )
+    if (model := metadata.get("model", checkpoint.config.name)) != checkpoint.config.name:
+        run.note(f"{latents_file} was made by {model} and is decoded by {checkpoint.config.name}")
     for note in checkpoint.notes:
         run.note(note)
     vae = load_models(checkpoint, ["vae"], options.dtype, options.vae_dtype, SINGLE, run)["vae"]
     codec = Codec(vae, False, Memory(SINGLE.offload, SINGLE.devices[0]), SINGLE)
-    fps = options.fps or checkpoint.config.sampling.fps
-    with VideoWriter(options.output, fps, crf=options.crf) as writer:
+    fps = options.fps or metadata.get("fps", checkpoint.config.sampling.fps)
+    with VideoWriter(options.output, fps, metadata | {"fps": fps}, options.crf) as writer:
         for frames in codec.decode(latents, run):
             writer.write(frames)
     return writer.files

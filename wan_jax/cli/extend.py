@@ -44,7 +44,7 @@ def extend(video: str, options: Options) -> list[pathlib.Path]:
     result = next(load_pipeline(options, checkpoint, request).results([request]))
     result.metadata["extends"] = {"frames": len(clip.frames), **clip.metadata, "file": video}
     with (
-        latents_kept(result.latents, output, "they are what was to follow the video"),
+        latents_kept(result, output, "they are what was to follow the video"),
         VideoWriter(output, clip.fps, result.metadata, options.crf) as writer,
     ):
         writer.write(clip.frames)

@@ -22,6 +22,7 @@ from wan_jax.cli.recipes import RECIPES, get_recipe, load_recipe
 from wan_jax.errors import InputError, OutputError, one_line
 
 if TYPE_CHECKING:
+    from wan_jax.generation.sampler import Result
     from wan_jax.lora import Lora
     from wan_jax.pipeline import WanPipeline
     from wan_jax.runtime.events import Run
@@ -33,6 +34,7 @@ STAGES = ("load", "compile", "text", "denoise", "decode", "save")  # of every ru
 def add_command(commands: Any) -> None:
     command = commands.add_parser("generate", help="make videos from prompts", allow_abbrev=False)
     command.add_argument("--recipe", help=f"options to start from: {' | '.join(RECIPES)}", metavar="NAME")
+    command.add_argument("--again", help="a video whose prompt and settings to start from", metavar="FILE")
     add_options(command, list(OPTIONS))
     command.set_defaults(run=_run_flags)
     command = commands.add_parser("sample", help="run a recipe: --config FILE [--config.steps=30 ...]", add_help=False)
@@ -40,7 +42,12 @@ def add_command(commands: Any) -> None:
 
 
 def _run_flags(values: argparse.Namespace) -> int:
-    return _run(options_of(values, get_recipe(values.recipe) if values.recipe is not None else {}))
+    recipe = dict(get_recipe(values.recipe)) if values.recipe is not None else {}
+    if values.again is not None:
+        from wan_jax.cli.loading import settings_of
+
+        recipe |= settings_of(values.again, vars(values).get("checkpoint", recipe.get("checkpoint")))
+    return _run(options_of(values, recipe))
 
 
 def _run_recipe(values: argparse.Namespace) -> int:
@@ -252,7 +259,7 @@ class Job:
         flags = [part for name, value in own for part in (f"--{name.replace('_', '-')}", str(value))]
         again = f"finish with: wan-jax decode {{}} {shlex.join(flags)}".rstrip()
         chunks: list[np.ndarray] = []
-        with latents_kept(result.latents, output, again, options.save_latents):
+        with latents_kept(result, output, again, options.save_latents):
             with VideoWriter(output, result.request.fps, result.metadata, options.crf) as writer:
                 for frames in result.frames():
                     writer.write(frames)
@@ -283,7 +290,7 @@ class Job:
 
 
 @contextlib.contextmanager
-def latents_kept(latents: np.ndarray, output: pathlib.Path, again: str, file: str | None = None) -> Iterator[None]:
+def latents_kept(result: "Result", output: pathlib.Path, again: str, file: str | None = None) -> Iterator[None]:
     """Keeps the latents of a video in a file while it is decoded and written.
 
     Args:
@@ -291,15 +298,16 @@ def latents_kept(latents: np.ndarray, output: pathlib.Path, again: str, file: st
         again: said if the block fails, with the latents' file in the place of {}.
         file: where the latents go for good.
     """
+    from wan_jax.media.video import describe
     from wan_jax.runtime.files import keep_array, save_array
 
-    failure, kept = None, None
+    failure, kept, content = None, None, (result.latents, describe(result.metadata))
     try:
-        kept = save_array(file, latents) if file is not None else keep_array(output, latents)
+        kept = save_array(file, *content) if file is not None else keep_array(output, *content)
     except OutputError as error:  # the video may still be written
         failure = error
         with contextlib.suppress(OutputError):
-            kept = keep_array(output, latents)
+            kept = keep_array(output, *content)
     try:
         yield
         if failure is not None and file is not None:

@@ -1,13 +1,16 @@
 """What commands have in common: the model that options name, and listeners."""
 
+import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wan_jax.cli.options import Options
+from wan_jax.diffusion.params import SamplingParams
+from wan_jax.errors import InputError
+from wan_jax.fields import knobs
 
 if TYPE_CHECKING:
     from wan_jax.checkpoint import Checkpoint
-    from wan_jax.diffusion.params import SamplingParams
     from wan_jax.lora import Lora, OpenLoras
     from wan_jax.pipeline import WanPipeline
     from wan_jax.runtime.events import Listener
@@ -22,6 +25,27 @@ def read_loras(both: Sequence[str], high: Sequence[str] = (), low: Sequence[str]
         *[Lora.parse(text, "high_noise") for text in high],
         *[Lora.parse(text, "low_noise") for text in low],
     ]
+
+
+def settings_of(file: str, checkpoint: str | None) -> dict[str, Any]:
+    """Returns the options that made a video (or latents), by what its file says; its output is FILE-again.
+
+    Raises InputError where the file does not say, or another model than the checkpoint's made it.
+    """
+    from wan_jax.checkpoint import open_checkpoint
+    from wan_jax.media.video import WRITERS, read_metadata
+
+    metadata, path = read_metadata(file), pathlib.Path(file)
+    if "prompt" not in metadata or "extends" in metadata or "initial_latents" in metadata:
+        raise InputError(f"--again {file}: does not say all of how it was made; give a video that generate wrote")
+    if (model := metadata.get("model")) != (name := open_checkpoint(checkpoint).config.name):
+        raise InputError(f"--again {file}: {model} made it, not {name}; give its --checkpoint")
+    options = {each.name: metadata[each.name] for each in knobs(SamplingParams) if metadata.get(each.name) is not None}
+    for lora in metadata.get("loras", ()):
+        name = {"both": "lora", "low_noise": "lora_low", "high_noise": "lora_high"}[lora["expert"]]
+        options[name] = (*options.get(name, ()), f"{lora['file']}:{lora['strength']}")
+    ending = path.suffix if path.suffix.lower() in WRITERS else ".mp4"
+    return {**options, "output": str(path.with_name(f"{path.stem}-again{ending}"))}
 
 
 def load_pipeline(

@@ -20,6 +20,17 @@ from wan_jax.errors import unknown_name
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+HELP = f"""usage: wan-jax train --config RECIPE.py [--config.KEY=VALUE ...]
+
+{__doc__.strip()}
+
+The folder holds videos and metadata.jsonl, a line {{"file_name": "a.mp4", "caption": "a red circle"}} for each, or
+metadata.csv with the header file_name,caption. Videos of any rate, size and length are turned upright, resampled by
+time, cut to the nearest bucket that they are long enough for, and encoded once. See docs/training.md; what the keys
+mean is in wan_jax/training/config.py. They are, with their defaults:
+
+"""
+
 # Entry points of other packages: each is a pair (dataclass of options, function that trains by them).
 TRAINERS = "wan_jax.trainers"
 
@@ -35,9 +46,13 @@ def _train(values: argparse.Namespace) -> None:
     from wan_jax.training import check_installed
 
     check_installed()
-    from wan_jax.training.config import TrainOptions
+    from wan_jax.training.config import TrainOptions, flat
     from wan_jax.training.run import train
 
+    if {"-h", "--help"} & set(values.rest):
+        options = flat(dataclasses.asdict(TrainOptions()))
+        print(HELP + "\n".join(f"  --config.{name}={value}" for name, value in options.items()))
+        return
     trainers = {TrainOptions: train, **dict(entry.load() for entry in entry_points(group=TRAINERS))}
     options = load_train_recipe(values.rest, tuple(trainers))
     for path in trainers[type(options)](options):

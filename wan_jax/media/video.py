@@ -118,12 +118,7 @@ class VideoWriter:
         self.path = check_output(path, crf=crf, fps=fps)
         self.fps = rate("fps", fps)
         self._options = {} if crf is None else {"crf": crf}
-        try:
-            description = json.dumps(metadata or {}, ensure_ascii=False)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"metadata cannot be written into a file: {error}") from None
-        # Bytes that are no UTF-8, as a command line may have them, become escapes of JSON.
-        self.description = description.encode(errors="backslashreplace").decode()
+        self.description = describe(metadata or {})
         self.files: list[pathlib.Path] = []
         self._shape: tuple[int, ...] = ()
         self._chunks: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()  # None: that was the last
@@ -251,6 +246,16 @@ def read_video(path: str | os.PathLike) -> Video:
     return Video(np.stack(pixels), fps=rate("fps", fps.limit_denominator(1001)), metadata=metadata)
 
 
+def describe(metadata: dict[str, Any]) -> str:
+    """Metadata as files hold them; raises InputError for what JSON does not know."""
+    try:
+        text = json.dumps(metadata, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"metadata cannot be written into a file: {error}") from None
+    # Bytes that are no UTF-8, as a command line may have them, become escapes of JSON.
+    return text.encode(errors="backslashreplace").decode()
+
+
 def parse_metadata(description: str) -> dict[str, Any]:
     """What a file says of its making; nothing where that is not written by us."""
     try:
@@ -274,15 +279,19 @@ def is_complete(path: str | os.PathLike, frames: int) -> bool:
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
-    """What `Video.save` has written of a video's making; nothing where the file does not say."""
+    """What was written of a video's making into its file, or its latents'; nothing where that does not say."""
     path = path_of("video", path)
     try:
         if path.suffix.lower() == ".png":
             with Image.open(path if path.is_file() else output_files(path, 1)[0]) as image:
                 return parse_metadata(image.info["Description"])
+        if path.suffix.lower() == ".npy":  # latents
+            with path.open("rb") as file:
+                np.lib.format.read_array(file, allow_pickle=False)
+                return parse_metadata(file.read().decode())
         with Clip(path) as clip:
             return parse_metadata(clip.metadata["comment"])
-    except (OSError, KeyError, ValueError):
+    except (OSError, KeyError, ValueError, EOFError):
         return {}
 
 

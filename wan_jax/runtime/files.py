@@ -81,22 +81,23 @@ def check_writable(path: str | os.PathLike, *, name: str = "output", endings: tu
     return path
 
 
-def save_array(path: str | os.PathLike, array: np.ndarray) -> pathlib.Path:
-    """Writes one .npy file, complete or not at all."""
+def save_array(path: str | os.PathLike, array: np.ndarray, description: str = "") -> pathlib.Path:
+    """Writes one .npy file, complete or not at all; a description follows the array, where NumPy does not look."""
     path = pathlib.Path(path)
     with written_whole(path) as temporary, temporary.open("wb") as file:  # an open file keeps NumPy from renaming it
         np.save(file, array)
+        file.write(description.encode())
     return path
 
 
-def keep_array(beside: pathlib.Path, array: np.ndarray) -> pathlib.Path:
+def keep_array(beside: pathlib.Path, array: np.ndarray, description: str = "") -> pathlib.Path:
     """Writes one .npy file under a name that no other has: beside a file, or where that fails, wherever it can be."""
     name = f"{beside.stem[:20]}-{uuid.uuid4().hex[:8]}.latents.npy"
     *folders, last = dict.fromkeys([beside.parent, pathlib.Path(tempfile.gettempdir()), pathlib.Path.home()])
     for folder in folders:
         with contextlib.suppress(OutputError):
-            return save_array(folder / name, array)
-    return save_array(last / name, array)
+            return save_array(folder / name, array, description)
+    return save_array(last / name, array, description)
 
 
 @functools.cache
