@@ -239,8 +239,9 @@ def test_an_interrupted_extension_keeps_its_latents(i2v_checkpoint, tmp_path, mo
 
     monkeypatch.setattr("wan_jax.media.video.VideoWriter.write", interrupt)
     assert main(["extend", "clip.mp4", "b", "--checkpoint", i2v_checkpoint, *COMMON]) == 130
-    assert "kept in out.latents.npy" in capsys.readouterr().err
-    assert np.load("out.latents.npy").shape == (16, 3, 4, 6)
+    (kept,) = tmp_path.glob("*.latents.npy")
+    assert f"kept in {kept.name}" in capsys.readouterr().err
+    assert np.load(kept).shape == (16, 3, 4, 6)
 
 
 @pytest.mark.parametrize(
