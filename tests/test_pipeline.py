@@ -3,6 +3,7 @@
 import gc
 import inspect
 import itertools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -210,6 +211,64 @@ def test_a_call_goes_on_from_a_state(pipe, tmp_path):
     rest = pipe("a red circle", **choices, on_event=steps.append, state=SamplingState.load(tmp_path / "state.npz"))
     assert [event.step for event in steps if isinstance(event, StepDone)] == [2, 3]
     np.testing.assert_array_equal(rest.latents, pipe("a red circle", **choices).latents)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"prompt": "a blue square"},
+        {"prompt": ["a red circle", "a blue square"]},
+        {"negative_prompt": "red"},
+        {"seed": 1},
+        {"size": (64, 32)},
+        {"frames": 9},
+        {"initial_latents": np.zeros(SHAPE, np.float32)},
+        {"state": "state.npz"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_state_of_another_call_is_refused(pipe, changed):
+    states: list[SamplingState] = []
+    pipe("a red circle", **SMALL, on_event=lambda event: isinstance(event, StepDone) and states.append(event.state()))
+    with pytest.raises(InputError, match="state"):
+        pipe(**{"prompt": "a red circle", "state": states[0]} | SMALL | changed)
+
+
+def test_a_listener_may_use_the_pipeline(pipe):
+    made = []
+
+    def listen(event):
+        if isinstance(event, StageStarted) and event.stage == "text":
+            made.append(pipe("within", **SMALL))
+
+    thread = threading.Thread(target=pipe, args=("around",), kwargs=SMALL | {"on_event": listen}, daemon=True)
+    thread.start()
+    thread.join(120)
+    assert made
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("requests", [[], 5, "two"])
+def test_requests_of_results(pipe, requests):
+    if requests == "two":
+        first, second = pipe.results([SamplingParams(text, **SMALL) for text in ("one", "two")])
+        assert (first.request.prompt, second.request.prompt) == ("one", "two")
+        return
+    with pytest.raises(InputError, match="prompt"):
+        next(pipe.results(requests))
+
+
+def test_an_error_while_decoding_frees_the_device(pipe):
+    (result,) = pipe.results([SamplingParams("a red circle", size=(48, 32), frames=13, steps=2)])
+    list(result.frames())
+    gc.collect()
+    before = len(jax.live_arrays())
+    frames = result.frames()
+    next(frames)
+    with pytest.raises(RuntimeError, match="stop"):
+        frames.throw(RuntimeError("stop"))
+    gc.collect()
+    assert len(jax.live_arrays()) <= before
 
 
 def test_previews(pipe):

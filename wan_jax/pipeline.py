@@ -2,6 +2,7 @@
 
 import copy
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, overload
 
@@ -81,6 +82,7 @@ class WanPipeline:
         self.denoisers = denoisers
         self._formats = WeightFormats(self.placement)
         self.loras: tuple[Lora, ...] = ()
+        self._changing = threading.Lock()
         placements = self.placement.by_expert(list(denoisers))
         self._adapted = {
             name: AdaptedDenoiser(denoiser, placements[name].parameter_sharding) for name, denoiser in denoisers.items()
@@ -184,12 +186,10 @@ class WanPipeline:
         opened = open_loras(loras, self.config)
         for note in opened.notes:
             Run(self.on_event).note(note)
-        # The old adapters go before the new ones come.
-        self.loras = ()
-        self._formats.clear()
-        self.denoisers = {name: adapted.base for name, adapted in self._adapted.items()}
-        self.denoisers = with_loras(self._adapted, opened)
-        self.loras = opened.loras
+        with self._changing:
+            self.denoisers, self.loras = {name: adapted.base for name, adapted in self._adapted.items()}, ()
+            self._formats.clear()  # the old adapters go before the new ones come
+            self.denoisers, self.loras = with_loras(self._adapted, opened), opened.loras
         return opened.files
 
     @overload
@@ -233,8 +233,7 @@ class WanPipeline:
             Cancelled: the token asked for it. Nothing of the run stays on the device.
         """
         requests = make_requests(prompt, params, 1 if num_videos is None else num_videos)
-        results = self.results(requests, on_event=on_event, cancel=cancel, state=state)
-        videos = [result.video() for result in results]
+        videos = [each.video() for each in self.results(requests, on_event=on_event, cancel=cancel, state=state)]
         return videos[0] if num_videos is None and isinstance(prompt, (str, SamplingParams)) else videos
 
     def results(
@@ -246,16 +245,17 @@ class WanPipeline:
         state: SamplingState | None = None,
     ) -> Iterator[Result]:
         """Denoises the requests as one batch and yields the result of each; see `__call__` for arguments and errors."""
-        requests = [request.resolve(self.config) for request in requests]
+        requests = [request.resolve(self.config) for request in make_requests(requests, {})]
         check_together(requests)
         requests[0].check_mesh(self.config, self.placement.mesh_spec, len(requests))
         run = Run(listeners(self.on_event, on_event), cancel)
-        denoisers = self._formats.get(self.denoisers, requests[0].weights)
+        with self._changing:  # what files say of LoRAs is what runs
+            denoisers = self._formats.get(self.denoisers, requests[0].weights)
+            metadata = [self.metadata(request) for request in requests]
         parts = denoisers, self.memory, self.placement, self.codec.preview
         latents, attention = Sampler(self.config, self._prompts, self._pictures, *parts).denoise(requests, run, state)
-        for index, request in enumerate(requests):
-            metadata = self.metadata(request) | {"attention_used": attention}
-            yield Result(request, latents[index], metadata, index, self.codec, run)
+        for index, (request, about) in enumerate(zip(requests, metadata, strict=True)):
+            yield Result(request, latents[index], about | {"attention_used": attention}, index, self.codec, run)
 
     def extend(self, video: Video, prompt: str, **params: Any) -> Video:
         """Continues a video from its last frame; returns both parts as one, at its size and rate.

@@ -19,6 +19,48 @@ from wan_jax.presets import PRESETS, get_preset
 pytestmark = pytest.mark.quick
 
 A14B, I2V = get_preset("t2v-a14b"), get_preset("i2v-a14b")
+A14B_LATENTS = (16, 1, 2, 2)  # of one frame of 16x16
+
+
+def test_none_is_the_default():
+    assert SamplingParams("a", seed=None, noise=None) == SamplingParams("a")
+    assert [each.seed for each in make_requests(["a", "b"], {"seed": [None, 3]})] == [0, 3]
+
+
+def test_latents_are_copied_when_they_are_checked():
+    latents = np.zeros(A14B_LATENTS, np.float32)
+    request = SamplingParams("a", size=(16, 16), frames=1, initial_latents=latents).resolve(A14B)
+    latents[:] = np.nan
+    assert not np.isnan(request.initial_latents).any()
+
+
+@pytest.mark.parametrize("latents", [{}, object(), b"a", 1j, 10**400, ("a", "b")], ids=repr)
+def test_what_is_no_latents(latents):
+    with pytest.raises(InputError, match="latents"):
+        SamplingParams("a", initial_latents=latents).resolve(A14B)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_what_is_no_name_of_a_picture(name):
+    with pytest.raises(InputError, match="image"):
+        SamplingParams("a", image=name).resolve(I2V)
+
+
+def test_too_many_steps():
+    with pytest.raises(InputError, match="steps"):
+        SamplingParams("a", steps=1e300).resolve(A14B)
+
+
+@pytest.mark.parametrize("prompt", [None, 5])
+def test_what_is_no_prompt(prompt):
+    with pytest.raises(InputError, match="prompt"):
+        make_requests(prompt, {})
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, "two", [2], True])
+def test_what_is_no_number_of_videos(count):
+    with pytest.raises(InputError, match="num_videos"):
+        make_requests("a", {}, count)
 
 
 def test_preset_fills_in():

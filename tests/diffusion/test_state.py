@@ -139,6 +139,26 @@ def test_files(tmp_path):
         SamplingState.load(f"{path}.npz")
 
 
+@pytest.mark.parametrize("kind", ["empty", "npy", "float64", "other shape", "no step", "several steps"])
+def test_damaged_files(tmp_path, kind):
+    latents = np.zeros((1, 2, 1, 4, 4), np.float32)
+    arrays = {"latents": latents, "denoised": latents, "step": 1, "plan": "plan"}
+    changed = {
+        "float64": {"latents": latents.astype(np.float64)},
+        "other shape": {"denoised": latents[:, :1]},
+        "no step": {"step": 0},
+        "several steps": {"step": np.arange(2)},
+    }
+    path = tmp_path / "state"
+    with path.open("wb") as file:
+        if kind == "npy":
+            np.save(file, latents)
+        elif kind != "empty":
+            np.savez(file, **arrays | changed[kind])
+    with pytest.raises(InputError, match="no sampling state"):
+        SamplingState.load(path)
+
+
 def test_a_state_of_another_run_is_refused():
     get_expert = make_experts()
     found, _ = states(plan(), get_expert)

@@ -27,6 +27,7 @@ def denoise(
     run: Run,
     conditioning: Conditioning = TEXT_ONLY,
     preview: Preview | None = None,
+    videos: str = "",
 ) -> jax.Array:
     """Turns noise into latents of videos.
 
@@ -38,6 +39,7 @@ def denoise(
         run: is told of each step, and may cancel before each.
         conditioning: the frames that are known beforehand.
         preview: what `StepDone.preview` shows of the predicted clean latents.
+        videos: a digest of what the videos are made of; a state of others is refused.
 
     Returns:
         float32 [B, C, F, h, w], without noise.
@@ -46,8 +48,8 @@ def denoise(
         InputError: guidance without a negative prompt, or a state of another plan.
         Cancelled: what the loop had on the device is freed.
     """
-    plan, state = fingerprint(segments), start(latents, segments, conditioning)
-    for segment in remaining(latents, segments):
+    plan, state = fingerprint(segments, videos), start(latents, segments, conditioning)
+    for segment in remaining(latents, segments, videos):
         # The call holds the only reference to the expert, so that it is gone before the next one is asked for.
         state = run_segment(segment, get_expert(segment.expert), state, run, plan, conditioning, preview)
     return jnp.asarray(state.latents)
@@ -60,9 +62,9 @@ def start(latents: jax.Array | SamplingState, segments: Sequence[Segment], condi
     return segments[0].solver.init(conditioning.restore(latents))
 
 
-def remaining(latents: jax.Array | SamplingState, segments: Sequence[Segment]) -> Sequence[Segment]:
+def remaining(latents: jax.Array | SamplingState, segments: Sequence[Segment], videos: str) -> Sequence[Segment]:
     """The part of the plan that is left."""
-    return latents.remaining(segments) if isinstance(latents, SamplingState) else segments
+    return latents.remaining(segments, videos) if isinstance(latents, SamplingState) else segments
 
 
 def run_segment(

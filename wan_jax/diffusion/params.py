@@ -234,8 +234,8 @@ def read_latents(latents: Any) -> np.ndarray:
         if latents.dtype != np.float32 or latents.ndim != 4:
             raise InputError(f"{where} holds {latents.dtype} of shape {latents.shape}; give float32 [C, F', h, w]")
     try:
-        latents = np.array(latents, np.float32)
-    except (TypeError, ValueError):
+        latents = np.array(latents, np.float32)  # a copy, which stays as it was checked
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"{where} {latents!r:.60}: give float32 [C, F', h, w]") from None
     if not np.isfinite(latents).all():
         raise InputError(f"{where} {'holds' if 'file' in where else 'hold'} NaN or infinity; give finite numbers")

@@ -26,6 +26,7 @@ def denoise_in_relay(
     run: Run,
     conditioning: Sequence[Conditioning] | None = None,
     preview: Preview | None = None,
+    videos: Sequence[str] | None = None,
 ) -> list[jax.Array]:
     """Turns noise into latents, for each batch as `loop.denoise` does.
 
@@ -38,11 +39,13 @@ def denoise_in_relay(
         run: is told of each step, in the thread of its expert, and may cancel after each.
         conditioning: of each batch.
         preview: see `denoise`.
+        videos: of each batch; see `denoise`.
 
     Returns:
         The latents of each batch, in order, on the devices of the last expert.
     """
-    plan = fingerprint(segments)
+    digests = [""] * len(batches) if videos is None else videos
+    plans = [fingerprint(segments, each) for each in digests]
     known = [TEXT_ONLY] * len(batches) if conditioning is None else list(conditioning)
     # A thread for each expert, which takes the batches in order.
     threads = {segment.expert: ThreadPoolExecutor(1, thread_name_prefix=segment.expert) for segment in segments}
@@ -60,10 +63,10 @@ def denoise_in_relay(
         state = start(batches[index], segments, known[index]) if before is None else before.result()
         expert = get_expert(segment.expert, index)
         first = sum(map(_rows, batches[:index]))
-        videos = tuple(range(first, first + _rows(batches[index])))
+        rows = tuple(range(first, first + _rows(batches[index])))
         try:
             state, conditioned = expert.placement.put_batch(state), expert.placement.put(known[index])
-            return run_segment(segment, expert, state, inner, plan, conditioned, preview, videos)
+            return run_segment(segment, expert, state, inner, plans[index], conditioned, preview, rows)
         finally:
             del expert  # a traceback keeps this frame
 
@@ -72,7 +75,7 @@ def denoise_in_relay(
     try:
         for index, batch in enumerate(batches):
             last[index] = None
-            for segment in remaining(batch, segments):
+            for segment in remaining(batch, segments, digests[index]):
                 last[index] = threads[segment.expert].submit(work, segment, index, last[index])
         for index, batch in enumerate(batches):
             future = last[index]

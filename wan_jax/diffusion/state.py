@@ -47,21 +47,25 @@ class SamplingState:
         try:
             with np.load(path, allow_pickle=False) as file:
                 history = tuple(file[f"history_{index}"] for index in range(len(file.files) - 4))
-                arrays = StepState(file["latents"], file["denoised"], history)
-                return cls(int(file["step"]), arrays, str(file["plan"]))
-        except (OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+                state = cls(int(file["step"]), StepState(file["latents"], file["denoised"], history), str(file["plan"]))
+            kinds = {(array.ndim, array.shape, array.dtype) for array in jax.tree.leaves(state.arrays)}
+            if state.step < 1 or kinds != {(5, state.arrays.latents.shape, np.dtype(np.float32))}:
+                raise ValueError("its arrays are not those of a run")
+            return state
+        except (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, zipfile.BadZipFile) as error:
             raise InputError(f"{os.fspath(path)} holds no sampling state: {error}") from error
 
-    def remaining(self, segments: Sequence[Segment]) -> list[Segment]:
-        """What is left of a plan. Raises InputError for another plan than the state's."""
-        if fingerprint(segments) != self.plan:
-            raise InputError("the sampling state belongs to a run with other steps, solver, schedule or guidance")
+    def remaining(self, segments: Sequence[Segment], videos: str = "") -> list[Segment]:
+        """What is left of a plan. Raises InputError for another plan, or other videos, than the state's."""
+        if fingerprint(segments, videos) != self.plan:
+            fields = "prompt, seed, image, steps, solver, schedule or guidance"
+            raise InputError(f"the sampling state belongs to a run with another {fields}")
         return [segment.after(self.step) for segment in segments if segment.steps.stop > self.step]
 
 
-def fingerprint(segments: Sequence[Segment]) -> str:
-    """A digest of all that a plan does to latents."""
-    digest = hashlib.sha256()
+def fingerprint(segments: Sequence[Segment], videos: str = "") -> str:
+    """A digest of all that a plan does to latents, and of what the caller says of the `videos`."""
+    digest = hashlib.sha256(videos.encode())
     for segment in segments:
         digest.update(repr((segment.expert, segment.steps, segment.solver, segment.starts_solver)).encode())
         for array in jax.tree.leaves((segment.timesteps, segment.coefficients, segment.guidance)):

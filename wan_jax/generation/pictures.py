@@ -37,7 +37,7 @@ class PictureEncoder:
         self._config, self._codec = config, codec
         self._memory, self._placement = memory, placement
         self._remembered: dict[tuple[Any, ...], Encoded] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a listener may use the pipeline
 
     def encode(self, request: SamplingParams, run: Run) -> Encoded:
         """The conditioning of one resolved request."""

@@ -36,7 +36,8 @@ def make_requests(
     for name in choices:
         if name not in names:
             raise unknown_name("argument", name, names)
-    if integer("num_videos", num_videos) < 1:
+    num_videos = integer("num_videos", num_videos)
+    if num_videos < 1:
         raise InputError(f"num_videos {num_videos}: give at least 1")
     prompts = [each for each in prompts for _ in range(num_videos)]
     given = {name: value for name, value in choices.items() if value is not None}

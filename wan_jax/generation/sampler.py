@@ -1,6 +1,7 @@
 """One batch of requests becomes latents, and each of them a result."""
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,12 @@ class Sampler:
         With a `state` the run goes on from there.
         """
         first, count, mesh_spec = requests[0], len(requests), self.placement.mesh_spec
+        if state is not None:
+            if not isinstance(state, SamplingState):
+                raise InputError(f"state {state!r:.80}: must be a SamplingState; read a file by SamplingState.load")
+            shape, needed = state.arrays.latents.shape, (count, *first.latents_shape(self.config))
+            if shape != needed:
+                raise InputError(f"the sampling state has latents of shape {shape}; these videos need {needed}")
         if first.frames > (trained := self.config.sampling.frames):
             fact = f"{first.frames} frames are more than the {trained} that {self.config.name} was trained for"
             run.note(f"{fact}: motion may repeat")
@@ -106,6 +113,7 @@ class Sampler:
         size = mesh_spec.data if mesh_spec.experts > 1 else count
         batches = [slice(start, start + size) for start in range(0, count, size)]
         known = [stack_conditioning([each for each, _ in encoded[batch]]) for batch in batches]
+        digests = [_digest(requests[batch]) for batch in batches]
         begin: list[Any] = [state] if state is not None else [self._initial_latents(requests[each]) for each in batches]
         placements = self.placement.by_expert(list(self.denoisers))
         attention: set[str] = set()
@@ -134,12 +142,12 @@ class Sampler:
             at_the_end.callback(self.memory.drop_prefetched)
             common = segments, get_expert, run.listened_to(prefetch)
             if mesh_spec.experts > 1:
-                made = denoise_in_relay(begin, *common, known, self.preview)
+                made = denoise_in_relay(begin, *common, known, self.preview, digests)
                 latents = np.concatenate([np.asarray(each) for each in made])
             else:
                 conditioning = self.placement.put(known[0], self.placement.batch_specs(known[0]))
                 begin = begin if state is not None else self.placement.put_batch(begin)
-                latents = self.placement.gather(denoise(begin.pop(), *common, conditioning, self.preview))
+                latents = self.placement.gather(denoise(begin.pop(), *common, conditioning, self.preview, *digests))
         if not np.isfinite(latents).all():
             raise InputError("the denoised latents are not finite: the weights are damaged, or need float32")
         return latents, "+".join(sorted(attention))
@@ -154,3 +162,14 @@ class Sampler:
                 for request in requests
             ]
         )
+
+
+def _digest(requests: Sequence[SamplingParams]) -> str:
+    """What resolved requests say of the videos, but for what changes no more than roundings."""
+    digest = hashlib.sha256()
+    for each in requests:
+        pictures = [picture and picture.digest for picture in (each.image, each.last_image)]
+        fields = each.as_json() | {"prompt": each.prompt, "images": pictures, "fps": None, "attention": None}
+        digest.update(repr(fields).encode())
+        digest.update(b"" if each.initial_latents is None else each.initial_latents.tobytes())
+    return digest.hexdigest()

@@ -54,20 +54,25 @@ class Codec:
         def fetch(frames: jax.Array) -> np.ndarray:
             nonlocal done
             host = np.asarray(frames)
+            del frames
             done += len(host)
             run.emit(FramesDecoded(host, done, total, video))
             return host
 
         with self._memory.on_device(self.vae) as vae, run.stage("decode", total):
             frames: Any = None
+            following: Any = None
             cache = None
-            for start, stop in pairwise([0, *range(1, count, chunk), count]):
-                run.check()
-                following, cache = run.call(self._decode, vae, cache, placed[:, :, start:stop])
-                if frames is not None:
-                    yield fetch(frames)
-                frames = following
-            yield fetch(frames)
+            try:
+                for start, stop in pairwise([0, *range(1, count, chunk), count]):
+                    run.check()
+                    following, cache = run.call(self._decode, vae, cache, placed[:, :, start:stop])
+                    if frames is not None:
+                        yield fetch(frames)
+                    frames = following
+                yield fetch(frames)
+            finally:
+                del frames, following, cache, placed  # a traceback keeps this frame
 
     def preview(self, latents: np.ndarray) -> np.ndarray:
         """Clean latents [B, C, F', h, w] -> a small picture of each latent frame, uint8 [B, F', h, w, 3].
@@ -92,15 +97,18 @@ class Codec:
         with self._memory.on_device(self.vae) as vae, run.stage("encode", 1 + (len(frames) - 1) // stride):
             cache = None
             pending: list[jax.Array] = []
-            for start, stop in pairwise([0, *range(1, len(frames), stride), len(frames)]):
-                run.check()
-                latents, cache = run.call(self._encode, vae, cache, self._placement.put(frames[start:stop]))
-                # Waits for the latents before, so that the frames of one step at most are on their way to the device.
+            try:
+                for start, stop in pairwise([0, *range(1, len(frames), stride), len(frames)]):
+                    run.check()
+                    latents, cache = run.call(self._encode, vae, cache, self._placement.put(frames[start:stop]))
+                    # Waits for the latents before, so that the frames of one step at most are on their way.
+                    encoded += map(np.asarray, pending)
+                    run.progress("encode", len(encoded))
+                    pending = [latents]
                 encoded += map(np.asarray, pending)
                 run.progress("encode", len(encoded))
-                pending = [latents]
-            encoded += map(np.asarray, pending)
-            run.progress("encode", len(encoded))
+            finally:
+                del cache, pending  # a traceback keeps this frame
         return np.concatenate(encoded, axis=1)
 
 

@@ -128,7 +128,7 @@ def _read_file(path: str | os.PathLike) -> np.ndarray:
         raise InputError(f"image {name} does not exist; give a picture, for example a PNG or JPEG file") from None
     except Image.DecompressionBombError:
         raise InputError(f"image {name} is too large; make it smaller, far fewer pixels are used") from None
-    except (OSError, SyntaxError) as error:  # PIL raises SyntaxError for some damaged files
+    except (OSError, SyntaxError, ValueError) as error:  # PIL's for some damaged files, Python's for odd names
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"image {name} cannot be read ({reason}); give a PNG or JPEG file") from None
 

@@ -29,7 +29,7 @@ class PromptEncoder:
         self._tokenizer, self._length = tokenizer, length
         self._memory, self._placement = memory, placement
         self._remembered: dict[str, jax.Array] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a listener may use the pipeline
 
     def encode(self, prompts: Sequence[str], run: Run) -> jax.Array:
         """Prompts -> [B, length, dim]; each distinct one is encoded once."""
