@@ -30,6 +30,12 @@ class Cancelled(Exception):
     """A run ended because its caller asked for it (runtime/events.py: CancelToken)."""
 
 
+def check_finite(is_finite: object, what: str) -> None:
+    """Raises InputError, saying which stage made `what`, unless all of it is finite."""
+    if not is_finite:
+        raise InputError(f"{what} are not finite: the weights are damaged, or need float32")
+
+
 def one_line(error: BaseException, text: str | None = None) -> str:
     """What an exception says (or a text in its place), with the notes on it, in one line."""
     return " ".join("; ".join([text or str(error), *vars(error).get("__notes__", ())]).split())

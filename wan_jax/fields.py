@@ -37,7 +37,7 @@ def words(name: str, value: Any) -> str:
 
 def seed_number(name: str, value: Any) -> int:
     """A whole number of 64 bits, or "random", which draws one."""
-    number = secrets.randbits(32) if value == "random" else integer(name, value)
+    number = secrets.randbits(32) if isinstance(value, str) and value == "random" else integer(name, value)
     if not 0 <= number < 2**64:
         raise InputError(f"{name} {value!r:.80}: must be from 0 to 2**64 - 1, or random")
     return number

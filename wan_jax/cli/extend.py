@@ -7,7 +7,7 @@ from typing import Any
 from wan_jax.cli.options import OPTIONS, Options, add_options, options_of
 from wan_jax.errors import InputError
 
-SKIPPED = {"prompts", "image", "last_image", "fps", "initial_latents", "save_latents", "save_frames", "json"}
+SKIPPED = {"prompts", "image", "last_image", "fps", "videos", "initial_latents", "save_latents", "save_frames", "json"}
 SKIPPED |= {"overwrite", "extend_prompt", "extend_model", "extend_url", "extend_key"}
 
 

@@ -116,7 +116,7 @@ def _generate(
     from wan_jax.runtime import distributed
     from wan_jax.runtime.devices import peak_bytes
 
-    start, is_batch = time.perf_counter(), options.prompts is not None
+    start, is_batch = time.perf_counter(), options.prompts is not None or options.videos > 1
     loras = read_loras(options.lora, options.lora_high, options.lora_low)
     checkpoint = open_checkpoint(options.checkpoint)
     mesh_spec = None if options.mesh in (None, "auto") else MeshSpec.parse(options.mesh)

@@ -67,6 +67,7 @@ class Options(SamplingParams):
     extend_key: str = option(
         text, "environment variable with its API key", default="OPENAI_API_KEY", metavar="VARIABLE"
     )
+    videos: int = option(integer, "videos of each prompt, with seeds that count up", default=1, metavar="N")
     json: bool = option(switch, "print one JSON object last", default=False)
     quiet: bool = option(switch, "no progress bars", default=False)
 

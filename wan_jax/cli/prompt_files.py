@@ -50,11 +50,9 @@ def read_items(options: Options) -> list[Item]:
     if (options.prompt is None) == (options.prompts is None):
         raise InputError("give a prompt, or a file of them with --prompts (one of the two)")
     if options.prompts is None:
-        items = [Item(options)]
         if not options.prompt.strip():
             raise InputError("the prompt is empty; write what the video shows")
-        _check_distinct(items)
-        return items
+        return _distinct([Item(options)])
     path = pathlib.Path(options.prompts)
     ending = path.suffix.lower() or ".txt"
     if ending != ".txt" and ending not in READERS:
@@ -73,11 +71,12 @@ def read_items(options: Options) -> list[Item]:
             raise InputError(f"{items[-1].where}: no prompt; write what the video shows")
     if not items:
         raise InputError(f"prompts file {path} is empty; write one prompt a line")
-    _check_distinct(items)
-    return items
+    return _distinct(items)
 
 
-def _check_distinct(items: list[Item]) -> None:
+def _distinct(items: list[Item]) -> list[Item]:
+    """As many videos of each as there are to be; raises InputError where two write one file."""
+    items = [copy for item in items for copy in _copies(item)]
     owners: dict[str, str] = {}
     for item in items:
         for name in FILES:
@@ -86,6 +85,20 @@ def _check_distinct(items: list[Item]) -> None:
             owner = owners.setdefault(os.path.realpath(file), f"the {name} of {item.where or 'the video'}")
             if owner != f"the {name} of {item.where or 'the video'}":
                 raise InputError(f"{item.where or 'the video'}: {name} {file} is also {owner}; give each its own")
+    return items
+
+
+def _copies(item: Item) -> Iterator[Item]:
+    options = item.options
+    if options.videos < 1:
+        raise InputError(f"videos {options.videos}: give at least 1")
+    for index in range(options.videos):
+        if options.videos == 1:
+            yield item
+            return
+        own: dict[str, Any] = {name: _numbered(value, index + 1) for name in FILES if (value := vars(options)[name])}
+        where = f"{item.where} " if item.where else ""
+        yield Item(dataclasses.replace(options, **own, seed=options.seed + index), f"{where}video {index + 1}")
 
 
 def _numbered(name: str, number: int) -> str:

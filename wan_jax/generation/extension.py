@@ -10,6 +10,7 @@ import numpy as np
 
 from wan_jax.config import WanConfig
 from wan_jax.diffusion.params import SamplingParams
+from wan_jax.errors import InputError
 from wan_jax.generation.sampler import Result
 from wan_jax.media.frames import resampled
 from wan_jax.media.image import Picture, output_size, stretch
@@ -24,6 +25,8 @@ def extension(video: Video, request: Request, config: WanConfig) -> Request:
     A size that the model can do, and that is not above its preset's, stays the video's; for another the model's rule
     for pictures decides, unless the request has one. The last frame is stretched to it, which `following` takes back.
     """
+    if not isinstance(video, Video):
+        raise InputError(f"video {video!r:.60}: give a Video, such as read_video returns")
     width, height = video.size
     multiple_height, multiple_width = config.size_multiple
     fits = width * height <= math.prod(config.sampling.size) and not width % multiple_width + height % multiple_height

@@ -10,6 +10,7 @@ import numpy as np
 from wan_jax.config import WanConfig
 from wan_jax.diffusion.conditioning import TEXT_ONLY, Conditioning, FirstFrame, known_frames
 from wan_jax.diffusion.params import SamplingParams
+from wan_jax.errors import check_finite
 from wan_jax.media.codec import Codec
 from wan_jax.media.image import Picture, clip_input, frames_to_encode, is_stretched
 from wan_jax.models.image_encoder import ImageEncoder, encode_image
@@ -73,4 +74,5 @@ class PictureEncoder:
         pixels = self._placement.put(np.stack([clip_input(picture.pixels, side) for picture in pictures]))
         with self._memory.on_device(self.model) as model, run.stage("image"):
             features = jax.block_until_ready(run.call(encode_image, model, pixels))
+        check_finite(jnp.isfinite(features).all(), "the image encoder's features")
         return features.reshape(1, -1, features.shape[-1])  # of two pictures, one after the other

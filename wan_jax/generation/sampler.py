@@ -21,7 +21,7 @@ from wan_jax.diffusion.segments import plan_segments
 from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.diffusion.state import Preview, SamplingState
 from wan_jax.diffusion.step import Expert
-from wan_jax.errors import InputError
+from wan_jax.errors import InputError, check_finite
 from wan_jax.generation.pictures import PictureEncoder
 from wan_jax.media.codec import Codec
 from wan_jax.media.video import Video
@@ -148,8 +148,7 @@ class Sampler:
                 conditioning = self.placement.put(known[0], self.placement.batch_specs(known[0]))
                 begin = begin if state is not None else self.placement.put_batch(begin)
                 latents = self.placement.gather(denoise(begin.pop(), *common, conditioning, self.preview, *digests))
-        if not np.isfinite(latents).all():
-            raise InputError("the denoised latents are not finite: the weights are damaged, or need float32")
+        check_finite(np.isfinite(latents).all(), "the denoised latents")
         return latents, "+".join(sorted(attention))
 
     def _initial_latents(self, requests: Sequence[SamplingParams]) -> jax.Array:

@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
+from wan_jax.errors import InputError, check_finite
+from wan_jax.fields import integer
 from wan_jax.media.preview import PreviewFilter, fit_preview
 from wan_jax.media.video import check_frames
 from wan_jax.models.nn.causal_conv import CacheArrays
@@ -47,14 +49,24 @@ class Codec:
                 halo exchange serves them all.
             video: which video of a batch this is, for the events.
         """
-        placed = self._placement.put(np.asarray(latents)[None])
-        count, chunk = placed.shape[2], chunk or self._placement.mesh_spec.devices
+        host = np.asarray(latents)
+        if host.ndim != 4 or host.shape[0] != self.vae.config.z_dim or not host.size or host.dtype.kind in "OSUc":
+            what = f"{host.dtype} of shape {host.shape}"
+            raise InputError(f"latents are {what}; give float32 [{self.vae.config.z_dim}, F', h, w]")
+        if not np.isfinite(host).all():
+            raise InputError("latents hold NaN or infinity; give finite numbers")
+        if (chunk := self._placement.mesh_spec.devices if chunk is None else integer("chunk", chunk)) < 1:
+            raise InputError(f"chunk {chunk}: give at least 1")
+        placed = self._placement.put(host[None])
+        count = placed.shape[2]
         total, done = 1 + self.vae.config.temporal_stride * (count - 1), 0
 
-        def fetch(frames: jax.Array) -> np.ndarray:
+        def fetch(decoded: tuple[jax.Array, jax.Array]) -> np.ndarray:
             nonlocal done
+            frames, is_finite = decoded
             host = np.asarray(frames)
-            del frames
+            check_finite(is_finite, "the VAE's decoded frames")
+            del decoded, frames
             done += len(host)
             run.emit(FramesDecoded(host, done, total, video))
             return host
@@ -109,12 +121,14 @@ class Codec:
                 run.progress("encode", len(encoded))
             finally:
                 del cache, pending  # a traceback keeps this frame
-        return np.concatenate(encoded, axis=1)
+        latents = np.concatenate(encoded, axis=1)
+        check_finite(np.isfinite(latents).all(), "the VAE's encoded latents")
+        return latents
 
 
 @functools.cache
 def decode_function(exact: bool, placement: Placement) -> CompiledFunction:
-    """(vae, cache or None, latents [1, z, k, h, w]) -> (uint8 frames [F, H, W, 3], cache); see `VAE`.
+    """(vae, cache or None, latents [1, z, k, h, w]) -> ((uint8 frames [F, H, W, 3], all finite), cache); see `VAE`.
 
     Args:
         exact: keeps float32 float32. Beside a bfloat16 denoiser it may be TF32 (on TPUs three passes of bfloat16), as
@@ -130,10 +144,11 @@ def encode_function(exact: bool, placement: Placement) -> CompiledFunction:
     return _on_tiles(_encode, exact, placement)
 
 
-def _decode(vae: VAE, cache: CacheArrays | None, latents: jax.Array) -> tuple[jax.Array, CacheArrays]:
+def _decode(vae: VAE, cache: CacheArrays | None, latents: jax.Array) -> tuple[tuple[jax.Array, jax.Array], CacheArrays]:
     frames, cache = vae.decode_step(cache, latents)
+    is_finite = jnp.isfinite(frames).all()
     # Truncated to whole levels, as the official code does.
-    return ((jnp.clip(frames[0], -1.0, 1.0) + 1.0) / 2.0 * 255.0).astype(jnp.uint8), cache
+    return (((jnp.clip(frames[0], -1.0, 1.0) + 1.0) / 2.0 * 255.0).astype(jnp.uint8), is_finite), cache
 
 
 def _encode(vae: VAE, cache: CacheArrays | None, frames: jax.Array) -> tuple[jax.Array, CacheArrays]:

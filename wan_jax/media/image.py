@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 
 from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
+from wan_jax.fields import path_of
 
 # What CLIP was trained to see: the mean and the deviation of red, green and blue in [0, 1].
 CLIP_MEAN = np.array((0.48145466, 0.4578275, 0.40821073), np.float32)
@@ -108,7 +109,10 @@ def read_image(image: Any) -> np.ndarray:
     if isinstance(image, (str, os.PathLike)):
         return _read_file(image)
     if not isinstance(image, Image.Image):
-        pixels = np.asarray(image)
+        try:
+            pixels = np.asarray(image)
+        except ValueError as error:
+            raise InputError(f"an image cannot be read as an array ({error})") from None
         if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[-1] in (1, 3, 4))):
             raise InputError(
                 f"an image is {pixels.dtype} of shape {pixels.shape}; give a path, a PIL image, or uint8 [H, W, 3]"
@@ -120,7 +124,7 @@ def read_image(image: Any) -> np.ndarray:
 
 
 def _read_file(path: str | os.PathLike) -> np.ndarray:
-    name = os.fspath(path)
+    name = str(path_of("image", path))
     try:
         with Image.open(name) as image:
             return _to_rgb(image, f"image {name}")

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from wan_jax.errors import Cancelled
+from wan_jax.errors import Cancelled, InputError
 from wan_jax.runtime.compiled import CompiledFunction
 
 
@@ -125,6 +125,8 @@ class Run:
     """
 
     def __init__(self, on_event: Listener | None = None, cancel: CancelToken | None = None):
+        if not isinstance(cancel, CancelToken | None):
+            raise InputError(f"cancel {cancel!r:.60}: give a CancelToken")
         self.seconds: dict[str, float] = {}
         self._on_event = on_event
         self._warns = on_event is None
@@ -191,6 +193,9 @@ class Run:
 def listeners(*functions: Listener | None) -> Listener | None:
     """One listener that tells all of those that there are; None for none."""
     told = [function for function in functions if function is not None]
+    for function in told:
+        if not callable(function):
+            raise InputError(f"on_event {function!r:.60}: give a function of one event")
 
     def tell(event: Event) -> None:
         for function in told:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from wan_jax.errors import InputError, check_finite
+from wan_jax.fields import texts
 from wan_jax.models.text_encoder import TextEncoder
 from wan_jax.parallel.placement import Placement
 from wan_jax.parallel.sharding import state_specs
@@ -33,6 +35,8 @@ class PromptEncoder:
 
     def encode(self, prompts: Sequence[str], run: Run) -> jax.Array:
         """Prompts -> [B, length, dim]; each distinct one is encoded once."""
+        if not (prompts := texts("prompts", prompts)):
+            raise InputError("no prompts: give at least one")
         with self._lock:
             remembered = self._remembered
             encoded = {prompt: remembered[prompt] for prompt in prompts if prompt in remembered}
@@ -42,10 +46,19 @@ class PromptEncoder:
                         run.check()
                         tokens = self._placement.put(self._tokenizer([prompt], self._length))
                         text = run.call(encode_text_function(self._placement), model, *tokens)
+                        check_finite(jnp.isfinite(text).all(), "the text encoder's embeddings")
                         encoded[prompt] = remembered[prompt] = jax.block_until_ready(text)[0]
+                        self._note(prompt, run)
                 while len(remembered) > CACHED_PROMPTS:
                     remembered.pop(next(iter(remembered)))
             return jnp.stack([encoded[prompt] for prompt in prompts])
+
+    def _note(self, prompt: str, run: Run) -> None:
+        """Says what of a prompt the model cannot know."""
+        if cut := self._tokenizer.count_cut(prompt, self._length):
+            run.note(f"prompt {prompt!r:.40}: the model reads {self._length} tokens; the last {cut} are cut")
+        if unknown := self._tokenizer.unknown_words(prompt):
+            run.note(f"the model was never trained on {', '.join(map(repr, unknown))}: what it makes of them is chance")
 
 
 @functools.cache

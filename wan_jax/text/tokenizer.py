@@ -3,7 +3,7 @@
 import hashlib
 import html
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ftfy
@@ -13,6 +13,7 @@ import tokenizers
 
 from wan_jax.errors import InputError
 
+WORD = r"[A-Za-z]{2,}|[^\W_A-Za-z]"
 PAD_TOKEN, END_TOKEN = "<pad>", "</s>"  # ids 0 and 1
 SPARE_ROWS = 1024
 
@@ -40,17 +41,26 @@ def check_whole(folder: Path) -> None:
 class Tokenizer:
     """UMT5's tokenizer: cleans prompts, ends each with </s>, and pads with id 0 to a fixed length."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, name: str = "the tokenizer", vocab_size: int | None = None):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        name: str = "the tokenizer",
+        vocab_size: int | None = None,
+        words: Iterable[str] = (),
+    ):
         """Wraps a `tokenizers.Tokenizer`.
 
         Args:
           backend: UMT5's vocabulary; it ends each prompt with </s>.
           name: what error messages call it.
           vocab_size: rows of the text encoder's embedding; ids beyond them are refused.
+          words: all that the model was trained on, where they are few; none says nothing.
         """
         self._backend = backend
         self._name = name
         self._vocab_size = vocab_size
+        self._words = frozenset(words)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike, vocab_size: int | None = None) -> "Tokenizer":
@@ -77,7 +87,9 @@ class Tokenizer:
             ) from error
         except Exception as error:  # both libraries raise bare Exception for a damaged file
             raise InputError(f"{name} cannot be read ({' '.join(str(error).split())}); fetch it again") from error
-        tokenizer = cls(backend, name=name, vocab_size=vocab_size)
+        words = folder / "words.txt"
+        known = words.read_text(encoding="utf-8").split() if words.is_file() else ()
+        tokenizer = cls(backend, name=name, vocab_size=vocab_size, words=known)
         tokenizer._check()
         return tokenizer
 
@@ -98,6 +110,17 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """A hash of all that it does to a text."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+
+    def count_cut(self, prompt: str, length: int = 512) -> int:
+        """How many tokens of a prompt are beyond the first `length`."""
+        self._backend.enable_truncation(length)
+        over = self._backend.encode(clean_prompt(prompt)).overflowing
+        return sum(encoding.special_tokens_mask.count(0) for encoding in over)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The words (of scripts without spaces: the characters) that the model was not trained on, if that is known."""
+        found = regex.findall(WORD, clean_prompt(prompt)) if self._words else []
+        return [word for word in dict.fromkeys(found) if word not in self._words]
 
     def __call__(self, prompts: Sequence[str], length: int = 512) -> tuple[np.ndarray, np.ndarray]:
         """Tokenizes a batch of prompts.
