@@ -16,13 +16,14 @@ if TYPE_CHECKING:
     from wan_jax.cli.recipes import recipe
     from wan_jax.config import PerExpert, WanConfig
     from wan_jax.diffusion.params import SamplingParams
+    from wan_jax.diffusion.state import SamplingState
     from wan_jax.errors import Cancelled, InputError
     from wan_jax.generation.sampler import Result
     from wan_jax.lora import Lora
     from wan_jax.media.video import Video, read_video
     from wan_jax.pipeline import WanPipeline
     from wan_jax.presets import PRESETS, get_preset
-    from wan_jax.runtime.events import CancelToken
+    from wan_jax.runtime.events import CancelToken, StepDone
     from wan_jax.runtime.xla_flags import configure
 
 __version__ = "0.1.0"
@@ -36,6 +37,8 @@ _HOMES = {
     "PerExpert": "wan_jax.config",
     "Result": "wan_jax.generation.sampler",
     "SamplingParams": "wan_jax.diffusion.params",
+    "SamplingState": "wan_jax.diffusion.state",
+    "StepDone": "wan_jax.runtime.events",
     "Video": "wan_jax.media.video",
     "WanConfig": "wan_jax.config",
     "WanPipeline": "wan_jax.pipeline",
@@ -53,6 +56,8 @@ __all__ = [  # noqa: RUF022 (mypy needs them spelled out)
     "PerExpert",
     "Result",
     "SamplingParams",
+    "SamplingState",
+    "StepDone",
     "Video",
     "WanConfig",
     "WanPipeline",

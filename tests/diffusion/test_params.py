@@ -202,6 +202,8 @@ def test_requests_of_a_call():
         make_requests(["a", "b"], {"seed": [1, 2, 3]})
     with pytest.raises(InputError, match="unknown argument 'stpes'; did you mean 'steps'"):
         make_requests("a", {"stpes": 3})
+    with pytest.raises(InputError, match="'height'; did you mean 'size'"):
+        make_requests("a", {"height": 480})
     with pytest.raises(InputError, match="no prompts"):
         make_requests([], {})
 

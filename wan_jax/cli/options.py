@@ -19,7 +19,7 @@ class Options(SamplingParams):
 
     prompts: str | None = option(text, "file of prompts: .txt, .jsonl or .csv; makes a video of each", metavar="FILE")
     checkpoint: str | None = option(
-        text, "folder or hub id; without it nano, or where it has no weights a small random model", metavar="PATH_OR_ID"
+        text, "folder, file or hub id (default: the nano model, which is in the package)", metavar="PATH_OR_ID"
     )
     lora: tuple[str, ...] = option(
         texts, "LoRA for every expert; may be given several times", default=(), metavar="FILE[:STRENGTH]"

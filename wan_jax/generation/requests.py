@@ -10,6 +10,20 @@ from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError, unknown_name
 from wan_jax.fields import integer, knobs, seed_number
 
+# Arguments of diffusers' pipelines that have another name here.
+DIFFUSERS_NAMES = {
+    "callback_on_step_end": "on_event",
+    "generator": "seed",
+    "guidance_scale": "guidance",
+    "guidance_scale_2": "guidance",
+    "height": "size",
+    "latents": "initial_latents",
+    "num_frames": "frames",
+    "num_inference_steps": "steps",
+    "num_videos_per_prompt": "num_videos",
+    "width": "size",
+}
+
 
 def make_requests(
     prompt: str | SamplingParams | Iterable[str | SamplingParams],
@@ -34,8 +48,10 @@ def make_requests(
         raise InputError("no prompts: give at least one")
     names = {each.name: each for each in knobs(SamplingParams)}
     for name in choices:
+        if name in DIFFUSERS_NAMES:
+            raise InputError(f"unknown argument {name!r}; did you mean {DIFFUSERS_NAMES[name]!r}?")
         if name not in names:
-            raise unknown_name("argument", name, names)
+            raise unknown_name("argument", name, [*names, "num_videos", "on_event", "cancel", "state"])
     num_videos = integer("num_videos", num_videos)
     if num_videos < 1:
         raise InputError(f"num_videos {num_videos}: give at least 1")
