@@ -76,7 +76,7 @@ def path_of(name: str, value: Any) -> pathlib.Path:
     """A file's name as a path."""
     if not isinstance(value, (str, os.PathLike)) or "\0" in os.fsdecode(value):
         raise InputError(f"{name} {value!r:.80}: must be the name of a file")
-    return pathlib.Path(os.fsdecode(value))
+    return pathlib.Path(words(name, os.fsdecode(value)))
 
 
 def switch(name: str, value: Any) -> bool:

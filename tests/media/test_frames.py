@@ -103,7 +103,17 @@ def test_jitter_drops_no_frame(tmp_path):
     assert numbers(read_frames(file, 30)) == list(range(12))
 
 
-def test_times_that_go_back_are_mended():
+def test_times_that_go_back_and_sizes_that_change(tmp_path):
+    """Files of two streams, one behind the other."""
+    first = write(tmp_path / "a.ts", grey_frames(6), tick=Fraction(1, 90_000)).read_bytes()
+    second = write(tmp_path / "b.ts", grey_frames(6, size=(96, 64)), tick=Fraction(1, 90_000)).read_bytes()
+    (tmp_path / "c.ts").write_bytes(first + second)
+    video = read_video(tmp_path / "c.ts")
+    assert video.frames.shape == (12, 32, 48, 3)
+    assert numbers(video.frames) == [0, 1, 2, 3, 4, 5] * 2
+
+
+def test_frames_that_show_at_each_time():
     assert list(resampled([(1, "a"), (2, "b"), (4, "c")], 1)) == ["a", "b", "c", "c"]
     assert list(resampled([(0.5, "a"), (1, "b")], 0.5)) == ["a"]
     assert list(resampled([], 16)) == []

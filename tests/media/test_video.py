@@ -11,6 +11,7 @@ from PIL import Image
 
 from wan_jax.errors import InputError
 from wan_jax.media import video as video_module
+from wan_jax.media.frames import read_frames
 from wan_jax.media.video import Video, VideoWriter, read_video
 from wan_jax.runtime.files import save_array
 
@@ -243,6 +244,12 @@ FRAMES = np.zeros((2, 32, 48, 3), np.uint8)
         (lambda: Video(FRAMES).save(3), "output 3: must be the name"),
         (lambda: Video(FRAMES).save("a\0.mp4"), "must be the name of a file"),
         (lambda: Video(FRAMES, metadata={"a": object()}).save("a.mp4"), "metadata cannot be written"),
+        (lambda: Video(FRAMES, metadata="a red circle"), "metadata 'a red circle': must be a dict"),
+        (lambda: Video(FRAMES).save("\ud800.mp4"), "is not UTF-8 text"),
+        (lambda: Video(np.zeros((1, 2, 17_000, 3), np.uint8)).save("a.mp4"), "at most 16384 pixels"),
+        (lambda: Video(np.zeros((1, 2, 70_000, 3), np.uint8)).save("a.gif"), "at most 65535 pixels"),
+        (lambda: read_frames("a.mp4", 0), "fps 0: must be at least"),
+        (lambda: read_frames("a.mp4", -1), "fps -1: must be at least"),
         (lambda: Video(FRAMES[:0]).save("a.mp4"), "no frames"),
         (lambda: Video(FRAMES[:, :31]).save("a.mp4"), "even sizes, not 48x31"),
         (lambda: Video(FRAMES[:, :, :31]).save("a.webm"), "even sizes, not 31x32"),
@@ -277,6 +284,7 @@ def test_a_video_shows_itself(video):
     assert repr(video) == "<Video of 9 frames, 48x32, 16 fps: '一只猫，白色'>"  # noqa: RUF001
     video.metadata["prompt"] = '"><script>' + "x" * 500
     assert len(repr(video)) < 120
+    assert repr(Video(video.frames, metadata=None)) == "<Video of 9 frames, 48x32, 16 fps>"
     page = Video(video.frames[:, :31], fps=12.5, metadata=video.metadata)._repr_html_()
     assert page.startswith("<video controls")
     assert "<script>" not in page

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from wan_jax.errors import InputError
-from wan_jax.fields import path_of
+from wan_jax.fields import path_of, rate
 
 if TYPE_CHECKING:
     import av
@@ -37,6 +37,7 @@ class Clip:
         import av
 
         self.path = path_of("video", path)
+        self._size: tuple[int, int] | None = None
         if not self.path.is_file():
             raise InputError(f"video {self.path} does not exist")
         with _naming(self.path):
@@ -85,8 +86,8 @@ class Clip:
 
     def pixels(self, frame: "av.VideoFrame") -> np.ndarray:
         """A frame as it is shown, uint8 [H, W, 3]: colours by its tags, square pixels, turned as the file says."""
-        first = self.stream.codec_context
-        width, height, shape = first.width, first.height, self.stream.sample_aspect_ratio
+        self._size = self._size or (frame.width, frame.height)  # a stream may change it midway
+        (width, height), shape = self._size, self.stream.sample_aspect_ratio
         if shape and Fraction(1, 4) <= shape <= 4:
             width = max(round(width * shape), 1)
         untagged = frame.colorspace == UNSPECIFIED and not frame.format.is_rgb
@@ -136,6 +137,7 @@ def resampled(frames: Iterable[tuple[Fraction | float, Frame]], fps: float | Fra
 
 def read_frames(path: str | os.PathLike, fps: float, longest: int | None = None) -> np.ndarray:
     """Reads the frames of a video file as they show at `fps`, at most `longest`: uint8 [F, H, W, 3]; see `Clip`."""
+    fps = rate("fps", fps)
     with Clip(path) as clip:
         shown = itertools.islice(resampled(clip.frames(), fps), longest)
         # A frame that shows several times is converted once.
@@ -155,8 +157,8 @@ def measured_rate(ends: Sequence[Fraction], stream: Any) -> tuple[Fraction, bool
     if not count:
         return average, True
     mean = count / ends[-2]
-    for rate, ticks in ((average, 0.5), (Fraction(max(round(mean), 1)), 1)):
-        slack = min(ticks * stream.time_base, 0.5 / rate) + 1e-9
-        if all(abs(end - index / rate) <= slack for index, end in enumerate(ends[:-1], start=1)):
-            return rate, True
+    for fps, ticks in ((average, 0.5), (Fraction(max(round(mean), 1)), 1)):
+        slack = min(ticks * stream.time_base, 0.5 / fps) + 1e-9
+        if all(abs(end - index / fps) <= slack for index, end in enumerate(ends[:-1], start=1)):
+            return fps, True
     return mean, False

@@ -49,6 +49,9 @@ class Video:
 
     def __post_init__(self) -> None:
         self.frames, self.fps = check_pixels(self.frames), rate("fps", self.fps)
+        self.metadata = {} if self.metadata is None else self.metadata
+        if not isinstance(self.metadata, dict):
+            raise InputError(f"metadata {self.metadata!r:.60}: must be a dict")
 
     def __repr__(self) -> str:
         width, height = self.size
@@ -225,6 +228,9 @@ def check_output(
     best, worst = 0, 63 if ending == ".webm" else 51
     if crf is not None and (ending not in CONTAINERS or not best <= integer("crf", crf) <= worst):
         raise InputError(f"crf {crf}: is from 0 to 51 for .mp4 and .mov, to 63 for .webm, and for no other file")
+    largest = {".png": 2**31 - 1, ".gif": 65_535}.get(ending, 16_384)
+    if size is not None and max(size) > largest:
+        raise InputError(f"output {path}: {ending} holds at most {largest} pixels a side, not {size[0]}x{size[1]}")
     if size is not None and ending in CONTAINERS and (size[0] % 2 or size[1] % 2):
         raise InputError(f"output {path}: {ending} needs even sizes, not {size[0]}x{size[1]}; use .gif or .png")
     if fps is not None and ending == ".gif" and rate("fps", fps) > 50:
