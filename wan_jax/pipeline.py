@@ -253,9 +253,9 @@ class WanPipeline:
             denoisers = self._formats.get(self.denoisers, requests[0].weights)
             metadata = [self.metadata(request) for request in requests]
         parts = denoisers, self.memory, self.placement, self.codec.preview
-        latents, attention = Sampler(self.config, self._prompts, self._pictures, *parts).denoise(requests, run, state)
+        latents, used = Sampler(self.config, self._prompts, self._pictures, *parts).denoise(requests, run, state)
         for index, (request, about) in enumerate(zip(requests, metadata, strict=True)):
-            yield Result(request, latents[index], about | {"attention_used": attention}, index, self.codec, run)
+            yield Result(request, latents[index], about | used[index], index, self.codec, run)
 
     def extend(self, video: Video, prompt: str, **params: Any) -> Video:
         """Continues a video from its last frame; returns both parts as one, at its size and rate.

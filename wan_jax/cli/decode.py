@@ -18,8 +18,9 @@ def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
     """Decodes latents that an earlier run kept and writes the video; returns the files. Loads the VAE alone."""
     from wan_jax.checkpoint import open_checkpoint
     from wan_jax.checkpoint.load import load_models
-    from wan_jax.diffusion.params import DTYPES, check_name, read_latents
+    from wan_jax.diffusion.params import DTYPES, check_name
     from wan_jax.media.codec import Codec
+    from wan_jax.media.latents import read_latents
     from wan_jax.media.video import VideoWriter, check_output, read_metadata
     from wan_jax.parallel.placement import SINGLE
     from wan_jax.runtime.events import Run
