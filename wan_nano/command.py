@@ -4,6 +4,7 @@ import argparse
 import pathlib
 from typing import Any
 
+from wan_jax.cli.loading import CLUSTER
 from wan_jax.cli.options import add_options, options_of
 
 
@@ -12,7 +13,7 @@ def add_command(commands: Any) -> None:
         "evaluate", help="measure what generated videos show, for prompts that the nano model never saw"
     )
     names = ("checkpoint", "negative_prompt", "size", "frames", "steps", "guidance", "shift", "solver", "schedule")
-    add_options(command, [*names, "lora", "lora_high", "lora_low", "dtype", "vae_dtype", "profile", "quiet"])
+    add_options(command, [*names, "lora", "lora_high", "lora_low", "dtype", "vae_dtype", "profile", *CLUSTER, "quiet"])
     command.add_argument("--one", type=int, default=12, help="prompts with one object, a language", metavar="N")
     command.add_argument("--two", type=int, default=6, help="prompts with two, a language", metavar="N")
     command.add_argument("--languages", default="en,zh,ja", help="(default en,zh,ja)", metavar="NAMES")

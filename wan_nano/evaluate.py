@@ -20,11 +20,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from wan_jax.cli.loading import load_pipeline
+from wan_jax.cli.loading import joined, load_pipeline
 from wan_jax.cli.options import OPTIONS, Options
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError, unknown_name
 from wan_jax.pipeline import WanPipeline
+from wan_jax.runtime.distributed import is_primary
 from wan_nano.captions import LANGUAGES, write_caption
 from wan_nano.classifier import Classifier
 from wan_nano.measure import VideoReport, measure
@@ -356,7 +357,8 @@ def evaluate_options(
 ) -> list[Evaluation]:
     """What `wan-jax evaluate` does: the options, then the options with each of `compare`.
 
-    A pipeline is loaded again only for options that concern loading.
+    A pipeline is loaded again only for options that concern loading. Of several processes all measure; the first shows
+    and writes what comes of it.
     """
     loaded: dict[tuple, WanPipeline] = {}
 
@@ -366,9 +368,12 @@ def evaluate_options(
         key = (chosen.checkpoint, chosen.dtype, chosen.vae_dtype, chosen.profile, loras)
         if key not in loaded:
             loaded.clear()
-            loaded[key] = load_pipeline(chosen)
+            loaded[key] = load_pipeline(chosen, on_event=run.emit)
         return loaded[key], chosen.resolve(loaded[key].config)
 
     prompts = make_prompts(one, two, languages.split(","))
     runs = [(text or "as given", functools.partial(prepare, text)) for text in ("", *compare)]
-    return evaluate(runs, prompts, batch=batch, output=report, sheet=sheet)
+    with joined(options) as (options, run):
+        if is_primary():
+            return evaluate(runs, prompts, batch=batch, output=report, sheet=sheet)
+        return evaluate(runs, prompts, batch=batch, show=lambda table: None)

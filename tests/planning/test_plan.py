@@ -14,6 +14,7 @@ from wan_jax.cli.main import main
 from wan_jax.config import ImageEncoderConfig
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.diffusion.segments import plan_steps
+from wan_jax.errors import InputError
 from wan_jax.models import vae as vae_model
 from wan_jax.parallel.mesh_spec import MeshSpec
 from wan_jax.parallel.placement import Placement
@@ -310,11 +311,20 @@ def test_only_streaming_has_programs_of_its_own():
 @pytest.mark.quick
 def test_choice():
     settings = SamplingParams(size=SIZES["480p"]).resolve(A14B)
-    assert choose_profile(A14B, settings, "bfloat16").name == "resident"  # a CPU does not say what it has
+    assert choose_profile(A14B, settings, "bfloat16", host=128 * GIB).name == "resident"  # a CPU does not say
     peaks = {name: Plan(A14B, settings, "bfloat16").predict(profile).peak_bytes for name, profile in PROFILES.items()}
     for name, peak in peaks.items():
-        assert choose_profile(A14B, settings, "bfloat16", memory=int(1.05 * peak)).name == name
-    assert choose_profile(A14B, settings, "bfloat16", memory=1).name == "stream"
+        assert choose_profile(A14B, settings, "bfloat16", memory=int(1.05 * peak), host=128 * GIB).name == name
+    assert choose_profile(A14B, settings, "bfloat16", memory=1, host=128 * GIB).name == "stream"
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("memory", [None, 40 * GIB])
+def test_a_host_without_room_for_the_weights(memory):
+    settings = SamplingParams(size=SIZES["480p"]).resolve(A14B)
+    with pytest.raises(InputError, match=r"this host .23.0 GiB. has room"):
+        choose_profile(A14B, settings, "bfloat16", memory=memory, host=23 * GIB)
+    assert choose_profile(A14B, settings, "bfloat16", memory=80 * GIB, host=23 * GIB).name == "resident"
 
 
 @pytest.mark.parametrize(("size", "profile", "gib"), [("480p", "swap", 46), ("480p", "stream", 23)])
@@ -330,7 +340,9 @@ def test_some_memory_stays_in_reserve():
 
 @pytest.mark.quick
 def test_report():
-    text = str(report(A14B, SamplingParams(size=SIZES["480p"]).resolve(A14B), "bfloat16", device_memory=46))
+    text = str(
+        report(A14B, SamplingParams(size=SIZES["480p"]).resolve(A14B), "bfloat16", device_memory=46, host_memory=128)
+    )
     lines = text.splitlines()
     assert lines[0] == "t2v-a14b 832x480, 81 frames, 40 steps, bfloat16; cpu, 46.0 GiB for JAX"
     assert [line.split()[0] for line in lines[2:5]] == ["resident", "swap", "stream"]
@@ -343,6 +355,25 @@ def test_report():
     assert "--device-memory" in unknown
     assert "Best" not in unknown
     assert "None fits" in str(report(A14B, SamplingParams().resolve(A14B), "bfloat16", device_memory=1))
+
+
+@pytest.mark.parametrize(
+    ("profile", "device_memory", "host_memory", "messages"),
+    [
+        ("resident", 40, 128, ["--profile swap."]),
+        ("resident", 16, 128, ["--profile stream."]),
+        ("auto", 8, 128, ["--size", "(--profile stream)"]),
+        ("auto", 40, 23, ["no room on this host", "a smaller model"]),
+        ("swap", 80, 23, ["no room on this host", "--profile resident"]),
+    ],
+)
+def test_what_would_fit(profile, device_memory, host_memory, messages):
+    text = str(
+        report(A14B, SamplingParams().resolve(A14B), "bfloat16", profile, device_memory, host_memory=host_memory)
+    )
+    assert "None fits" in text
+    for message in messages:
+        assert message in text
 
 
 def test_command(capsys):
@@ -367,6 +398,12 @@ def test_command(capsys):
         (["--dtype", "half"], "unknown dtype 'half'"),
         (["--frames", "6"], "must be 4n + 1"),
         (["--device-memory", "-3"], "device memory -3: give GiB"),
+        (["--device-memory", "nan"], "device memory nan: give GiB"),
+        (["--device-memory", "inf"], "device memory inf: give GiB"),
+        (["--host-memory", "0"], "host memory 0: give GiB"),
+        (["--mesh", "auto", "--device-memory", "-3"], "device memory -3: give GiB"),
+        (["--mesh", "auto", "--devices", "0"], "devices 0"),
+        (["--mesh", "auto", "--devices", "1000000000"], "devices 1000000000"),
     ],
 )
 def test_bad_input(capsys, arguments, message):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wan_jax.cli.loading import load_pipeline, read_loras
+from wan_jax.cli.loading import joined, load_pipeline, read_loras
 from wan_jax.cli.options import OPTIONS, Options, add_options, options_of
 from wan_jax.cli.prompt_files import Item, read_items
 from wan_jax.cli.recipes import RECIPES, get_recipe, load_recipe
@@ -87,22 +87,7 @@ def generate(options: Options) -> dict[str, Any]:
         from wan_jax.text.prompt_extension import open_language_model
 
         language_model = open_language_model(options.extend_url, options.extend_model, options.extend_key)
-
-    from wan_jax.runtime import distributed
-    from wan_jax.runtime.events import Run, listeners
-    from wan_jax.runtime.progress import Bars
-
-    cluster = distributed.find_cluster(options.coordinator, options.processes, options.process_id)
-    hang_seconds = options.hang_seconds
-    if cluster is not None:
-        if options.extend_prompt or options.checkpoint is None:
-            raise InputError("several processes need --checkpoint, and prompts that were extended before")
-        cluster.join()
-        options = dataclasses.replace(options, mesh=options.mesh or "auto")
-        hang_seconds = distributed.HANG_SECONDS if hang_seconds is None else hang_seconds
-    watchdog = distributed.Watchdog(hang_seconds)
-    run = Run(listeners(Bars(not options.quiet and distributed.is_primary()), watchdog))
-    with watchdog:
+    with joined(options) as (options, run):
         return _generate(options, jobs, language_model, run)
 
 
@@ -117,6 +102,8 @@ def _generate(
     from wan_jax.runtime.devices import peak_bytes
 
     start, is_batch = time.perf_counter(), options.prompts is not None or options.videos > 1
+    if language_model is not None and distributed.are_several():
+        raise InputError("several processes need prompts that were extended before")
     loras = read_loras(options.lora, options.lora_high, options.lora_low)
     checkpoint = open_checkpoint(options.checkpoint)
     mesh_spec = None if options.mesh in (None, "auto") else MeshSpec.parse(options.mesh)
@@ -150,6 +137,9 @@ def _generate(
                         "videos", index, f"{job.item.options.output}: {' '.join(job.request.prompt.split())[:40]}"
                     )
                 job.make(pipeline, seconds, go_on=is_batch)
+        failed = distributed.broadcast_from_process_0([job.failure is not None for job in pending])
+        for job, failed_there in zip(pending, failed, strict=True):
+            job.failure = job.failure or ("it failed in the first process" if failed_there else None)
     return {
         **_report_settings(options, loras, jobs),
         "loras": [file.as_json() for file in opened_loras.files],
@@ -231,11 +221,14 @@ class Job:
 
     def make(self, pipeline: "WanPipeline", seconds: dict[str, float], go_on: bool) -> None:
         """Makes the video and adds its seconds; with `go_on`, a failure is said and kept, not raised."""
+        from wan_jax.runtime.distributed import all_came_here
+
         try:
             with self.item.naming_errors():
                 self._make(pipeline, seconds)
+            all_came_here(wait=False)
         except Exception as error:
-            if not go_on:
+            if not go_on or not all_came_here(wait=True):
                 raise
             where = "" if isinstance(error, InputError) else f"{self.item.where}: "
             kind = "" if isinstance(error, (InputError, OutputError)) else f"{type(error).__name__}: "
@@ -243,13 +236,14 @@ class Job:
 
     def _make(self, pipeline: "WanPipeline", seconds: dict[str, float]) -> None:
         from wan_jax.media.video import VideoWriter
-        from wan_jax.runtime.distributed import is_primary
+        from wan_jax.runtime.distributed import draining, is_primary
         from wan_jax.runtime.files import save_array
 
         options, output = self.item.options, pathlib.Path(self.item.options.output)
         result = next(pipeline.results([self.request]))
+        decoded = result.frames()
         if not is_primary():  # its devices decode, too
-            for _ in result.frames():
+            for _ in decoded:
                 pass
             return
         if result.request.prompt != options.prompt:
@@ -259,9 +253,9 @@ class Job:
         flags = [part for name, value in own for part in (f"--{name.replace('_', '-')}", str(value))]
         again = f"finish with: wan-jax decode {{}} {shlex.join(flags)}".rstrip()
         chunks: list[np.ndarray] = []
-        with latents_kept(result, output, again, options.save_latents):
+        with draining(decoded), latents_kept(result, output, again, options.save_latents):
             with VideoWriter(output, result.request.fps, result.metadata, options.crf) as writer:
-                for frames in result.frames():
+                for frames in decoded:
                     writer.write(frames)
                     if options.save_frames:
                         chunks.append(frames)

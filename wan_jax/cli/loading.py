@@ -1,7 +1,9 @@
-"""What commands have in common: the model that options name, and listeners."""
+"""What commands have in common: the model that options name, the processes of a run, and listeners."""
 
+import contextlib
+import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from wan_jax.cli.options import Options
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from wan_jax.checkpoint import Checkpoint
     from wan_jax.lora import Lora, OpenLoras
     from wan_jax.pipeline import WanPipeline
-    from wan_jax.runtime.events import Listener
+    from wan_jax.runtime.events import Listener, Run
 
 
 def read_loras(both: Sequence[str], high: Sequence[str] = (), low: Sequence[str] = ()) -> list["Lora"]:
@@ -77,3 +79,37 @@ def load_pipeline(
         loras=loras or read_loras(options.lora, options.lora_high, options.lora_low),
         on_event=on_event or Bars(not options.quiet),
     )
+
+
+# Options that say which processes make a run.
+CLUSTER = ("mesh", "coordinator", "processes", "process_id", "hang_seconds")
+
+
+@contextlib.contextmanager
+def joined(options: Options) -> Iterator[tuple[Options, "Run"]]:
+    """Joins the processes that the options or the environment name, if any; where one fails, all end.
+
+    Yields:
+        The options of the run, and the run, which bars (of the first process) and the watchdog listen to.
+    """
+    from wan_jax.runtime import devices, distributed
+    from wan_jax.runtime.events import Run, listeners
+    from wan_jax.runtime.progress import Bars
+
+    cluster = distributed.find_cluster(options.coordinator, options.processes, options.process_id)
+    hang_seconds = options.hang_seconds
+    if cluster is not None:
+        cluster.join()
+        options = dataclasses.replace(options, mesh=options.mesh or "auto")
+        hang_seconds = distributed.HANG_SECONDS if hang_seconds is None else hang_seconds
+    watchdog = distributed.Watchdog(hang_seconds)
+    run = Run(listeners(Bars(not options.quiet and distributed.is_primary()), watchdog))
+    with watchdog, distributed.failing_together():
+        run.note(devices.describe())
+        yield options, run
+
+
+def print_files(files: Sequence[pathlib.Path]) -> None:
+    """Prints what a run has written, a name a line."""
+    for file in files:
+        print(file)

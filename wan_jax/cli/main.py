@@ -12,11 +12,11 @@ from importlib.metadata import entry_points
 from typing import Any, NoReturn
 
 import wan_jax
-from wan_jax.cli import convert, decode, demo, extend, generate, plan, train
+from wan_jax.cli import convert, decode, demo, doctor, extend, generate, plan, train
 from wan_jax.errors import InputError, OutputError, Terminated, one_line
 from wan_jax.runtime import xla_flags
 
-COMMANDS = (generate, train, extend, decode, convert, plan, demo)
+COMMANDS = (generate, train, extend, decode, convert, plan, doctor, demo)
 
 
 class Parser(argparse.ArgumentParser):
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             values.rest = rest
             xla_flags.configure()
             xla_flags.use_compile_cache()
+            xla_flags.check()
             code = values.run(values) or 0
             sys.stdout.flush()
             return code
@@ -52,10 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, OutputError) as error:
         print(f"wan-jax: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except Exception as error:
+        if (reason := _reason(error)) is None:
+            raise
+        print(f"wan-jax: {reason}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as error:
         is_term = isinstance(error, Terminated)
         print(f"wan-jax: {one_line(error, 'terminated' if is_term else 'interrupted')}", file=sys.stderr)
         return 128 + (error.args[0] if is_term else signal.SIGINT)
+
+
+def _reason(error: Exception) -> str | None:
+    """What is wrong with the devices or with JAX's settings, in one line, where that made a command fail."""
+    try:
+        from wan_jax.runtime.devices import explain
+    except Exception as at_start:  # JAX refuses values of its environment variables as it is imported
+        return f"JAX does not start: {' '.join(str(at_start).split())}"
+    return explain(error)
 
 
 @contextlib.contextmanager

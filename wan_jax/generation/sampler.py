@@ -1,6 +1,7 @@
 """One batch of requests becomes latents, and each of them a result."""
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from wan_jax.media.codec import Codec
 from wan_jax.media.video import Video
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.parallel.placement import Placement
+from wan_jax.planning.report import advice
 from wan_jax.runtime.events import Event, Run, StepDone
 from wan_jax.runtime.offload import Memory
 from wan_jax.text.encoder import PromptEncoder
@@ -91,6 +93,8 @@ class Sampler:
             shape, needed = state.arrays.latents.shape, (count, *first.latents_shape(self.config))
             if shape != needed:
                 raise InputError(f"the sampling state has latents of shape {shape}; these videos need {needed}")
+        dtype = jnp.dtype(next(iter(self.denoisers.values())).dtype).name
+        run.advice = functools.partial(advice, self.config, first, dtype, self.placement)
         if first.frames > (trained := self.config.sampling.frames):
             fact = f"{first.frames} frames are more than the {trained} that {self.config.name} was trained for"
             run.note(f"{fact}: motion may repeat")

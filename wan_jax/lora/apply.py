@@ -25,6 +25,7 @@ from wan_jax.lora.files import ActiveLora, Change, OpenLoras, total_change
 from wan_jax.models.denoiser import Denoiser
 from wan_jax.models.nn.linear import Adapter
 from wan_jax.models.nn.weights import Weight
+from wan_jax.parallel.placement import put
 from wan_jax.parameters import named_parameters
 from wan_jax.runtime.offload import single_device
 
@@ -74,7 +75,8 @@ class AdaptedDenoiser:
             self._files, self._factors = [], {}
             return self.base
         parts = parts_by_parameter(loras, self.base.config)
-        whole = {name for name, each in parts.items() if any(part.change.diffs for part in each)}
+        # In the table's order, which is that of every process: what is split over processes is gathered by all at once.
+        whole = [name for name, each in parts.items() if any(part.change.diffs for part in each)]
         files = [lora.identity for lora in loras]
         if files != self._files:
             self._files, self._factors = [], {}  # frees the old ones first
@@ -88,7 +90,7 @@ class AdaptedDenoiser:
         return adapt(self.base, adapters, tensors)
 
     def _adapter(self, name: str, factors: Factors, loras_scales: np.ndarray) -> Adapter:
-        scale = jax.device_put(np.tensordot(loras_scales, factors.scales, 1), self._places(name)[2])
+        scale = put(np.tensordot(loras_scales, factors.scales, 1), self._places(name)[2])
         return Adapter(factors.down, factors.up, scale, axes=self._kernel(name).axes)
 
     def _kernel(self, name: str) -> Weight:
@@ -102,8 +104,8 @@ class AdaptedDenoiser:
         return self._place((*layers, inputs, None)), self._place((*layers, None, outputs)), self._place((*layers, None))
 
     def _load(self, parts: Mapping[str, Sequence[LayerChange]], loras: Sequence[ActiveLora]) -> dict[str, Factors]:
-        """Reads the factors of all kernels onto the device."""
-        device = single_device(next(iter(self._place(()).device_set)), on_host=False)
+        """Reads the factors of all kernels onto the devices, by way of one of this process."""
+        device = single_device(next(iter(self._place(()).addressable_devices)), on_host=False)
 
         def read(name: str) -> tuple[jax.Array, jax.Array, np.ndarray]:
             down, up, scales = read_factors(parts[name], loras, self._kernel(name).shape)
@@ -112,24 +114,24 @@ class AdaptedDenoiser:
         with ThreadPoolExecutor() as threads:
             stored = dict(zip(parts, threads.map(read, parts), strict=True))
         transposed = _transposed({name: (down, up) for name, (down, up, _) in stored.items()})
-        placed = jax.device_put(transposed, {name: self._places(name)[:2] for name in parts})
+        placed = {name: tuple(map(put, transposed[name], self._places(name))) for name in parts}
         jax.block_until_ready(placed)
         return {name: Factors(placed[name][0], placed[name][1], scales) for name, (_, _, scales) in stored.items()}
 
     def _changed(self, name: str, parts: Sequence[LayerChange], loras: Sequence[ActiveLora]) -> jax.Array:
         """A parameter that is changed whole: the sum in float32, rounded once."""
         base = self._parameters[name]
-        host = np.array(base)
+        host = np.array(base if base.is_fully_addressable else jax.device_put(base, self._place(())))
         for layer, mapping in {part.layer: part.change.mapping for part in parts}.items():
             change = total_change(loras, mapping.name)
             assert change is not None
             host[layer] = (host[layer].astype(np.float32) + mapping.from_torch(change)).astype(host.dtype)
-        return jax.device_put(host, base.sharding)
+        return put(host, base.sharding)
 
 
 def with_loras(experts: Mapping[str, AdaptedDenoiser], loras: OpenLoras) -> dict[str, Denoiser]:
-    """All experts with their LoRAs, loaded side by side."""
-    with ThreadPoolExecutor() as threads:
+    """All experts with their LoRAs, loaded side by side; by several processes in one order."""
+    with ThreadPoolExecutor(1 if jax.process_count() > 1 else None) as threads:
         adapted = threads.map(lambda name: experts[name].with_loras(loras.by_expert[name]), experts)
         return dict(zip(experts, adapted, strict=True))
 

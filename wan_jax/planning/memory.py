@@ -25,8 +25,9 @@ from wan_jax.diffusion.params import WEIGHTS, SamplingParams
 from wan_jax.diffusion.segments import Segment, plan_segments
 from wan_jax.diffusion.solvers import get_solvers
 from wan_jax.diffusion.step import Expert, compile_step
+from wan_jax.errors import InputError
 from wan_jax.media.codec import decode_function, encode_function
-from wan_jax.models.build import build_model
+from wan_jax.models.build import abstract_model, build_model
 from wan_jax.models.denoiser import CrossAttentionKV
 from wan_jax.models.image_encoder import encode_image
 from wan_jax.models.nn.causal_conv import CacheArrays
@@ -37,6 +38,7 @@ from wan_jax.parallel.placement import SINGLE
 from wan_jax.parameters import ParameterInfo, abstract_parameters, dotted
 from wan_jax.planning.time import RATES, decode_flops, decode_workspace, denoiser_flops, encode_flops, encode_workspace
 from wan_jax.runtime.compiled import workspace_bytes
+from wan_jax.runtime.devices import host_memory
 from wan_jax.runtime.offload import PROFILES, Profile, abstract_array, on_host, single_device, streams
 from wan_jax.text.encoder import encode_text_function
 
@@ -45,8 +47,9 @@ MODELS = {"text": "text_encoder", "image": "image_encoder", "encode": "vae", "de
 
 IMAGE_ENCODER_DTYPE = jnp.dtype(jnp.float32)
 
-# What fragmentation may take of the memory that JAX may use.
+# What fragmentation may take of the memory that JAX may use, and everything else on the host of the host's.
 RESERVE = 0.02
+HOST_RESERVE = 0.1
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,12 @@ class Prediction:
     def peak_bytes(self) -> int:
         return max(self.device_bytes.values())
 
-    def fits(self, memory: int) -> bool:
-        return self.peak_bytes <= memory * (1 - RESERVE)
+    def fits(self, memory: int, host: int | None = None) -> bool:
+        """Whether a device with so much memory has room, and a host with so much for what is pinned there."""
+        return self.peak_bytes <= memory * (1 - RESERVE) and self.fits_host(host)
+
+    def fits_host(self, host: int | None) -> bool:
+        return host is None or self.host_bytes <= host * (1 - HOST_RESERVE)
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -162,6 +169,15 @@ class Plan:
         counts = {"denoiser": len(self.config.experts)}
         weights = sum(counts.get(name, 1) * sum(sizes.values()) for name, sizes in self._weights.items())
         return weights + counts["denoiser"] * self._copied_bytes
+
+    @property
+    def float32_bytes(self) -> int:
+        """Of all models together with 4 bytes a parameter, the most that releases take."""
+        counts = {"denoiser": len(self.config.experts)}
+        return sum(
+            counts.get(name, 1) * 4 * sum(math.prod(info.shape) for info in abstract_model(config).values())
+            for name, config in ((name, self.config.model(name)) for name in self._models)
+        )
 
     def workspace(self, profile: Profile) -> Mapping[str, int]:
         """Bytes that each stage takes beside weights and inputs."""
@@ -368,21 +384,37 @@ def choose_profile(
     vae_dtype: str = "float32",
     adapter_bytes: int = 0,
     memory: int | None = None,
+    host: int | None = None,
 ) -> Profile:
-    """The fastest profile that the default device has room for, and "stream" where none has.
+    """The fastest profile that the default device and its host have room for, and "stream" where the device has none.
 
-    `memory` takes the place of the bytes that the device says it has. Where it does not say (CPUs), everything stays
-    resident.
+    `memory` and `host` take the place of the bytes that device and host say they have. Where the device does not say
+    (CPUs), everything stays resident.
+
+    Raises:
+        InputError: the host has no room for the weights that the device has no room for.
     """
     memory = memory_limit(jax.devices()[0]) if memory is None else memory
-    if memory is None:
-        return PROFILES["resident"]
+    host = host_memory() if host is None else host
     plan = Plan(config, settings, dtype, vae_dtype, adapter_bytes=adapter_bytes)
+    if memory is None and (host is None or plan.weight_bytes() <= host):
+        return PROFILES["resident"]
     for profile in PROFILES.values():
         # Compiling takes long: not for a profile whose weights alone are too large.
-        if max(plan.without_workspace(profile).values()) < memory and plan.predict(profile).fits(memory):
+        if (
+            memory is not None
+            and max(plan.without_workspace(profile).values()) < memory
+            and plan.predict(profile).fits(memory, host)
+        ):
             return profile
-    return PROFILES["stream"]
+    if host is None or plan.weight_bytes() <= host:
+        return PROFILES["stream"]
+    kind, room = plan.device.device_kind, "" if memory is None else f" ({memory / 2**30:.1f} GiB)"
+    raise InputError(
+        f"{config.name}: neither {kind}{room} nor this host ({host / 2**30:.1f} GiB) has room for its weights, "
+        f"{plan.weight_bytes() / 2**30:.1f} GiB; take a smaller model, or split them over devices with --mesh auto; "
+        "wan-jax plan says what each needs; --profile resident tries all the same"
+    )
 
 
 def memory_limit(device: jax.Device) -> int | None:

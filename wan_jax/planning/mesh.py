@@ -24,7 +24,7 @@ from wan_jax.parallel.mesh_spec import ONE_DEVICE, MeshSpec
 from wan_jax.parallel.placement import Placement
 from wan_jax.parameters import ParameterInfo
 from wan_jax.planning.memory import Plan, Prediction, choose_profile, memory_limit
-from wan_jax.planning.report import Report
+from wan_jax.planning.report import Report, device_limit, host_limit
 from wan_jax.planning.time import RATES, decode_workspace, denoiser_flops, encode_workspace
 from wan_jax.runtime.offload import PROFILES, Profile
 
@@ -284,10 +284,11 @@ def report_mesh(
     vae_dtype: str = "float32",
     profile: str = "auto",
     devices: int | None = None,
+    host_memory: float | None = None,
 ) -> Report:
     """What `wan-jax plan --mesh` prints; `device_memory` is in GiB, of each device."""
-    if devices is not None and devices < 1:
-        raise InputError(f"devices {devices}: give at least 1")
-    memory = memory_limit(jax.local_devices()[0]) if device_memory is None else int(device_memory * 2**30)
+    if devices is not None and not 1 <= devices <= 2**16:
+        raise InputError(f"devices {devices}: give at least 1, at most {2**16}")
+    memory = device_limit(device_memory)
     plan, reason = resolve(mesh, profile, partial(MeshPlan, config, settings, dtype, vae_dtype), devices, memory)
-    return Report(plan, (plan.predict(),), memory, reason)
+    return Report(plan, (plan.predict(),), memory, reason, host_limit(host_memory))

@@ -1,17 +1,20 @@
-"""Several processes as one: how they find each other, which of them writes, and what ends a run that hangs.
+"""Several processes as one: how they find each other, which of them writes, and what ends a run that fails or hangs.
 
 Every process runs the same program on devices of its own; the mesh is over all of them. `find_cluster` reads where a
 process stands from flags or from what started it; docs/multi_host.md shows launches.
 """
 
+import contextlib
+import itertools
 import os
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +24,10 @@ from wan_jax.runtime.events import Event
 
 PORT = 9473  # of the first process, unless something says otherwise
 HANG_SECONDS = 1800.0  # of several processes, unless --hang-seconds says otherwise
+HEARTBEAT_SECONDS = 30  # without a sign of a process, after which JAX ends the others
+GRACE_SECONDS = 10.0  # for other processes to fail too, or to come as far
 EXIT_HUNG = 3
+EXIT_ELSEWHERE = 4  # another process failed
 
 
 @dataclass(frozen=True)
@@ -33,8 +39,20 @@ class Cluster:
     process_id: int | None = None
 
     def join(self) -> None:
-        """Waits for the other processes. Must come before anything runs on a device."""
-        jax.distributed.initialize(self.coordinator, self.processes, self.process_id)
+        """Waits for the other processes, once. Must come before anything runs on a device.
+
+        Raises:
+            InputError: the others did not come, or the address cannot be used.
+        """
+        if jax.distributed.is_initialized():
+            return
+        try:
+            jax.distributed.initialize(
+                self.coordinator, self.processes, self.process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            )
+        except (RuntimeError, ValueError) as error:
+            where = f"process {self.process_id} of {self.processes} at {self.coordinator}"
+            raise InputError(f"{where} did not find the others: {' '.join(str(error).split())}") from error
 
 
 def find_cluster(
@@ -61,7 +79,7 @@ def find_cluster(
     if (count := environment.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
         first = first_host(_variable(environment, "SLURM_STEP_NODELIST"))
         # Steps of different jobs on one node do not meet.
-        port = PORT + int(_variable(environment, "SLURM_JOB_ID")) % 1000
+        port = PORT + _whole(_variable(environment, "SLURM_JOB_ID"), "SLURM_JOB_ID") % 1000
         return _checked(f"{first}:{port}", count, _variable(environment, "SLURM_PROCID"), "SLURM_PROCID")
     if (leader := environment.get("LWS_LEADER_ADDRESS")) is not None:
         index = _variable(environment, "LWS_WORKER_INDEX")
@@ -77,18 +95,26 @@ def find_cluster(
 def _checked(
     coordinator: str | None, processes: str | int | None, process_id: str | int | None, name: str
 ) -> Cluster | None:
-    try:
-        count, index = int(processes or ""), int("" if process_id is None else process_id)
-    except ValueError:
-        raise InputError(f"{name}: {processes!r} processes and process {process_id!r} are no whole numbers") from None
-    if count < 1 or not 0 <= index < count:
+    count, index = _whole(processes, f"processes, beside {name}"), _whole(process_id, name)
+    if count < 1:
+        raise InputError(f"processes {count}, beside {name}: give at least 1")
+    if not 0 <= index < count:
         raise InputError(f"{name}: {index} must be from 0 to {count - 1}, one less than the number of processes")
     if count == 1:
         return None
-    address = coordinator or ""
-    if not re.fullmatch(r"[^\s:]+(:\d+)?", address):
-        raise InputError(f"coordinator {address!r}: give HOST:PORT of the first process")
-    return Cluster(address if ":" in address else f"{address}:{PORT}", count, index)
+    match = re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[^\s:\[\]]+)(?::([0-9]{1,5}))?", coordinator or "")
+    if match is None or not 0 < (port := int(match[2] or PORT)) < 2**16:
+        raise InputError(
+            f"coordinator {coordinator!r}: give HOST:PORT of the first process, PORT from 1 to {2**16 - 1}"
+        )
+    return Cluster(f"{match[1]}:{port}", count, index)
+
+
+def _whole(value: str | int | None, name: str) -> int:
+    try:
+        return int("" if value is None else value)
+    except ValueError:
+        raise InputError(f"{name}: {value!r} is no whole number") from None
 
 
 def _variable(environment: Mapping[str, str], name: str) -> str:
@@ -99,10 +125,11 @@ def _variable(environment: Mapping[str, str], name: str) -> str:
 
 def first_host(nodes: str) -> str:
     """The first of SLURM's list of nodes: "gpu[03-05,07],x1" -> "gpu03"."""
-    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    # A name is plain parts and ranges, of which the first number counts: "r[1-2]n[03,05]" -> "r1n03".
+    match = re.match(r"(?:[^\s,\[\]]|\[\d+[-,\d]*\])+(?=,|$)", nodes)
     if not match:
         raise InputError(f"SLURM_STEP_NODELIST {nodes!r}: not a list of nodes; give --coordinator")
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[0])
 
 
 def is_primary() -> bool:
@@ -110,13 +137,119 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
+def are_several() -> bool:
+    """Whether this process is one of several."""
+    return jax.process_count() > 1
+
+
 def broadcast_from_process_0(flags: list[bool]) -> list[bool]:
     """What the first process has, in every process."""
-    if jax.process_count() == 1:
+    if not are_several():
         return flags
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.broadcast_one_to_all(np.array(flags))).astype(bool).tolist()
+
+
+def _service() -> Any:
+    """The client of the service that joined processes share: small texts by key. None for one process alone.
+
+    It needs no device, so that a process can say what happened while others wait for it in an exchange.
+    """
+    from jax._src import distributed  # JAX has no public way to it
+
+    return distributed.global_state.client if are_several() else None
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """Ends every process, with the reason, when the block fails in one of them.
+
+    A process that waits for another in an exchange cannot be interrupted. So one that fails tells the service why, and
+    a thread of each other process, which waits for that, prints it and ends its process with code 4. The block ends
+    when all processes have come to its end.
+    """
+    service = _service()
+    if service is None:
+        yield
+        return
+    over, end = threading.Event(), f"wan_jax/end/{next(_blocks)}"
+    threading.Thread(target=_watch_others, args=(service, over), daemon=True, name="failures").start()
+    try:
+        yield
+        service.wait_at_barrier(end, 2**31 - 1)  # one that fails ends the others before
+        over.set()
+    except BaseException as error:
+        over.set()
+        _tell_others(service, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+        raise
+
+
+def _tell_others(service: Any, reason: str) -> None:
+    """Tells why this process ends, and waits until the others know."""
+    from jax._src import distributed
+
+    index, line = jax.process_index(), " ".join(reason.split())
+    with contextlib.suppress(RuntimeError):  # another one was first, or the service is gone
+        service.key_value_set("wan_jax/failed", f"process {index}: {line}")
+    with contextlib.suppress(RuntimeError):
+        service.key_value_set(f"wan_jax/heard/{index}", "")
+        for other in range(jax.process_count()):
+            service.blocking_key_value_get(f"wan_jax/heard/{other}", int(1000 * GRACE_SECONDS))
+    # At exit JAX would wait for the others, which are gone.
+    distributed.global_state.preemption_sync_manager = distributed.global_state.client = None
+    _left.append(service)
+
+
+_left: list[Any] = []  # services that must live as long as the process
+_blocks, _points = itertools.count(), itertools.count()  # the same in every process, which all do the same
+
+
+def _watch_others(service: Any, over: threading.Event) -> None:
+    while not over.is_set():
+        try:
+            reason = service.blocking_key_value_get("wan_jax/failed", 1000)
+        except RuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                continue
+            return  # JAX ends the process where the service is gone
+        if over.wait(1.0) or reason.startswith(f"process {jax.process_index()}:"):  # ends by itself
+            return
+        print(f"wan-jax: ended with {reason}", file=sys.stderr, flush=True)
+        with contextlib.suppress(RuntimeError):
+            service.key_value_set(f"wan_jax/heard/{jax.process_index()}", "")
+        if is_primary():  # JAX's service goes with it, and aborts those that still end by themselves
+            time.sleep(5)
+        os._exit(EXIT_ELSEWHERE)
+
+
+def all_came_here(wait: bool) -> bool:
+    """Says that this process has come to a point which every process comes to; with `wait`, whether all others do.
+
+    What fails in one process may be passed over only where no other one waits in an exchange with it.
+    """
+    if (service := _service()) is None:
+        return True
+    point = f"wan_jax/point/{next(_points)}"
+    service.key_value_set(f"{point}/{jax.process_index()}", "")
+    try:
+        for other in range(jax.process_count() if wait else 0):
+            service.blocking_key_value_get(f"{point}/{other}", int(1000 * GRACE_SECONDS))
+    except RuntimeError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def draining(frames: Iterable[Any]) -> Iterator[None]:
+    """Takes what is left of `frames` where the block fails: the devices of the other processes make them, too."""
+    try:
+        yield
+    except Exception:
+        if are_several():
+            for _ in frames:
+                pass
+        raise
 
 
 class Watchdog:
@@ -170,5 +303,7 @@ class Watchdog:
                     file=sys.stderr,
                     flush=True,
                 )
+                if (service := _service()) is not None:
+                    _tell_others(service, f"nothing has moved for {self.seconds:g} s since: {self._last}")
                 self._end(EXIT_HUNG)
                 return

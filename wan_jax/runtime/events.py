@@ -25,6 +25,7 @@ import numpy as np
 
 from wan_jax.errors import Cancelled, InputError
 from wan_jax.runtime.compiled import CompiledFunction
+from wan_jax.runtime.devices import is_out_of_memory, out_of_memory
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,16 @@ class Run:
 
     Attributes:
         seconds: wall time by stage, without compiling, which is counted as "compile".
+        advice: says what to do where memory is out; set by the work that knows.
     """
 
     def __init__(self, on_event: Listener | None = None, cancel: CancelToken | None = None):
         if not isinstance(cancel, CancelToken | None):
             raise InputError(f"cancel {cancel!r:.60}: give a CancelToken")
         self.seconds: dict[str, float] = {}
+        self.advice: Callable[[], str] = lambda: (
+            "take profile stream, a smaller size, fewer frames or a mesh; see wan-jax plan"
+        )
         self._on_event = on_event
         self._warns = on_event is None
         self._cancel = cancel
@@ -165,12 +170,20 @@ class Run:
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[None]:
-        """Reports a stage and counts its seconds, without those of compiling."""
+        """Reports a stage and counts its seconds, without those of compiling.
+
+        Raises:
+            InputError: memory is out; says what to do.
+        """
         self.check()
         self.emit(StageStarted(name, total))
         start, compiled = time.perf_counter(), self.seconds.get("compile", 0.0)
         try:
             yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise InputError(f"{name}: {out_of_memory(error)}; {self.advice()}") from error
         finally:
             seconds = time.perf_counter() - start - (self.seconds.get("compile", 0.0) - compiled)
             self.add_seconds(name, seconds)

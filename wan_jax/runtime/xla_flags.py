@@ -16,6 +16,11 @@ Left alone after a look at them:
 
 import os
 import pathlib
+import re
+import subprocess
+import sys
+
+from wan_jax.errors import InputError
 
 # The encoder rounds where the original rounds; XLA may not skip that.
 TEXT_ENCODER_OPTIONS: dict[str, bool | int | str] = {"xla_allow_excess_precision": False}
@@ -48,6 +53,18 @@ def configure() -> None:
         os.environ.setdefault(name, value)
 
 
+def check() -> None:
+    """Raises InputError for XLA_FLAGS that XLA would abort the process for; nothing, where JAX has started already."""
+    if not os.environ.get("XLA_FLAGS") or "jax" in sys.modules:
+        return
+    program = "from jaxlib import xla_client; xla_client.CompileOptions()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, errors="replace")
+    if done.returncode < 0:  # a signal
+        last = next((line for line in done.stderr.splitlines() if "flag" in line.lower()), "XLA does not take them")
+        reason = re.sub(r"^[A-Z]\d+ .*?\] ", "", last)
+        raise InputError(f"XLA_FLAGS {os.environ['XLA_FLAGS']!r}: {reason}; leave out what this version does not know")
+
+
 def notes() -> list[str]:
     """What a user of a GPU should know where nobody called `configure`."""
     import jax  # not above: the environment is set before JAX is imported
@@ -76,9 +93,15 @@ def use_compile_cache() -> None:
     little compiles faster. An executable of our own on disk would save tracing alone, under half a second a program.
     """
     for name, value in {
-        "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path.home() / ".cache" / "wan_jax" / "compile"),
+        "JAX_COMPILATION_CACHE_DIR": str(compile_cache_folder() or ""),
         # JAX leaves out what compiles in less than a second. There are hundreds of small programs: seconds a start.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }.items():
         os.environ.setdefault(name, value)
+
+
+def compile_cache_folder() -> pathlib.Path | None:
+    """Where compiled programs are kept; None for nowhere."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "wan_jax" / "compile"))
+    return pathlib.Path(folder) if folder else None
