@@ -102,3 +102,24 @@ def test_options_of_a_step_on_several_gpus(monkeypatch):
     jax.jit(lambda x: x + 1, compiler_options=options).lower(1.0).compile()  # raises for an option that is not known
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_latency_hiding_scheduler=false")
     assert xla_flags.step_options(on_a_mesh=True) == xla_flags.CUBLASLT_OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "messages"),
+    [
+        ("JAX_PLATFORMS", "cuda", ["JAX_PLATFORMS=cuda", "pip install"]),
+        ("JAX_PLATFORMS", "toaster", ["toaster", "unset it"]),
+        ("XLA_FLAGS", "--xla_toaster=1", ["XLA_FLAGS", "xla_toaster"]),
+        ("XLA_FLAGS", "/toaster", ["XLA_FLAGS", "/toaster"]),
+        ("JAX_ENABLE_X64", "toaster", ["JAX_ENABLE_X64", "toaster"]),
+    ],
+)
+def test_an_environment_without_a_device_is_one_line(variable, value, messages):
+    if value == "cuda" and any(device.platform == "gpu" for device in jax.devices()):
+        pytest.skip("there is one")
+    environment = os.environ | {variable: value}
+    command = [sys.executable, "-m", "wan_jax.cli.main", "plan", "--preset", "nano"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert all(message in line for message in messages), line

@@ -62,7 +62,7 @@ def examine() -> dict[str, Any]:
     except InputError as error:
         problems.append(str(error))
         return found
-    problems += [*devices.fallback(), *xla_flags.notes()]
+    problems += xla_flags.notes()
     found["attention"] = _attention()
     found["models"] = _models()
     return found

@@ -58,7 +58,7 @@ def find_devices() -> list[jax.Device]:
     try:
         return jax.devices()
     except Exception as error:  # JAX raises AssertionError, too
-        asked = _asked()
+        asked = asked_platforms()
         reason = " ".join(str(error).split()) or "it is not installed"
         raise InputError(
             f"no device of JAX_PLATFORMS={asked}: {reason}; unset it to take what there is, or install what is asked "
@@ -68,7 +68,7 @@ def find_devices() -> list[jax.Device]:
         ) from error
 
 
-def _asked() -> str:
+def asked_platforms() -> str:
     """The platforms that JAX was asked for; empty where it chooses."""
     return jax.config.jax_platforms or ""  # type: ignore[attr-defined]
 
@@ -92,7 +92,7 @@ def accelerators() -> list[str]:
 
 def fallback() -> list[str]:
     """A warning where the CPU runs although there are signs of an accelerator, and nobody asked for the CPU."""
-    if find_devices()[0].platform != "cpu" or _asked() or not (signs := accelerators()):
+    if find_devices()[0].platform != "cpu" or asked_platforms() or not (signs := accelerators()):
         return []
     return [
         f"runs on the CPU although there is {' and '.join(signs)}: see wan-jax doctor; JAX_PLATFORMS=cuda says why JAX "

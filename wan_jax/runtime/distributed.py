@@ -196,12 +196,13 @@ def _tell_others(service: Any, reason: str) -> None:
         service.key_value_set(f"wan_jax/heard/{index}", "")
         for other in range(jax.process_count()):
             service.blocking_key_value_get(f"wan_jax/heard/{other}", int(1000 * GRACE_SECONDS))
-    # At exit JAX would wait for the others, which are gone.
-    distributed.global_state.preemption_sync_manager = distributed.global_state.client = None
-    _left.append(service)
+    # At exit JAX would wait for the others, which are gone. A thread that never ends keeps the service open till then.
+    state = distributed.global_state
+    kept = state.client, state.service
+    threading.Thread(target=lambda _: threading.Event().wait(), args=(kept,), daemon=True).start()
+    state.client = state.service = state.preemption_sync_manager = None
 
 
-_left: list[Any] = []  # services that must live as long as the process
 _blocks, _points = itertools.count(), itertools.count()  # the same in every process, which all do the same
 
 

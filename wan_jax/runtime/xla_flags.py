@@ -16,7 +16,6 @@ Left alone after a look at them:
 
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -59,19 +58,21 @@ def check() -> None:
         return
     program = "from jaxlib import xla_client; xla_client.CompileOptions()"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, errors="replace")
-    if done.returncode < 0:  # a signal
-        last = next((line for line in done.stderr.splitlines() if "flag" in line.lower()), "XLA does not take them")
-        reason = re.sub(r"^[A-Z]\d+ .*?\] ", "", last)
+    last = next((line for line in done.stderr.splitlines() if "parse_flags_from_env" in line), None)
+    if done.returncode and last is not None:
+        reason = last.partition("] ")[2]
         raise InputError(f"XLA_FLAGS {os.environ['XLA_FLAGS']!r}: {reason}; leave out what this version does not know")
 
 
 def notes() -> list[str]:
-    """What a user of a GPU should know where nobody called `configure`."""
+    """What a user of a GPU should know: that the CPU runs, or that nobody called `configure`."""
     import jax  # not above: the environment is set before JAX is imported
+
+    from wan_jax.runtime.devices import fallback
 
     missing = [name for name in _environment() if name not in os.environ]
     if not missing or jax.default_backend() != "gpu":
-        return []
+        return fallback()
     return [f"{' and '.join(missing)} not set: call wan_jax.configure() before JAX starts to use all of the memory"]
 
 
