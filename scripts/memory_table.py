@@ -1,4 +1,4 @@
-"""Prints the table of docs/memory.md, which card, how much RAM and how much disk each model needs; --write puts it there.
+"""Prints the table of docs/memory.md: which card, how much RAM and disk each model needs. --write puts it there.
 
 python scripts/memory_table.py --write
 """
