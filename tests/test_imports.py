@@ -35,7 +35,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FLOOR["wan_jax"] = FLOOR["pipeline"]  # what the package itself exports
 LIMIT = 500  # lines of a module
-LENGTHS = {"wan_jax.pipeline": 300, "wan_jax.models.denoiser": 560}  # of those with a limit of their own
+LENGTHS = {"wan_jax.pipeline": 299, "wan_jax.models.denoiser": 560}  # of those with a limit of their own
 # Fewer than these; the engine is wan_jax without its testing folder: 17,500 lines when its rooms were made, and what
 # users have been given since.
 LINES = {"engine": 19_500, "core": 6_000}

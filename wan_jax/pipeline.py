@@ -117,9 +117,9 @@ class WanPipeline:
         Raises:
             InputError: the checkpoint is missing, damaged or of another family; the message names the file or tensor.
         """
-        settings: Any = {"vae_dtype": vae_dtype, "profile": profile, "mesh": mesh}
+        checkpoint, on_event = open_checkpoint(path_or_id), Bars() if progress else None
         return cls.from_checkpoint(
-            open_checkpoint(path_or_id), dtype, on_event=Bars() if progress else None, **settings
+            checkpoint, dtype, vae_dtype=vae_dtype, profile=profile, mesh=mesh, on_event=on_event
         )
 
     @classmethod
@@ -224,8 +224,7 @@ class WanPipeline:
             num_videos: how many videos of each prompt; then the result is a list.
             on_event: called with each event of the run (runtime/events.py): steps, notes, decoded frames.
             cancel: a token that ends the run from another thread.
-            state: of the same call, from `StepDone.state()`, also in another process: the call goes on from there, and
-                its result is the same to the bit.
+            state: of the same call, from `StepDone.state()`, also in another process; the result is the same to the bit.
             **params: see SamplingParams.
 
         Raises:
