@@ -38,7 +38,7 @@ LIMIT = 500  # lines of a module
 LENGTHS = {"wan_jax.pipeline": 299, "wan_jax.models.denoiser": 560}  # of those with a limit of their own
 # Fewer than these; the engine is wan_jax without its testing folder: 17,500 lines when its rooms were made, and what
 # users have been given since.
-LINES = {"engine": 19_500, "core": 6_000}
+LINES = {"engine": 20_500, "core": 6_000}
 CORE = "models", "kernels", "diffusion", "parallel"
 
 # What is still to be mended. A line goes when its import, circle or length does.
