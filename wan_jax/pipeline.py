@@ -224,7 +224,7 @@ class WanPipeline:
             num_videos: how many videos of each prompt; then the result is a list.
             on_event: called with each event of the run (runtime/events.py): steps, notes, decoded frames.
             cancel: a token that ends the run from another thread.
-            state: of the same call, from `StepDone.state()`, also in another process; the result is the same to the bit.
+            state: of this call, from `StepDone.state()`, also in another process; the result is the same to the bit.
             **params: see SamplingParams.
 
         Raises:
