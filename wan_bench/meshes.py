@@ -37,6 +37,7 @@ from wan_jax.parallel.placement import Placement
 from wan_jax.runtime.compiled import workspace_bytes
 from wan_jax.runtime.distributed import Watchdog
 from wan_jax.runtime.events import Event, Run, StepDone
+from wan_jax.runtime.files import check_writable
 from wan_jax.testing.models import random_model
 
 GUIDANCE = 4.0
@@ -166,8 +167,8 @@ def run(
     check_name("dtype", dtype, DTYPES)
     if repeats < 1 or prompts < 1:
         raise InputError(f"repeats {repeats} and prompts {prompts}: give at least 1")
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"output folder {output.parent} does not exist; make it first")
+    if output is not None:
+        check_writable(output)
     config = get_config(preset)
     settings = SamplingParams(size=size, frames=frames).resolve(config)
     mesh_specs = [MeshSpec.parse(mesh) for mesh in meshes or default_meshes(config, jax.device_count())]

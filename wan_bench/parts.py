@@ -40,6 +40,7 @@ from wan_jax.runtime import xla_flags
 from wan_jax.runtime.compiled import CompiledFunction, workspace_bytes
 from wan_jax.runtime.devices import bytes_of_a_device, matmul_rate, peak_bytes, seconds_of
 from wan_jax.runtime.events import Run
+from wan_jax.runtime.files import check_writable
 from wan_jax.runtime.offload import Memory
 from wan_jax.testing.models import DEMO, random_model, random_pipeline
 from wan_jax.testing.tokenizer import train_small_tokenizer
@@ -378,10 +379,9 @@ def run(
     if plot is not None:
         if part != "denoiser":
             raise InputError("--plot shows where a forward's time goes: use it with bench denoiser")
-        check_matplotlib()
-    for path in filter(None, (output, plot)):
-        if not path.parent.is_dir():
-            raise InputError(f"output folder {path.parent} does not exist; make it first")
+        check_writable(plot, name="--plot", endings=plot_endings())
+    if output is not None:
+        check_writable(output)
     config = get_config(preset)
     settings = SamplingParams(
         size=size,
@@ -435,11 +435,13 @@ def format_row(row: Row, matmul: float) -> str:
     return line
 
 
-def check_matplotlib() -> None:
+def plot_endings() -> tuple[str, ...]:
+    """Endings of the files that can be drawn; raises InputError without matplotlib."""
     try:
-        import matplotlib  # noqa: F401
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
     except ImportError:
         raise InputError("--plot needs matplotlib; pip install matplotlib") from None
+    return tuple(f".{name}" for name in FigureCanvasAgg.get_supported_filetypes())
 
 
 def draw_parts(bench: Bench, rows: list[Row], path: pathlib.Path) -> None:

@@ -79,6 +79,12 @@ def path_of(name: str, value: Any) -> pathlib.Path:
     return pathlib.Path(words(name, os.fsdecode(value)))
 
 
+def file_name(name: str, value: Any) -> str:
+    """The same, as it was written."""
+    path_of(name, value)
+    return os.fspath(value)
+
+
 def switch(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"{name} {value!r:.80}: must be true or false")

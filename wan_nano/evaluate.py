@@ -20,12 +20,14 @@ import jax
 import numpy as np
 from PIL import Image
 
+from wan_jax.checkpoint import open_checkpoint
 from wan_jax.cli.loading import joined, load_pipeline
 from wan_jax.cli.options import OPTIONS, Options
 from wan_jax.diffusion.params import SamplingParams
 from wan_jax.errors import InputError, unknown_name
 from wan_jax.pipeline import WanPipeline
 from wan_jax.runtime.distributed import is_primary
+from wan_jax.runtime.files import check_writable
 from wan_nano.captions import LANGUAGES, write_caption
 from wan_nano.classifier import Classifier
 from wan_nano.measure import VideoReport, measure
@@ -360,10 +362,19 @@ def evaluate_options(
     A pipeline is loaded again only for options that concern loading. Of several processes all measure; the first shows
     and writes what comes of it.
     """
+    if report is not None:
+        check_writable(report, name="--report")
+    if sheet is not None:
+        check_writable(sheet, name="--sheet", endings=(".png",))
+    if batch is not None and batch < 1:
+        raise InputError(f"batch {batch}: give at least 1")
+    choices = {text: overridden(options, text) for text in ("", *compare)}
+    for chosen in choices.values():
+        chosen.resolve(open_checkpoint(chosen.checkpoint).config)
     loaded: dict[tuple, WanPipeline] = {}
 
     def prepare(text: str) -> tuple[WanPipeline, SamplingParams]:
-        chosen = overridden(options, text)
+        chosen = choices[text]
         loras = (chosen.lora, chosen.lora_high, chosen.lora_low)
         key = (chosen.checkpoint, chosen.dtype, chosen.vae_dtype, chosen.profile, loras)
         if key not in loaded:

@@ -131,6 +131,35 @@ def test_what_cannot_be_written_or_made_is_said_first(arguments, what, generate,
     assert names(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--prompts", "nul-output.jsonl"],
+        ["generate", "--prompts", "nul-latents.jsonl"],
+        ["demo", "file"],
+        ["demo", "/proc/x"],
+        ["evaluate", "--one", "1", "--report", "nowhere/x.json"],
+        ["evaluate", "--one", "1", "--sheet", "x.foo"],
+        ["evaluate", "--one", "1", "--batch", "0"],
+        ["evaluate", "--one", "1", "--compare", "foo"],
+        ["evaluate", "--one", "1", "--compare", "steps=x"],
+        ["evaluate", "--one", "1", "--compare", "size=50x32"],
+        ["bench", "denoiser", "--preset", "demo", "--plot", "x.foo"],
+        ["bench", "vae", "--preset", "demo", "--output", "folder"],
+        ["bench", "mesh", "--preset", "demo", "--output", "/proc/x.json"],
+    ],
+    ids=" ".join,
+)
+def test_other_commands_check_first(arguments, nothing_loads, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "nul-output.jsonl").write_text('{"prompt": "a", "output": "a\\u0000.mp4"}')
+    (tmp_path / "nul-latents.jsonl").write_text('{"prompt": "a", "save_latents": "a\\u0000.npy"}')
+    assert main(arguments) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
 @pytest.mark.quick
 def test_the_longest_name_that_a_file_can_have(tmp_path):
     video = Video(np.zeros((2, 16, 16, 3), np.uint8))

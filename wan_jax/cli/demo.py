@@ -7,6 +7,7 @@ from typing import Any
 from wan_jax.assets import NANO_WEIGHTS
 from wan_jax.cli.generate import generate
 from wan_jax.cli.options import Options
+from wan_jax.errors import InputError
 
 PROMPT = "a red circle moves right"
 
@@ -21,7 +22,10 @@ def run_demo(folder: Path) -> Path:
     """Converts the diffusers tree of the nano model to wan_jax's own format and makes a video; returns the video."""
     from wan_jax.checkpoint import convert
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"folder {folder} cannot be made ({error.strerror}); give another") from None
     checkpoint, video = folder / "nano-orbax", folder / "demo.mp4"
     print(f"1. the nano model, as diffusers publishes models: {NANO_WEIGHTS}", file=sys.stderr)
     print(f"2. the same in wan_jax's own format: {checkpoint}", file=sys.stderr)

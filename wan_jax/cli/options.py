@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from wan_jax.diffusion.params import DTYPES, PROFILE_NAMES, SamplingParams
-from wan_jax.fields import integer, knob, knobs, number, switch, text, texts
+from wan_jax.fields import file_name, integer, knob, knobs, number, switch, text, texts
 
 option = functools.partial(knob, per_video=False)
 
@@ -17,7 +17,9 @@ option = functools.partial(knob, per_video=False)
 class Options(SamplingParams):
     """Everything a run can be told; None takes the checkpoint's preset. A tuple is an option given several times."""
 
-    prompts: str | None = option(text, "file of prompts: .txt, .jsonl or .csv; makes a video of each", metavar="FILE")
+    prompts: str | None = option(
+        file_name, "file of prompts: .txt, .jsonl or .csv; makes a video of each", metavar="FILE"
+    )
     checkpoint: str | None = option(
         text, "folder, file or hub id (default: the nano model, which is in the package)", metavar="PATH_OR_ID"
     )
@@ -47,11 +49,13 @@ class Options(SamplingParams):
         number, "end the run if nothing moves for so long (default: never, 1800 for several processes)", metavar="S"
     )
     save_latents: str | None = option(
-        text, "also write the final float32 [C, F', h, w] latents", metavar="F.npy", per_video=True
+        file_name, "also write the final float32 [C, F', h, w] latents", metavar="F.npy", per_video=True
     )
-    save_frames: str | None = option(text, "also write the uint8 [F, H, W, 3] frames", metavar="F.npy", per_video=True)
+    save_frames: str | None = option(
+        file_name, "also write the uint8 [F, H, W, 3] frames", metavar="F.npy", per_video=True
+    )
     output: str = option(
-        text,
+        file_name,
         "file ending in .mp4, .mov, .webm, .gif or .png (default out.mp4)",
         default="out.mp4",
         metavar="FILE",
