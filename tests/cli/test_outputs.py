@@ -223,9 +223,9 @@ def test_latents_go_elsewhere_when_their_disk_is_full(generate, tmp_path, monkey
     elsewhere.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(elsewhere))
 
-    def save(path, array):
+    def save(path, *content):
         if path != "x.npy" and pathlib.Path(path).parent == elsewhere:
-            return save_array(path, array)
+            return save_array(path, *content)
         raise OutputError(f"{path} could not be written (the disk is full)")
 
     monkeypatch.setattr("wan_jax.runtime.files.save_array", save)
