@@ -368,13 +368,13 @@ def evaluate_options(
         check_writable(sheet, name="--sheet", endings=(".png",))
     if batch is not None and batch < 1:
         raise InputError(f"batch {batch}: give at least 1")
-    choices = {text: overridden(options, text) for text in ("", *compare)}
-    for chosen in choices.values():
+    for text in ("", *compare):
+        chosen = overridden(options, text)
         chosen.resolve(open_checkpoint(chosen.checkpoint).config)
     loaded: dict[tuple, WanPipeline] = {}
 
     def prepare(text: str) -> tuple[WanPipeline, SamplingParams]:
-        chosen = choices[text]
+        chosen = overridden(options, text)
         loras = (chosen.lora, chosen.lora_high, chosen.lora_low)
         key = (chosen.checkpoint, chosen.dtype, chosen.vae_dtype, chosen.profile, loras)
         if key not in loaded:
