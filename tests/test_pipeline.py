@@ -295,34 +295,6 @@ def test_attention_window(pipe):
             pipe("a red circle", **choices, **wrong)
 
 
-def test_step_cache(pipe, tmp_path):
-    """Skipped steps are counted, change little, and a run goes on from its state to the bit."""
-    choices = SMALL | {"steps": 12, "guidance": "1,3"}
-    exact, none = pipe("a red circle", **choices), pipe("a red circle", **choices, step_cache=0)
-    np.testing.assert_array_equal(none.latents, exact.latents)
-    assert "forwards_saved" not in none.metadata
-
-    def keep(event):
-        if isinstance(event, StepDone) and event.step == 8:
-            event.state().save(tmp_path / "state.npz")
-
-    careful = pipe("a red circle", **choices, step_cache=1e-6)
-    cached = pipe("a red circle", **choices, step_cache=0.3, on_event=keep)
-    assert careful.metadata["forwards_saved"] == 0 < cached.metadata["forwards_saved"]
-    np.testing.assert_allclose(careful.latents, exact.latents, rtol=0, atol=1e-4)
-    assert 0 < np.abs(cached.latents - exact.latents).mean() < 0.3 * np.abs(exact.latents).mean()
-    state = SamplingState.load(tmp_path / "state.npz")
-    rest = pipe("a red circle", **choices, step_cache=0.3, state=state)
-    np.testing.assert_array_equal(rest.latents, cached.latents)
-    assert rest.metadata == cached.metadata
-    both = pipe(["a red circle", "a cat"], **choices, step_cache=0.3, seed=[0, 1])
-    np.testing.assert_allclose(both[0].latents, cached.latents, rtol=0, atol=1e-4)
-    with pytest.raises(InputError, match="other"):
-        pipe("a red circle", **choices, step_cache=0.2, state=state)
-    with pytest.raises(InputError, match="step_cache -1"):
-        pipe("a red circle", **choices, step_cache=-1)
-
-
 def test_weights_by_name(pipe):
     """8-bit copies are made once, change the video a little, and leave the stored weights as they are."""
     exact = pipe("a red circle", **SMALL)

@@ -1,7 +1,8 @@
 """The exceptions that callers meet: bad input, and a run that was cancelled."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 MAX_MESSAGE = 2000  # characters
 
@@ -34,6 +35,17 @@ def check_finite(is_finite: object, what: str) -> None:
     """Raises InputError, saying which stage made `what`, unless all of it is finite."""
     if not is_finite:
         raise InputError(f"{what} are not finite: the weights are damaged, or need float32")
+
+
+@contextlib.contextmanager
+def located(place: object) -> Iterator[None]:
+    """An InputError that does not name the place gets it in front: checks of values know no file."""
+    try:
+        yield
+    except InputError as error:
+        raise error if str(place) in str(error) else InputError(f"{place}: {error}") from None
+    except ArithmeticError:
+        raise InputError(f"{place}: has sizes that no model of Wan has; download it again") from None
 
 
 def one_line(error: BaseException, text: str | None = None) -> str:

@@ -155,7 +155,7 @@ class WanPipeline:
             mesh, profile, config, request, dtype, vae_dtype, adapter_bytes=max(adapters), note=run.note
         )
         parts: Any = {"tokenizer": load_tokenizer(checkpoint), "placement": placement}
-        parts |= load_models(checkpoint, checkpoint.components, dtype, vae_dtype, placement, run)
+        parts |= load_models(checkpoint, None, dtype, vae_dtype, placement, run)
         parts["denoisers"] = {name: parts.pop(name) for name in config.experts}
         pipeline = cls(config, on_event=on_event, **parts)
         if opened_loras.files:
@@ -252,9 +252,9 @@ class WanPipeline:
             denoisers = self._formats.get(self.denoisers, requests[0].weights)
             metadata = [self.metadata(request) for request in requests]
         parts = denoisers, self.memory, self.placement, self.codec.preview
-        latents, used = Sampler(self.config, self._prompts, self._pictures, *parts).denoise(requests, run, state)
+        latents, attention = Sampler(self.config, self._prompts, self._pictures, *parts).denoise(requests, run, state)
         for index, (request, about) in enumerate(zip(requests, metadata, strict=True)):
-            yield Result(request, latents[index], about | used[index], index, self.codec, run)
+            yield Result(request, latents[index], about | {"attention_used": attention}, index, self.codec, run)
 
     def extend(self, video: Video, prompt: str, **params: Any) -> Video:
         """Continues a video from its last frame; returns both parts as one, at its size and rate.

@@ -152,7 +152,7 @@ def refusal(*arguments, **options) -> str:
 def test_bad_destinations_and_options(official_tree, tmp_path):
     (tmp_path / "taken").mkdir()
     assert "taken: exists already" in refusal(official_tree, tmp_path / "taken")
-    assert "nowhere: no such folder" in refusal(official_tree, tmp_path / "nowhere" / "result")
+    assert "nowhere does not exist" in refusal(official_tree, tmp_path / "nowhere" / "result")
     assert "unknown target layout 'flax'" in refusal(official_tree, tmp_path / "result", to="flax")
     assert "dtype float16 is no dtype" in refusal(official_tree, tmp_path / "result", dtype="float16")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["taken"]

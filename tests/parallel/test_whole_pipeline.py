@@ -64,15 +64,6 @@ def test_attention_window(text_to_video):
         WanPipeline.from_checkpoint(made, "float32", mesh="ring2", request=SamplingParams(attention_window=0))
 
 
-def test_step_cache(text_to_video):
-    made, _ = text_to_video
-    choices = {"steps": 8, "step_cache": 0.5}
-    alone, spread = (latents_of(load(made, mesh), "a", "b", **choices) for mesh in (None, "data2-cfg2-ulysses2"))
-    assert_same(spread, alone)
-    with pytest.raises(InputError, match="pipeline knows no step_cache"):
-        WanPipeline.from_checkpoint(made, "float32", mesh="pipeline2", request=SamplingParams(step_cache=0.1))
-
-
 @pytest.mark.parametrize("mesh", ["fsdp2-tensor2", "experts2-ulysses2"])
 def test_weights_in_8_bits(text_to_video, mesh):
     made, _ = text_to_video

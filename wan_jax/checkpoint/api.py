@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from wan_jax import assets
 from wan_jax.checkpoint.components import Component, Shardings, load_component
-from wan_jax.checkpoint.formats.tensors import Progress, TensorInfo, one_line, readable
+from wan_jax.checkpoint.formats.tensors import Progress, TensorInfo, brief, readable
 from wan_jax.checkpoint.hub import local_checkpoint
 from wan_jax.checkpoint.layouts import recognise
 from wan_jax.config import WanConfig
@@ -172,7 +172,7 @@ def open_checkpoint(path: str | os.PathLike | Sequence[str | os.PathLike] | None
     try:
         return _open([local_checkpoint(item) for item in items])
     except OSError as error:
-        raise InputError(f"checkpoint {items[0]} cannot be read ({one_line(error)})") from None
+        raise InputError(f"checkpoint {items[0]} cannot be read ({brief(error)})") from None
 
 
 def _open(paths: Sequence[Path]) -> Checkpoint:

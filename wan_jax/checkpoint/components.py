@@ -13,7 +13,7 @@ from wan_jax.checkpoint.formats.tensors import (
     Box,
     TensorInfo,
     TensorStore,
-    check_finite,
+    check_finite_weights,
     copy_into,
 )
 from wan_jax.checkpoint.tables import expanded_table, is_ignored, max_repeats, num_layers, parameter_table
@@ -61,7 +61,7 @@ class Component:
         if stored is None:
             return next(self.read_parameters([mapping], dtype))[box]
         tensor = self.store.read_box(name, stored, dtype)
-        check_finite(name, tensor, self.store.place)
+        check_finite_weights(name, tensor, self.store.place)
         if self.naming == "wan_jax":
             return tensor
         return replace(mapping, torch_shape=tensor.shape).from_torch(tensor)
@@ -111,7 +111,7 @@ class Component:
                     raise InputError(
                         f"{self.store.place}: {name} and {copy} must be equal and differ; remove the wrong one"
                     )
-            check_finite(name, tensor, self.store.place)
+            check_finite_weights(name, tensor, self.store.place)
             yield tensor
 
 
@@ -122,7 +122,10 @@ def bind_component(component: str, config: ModelConfig, naming: Naming, store: T
     or of a dtype that is no weight's.
     """
     if max_repeats(config) > len(store.tensors):  # before a table of any length is made
-        _raise_for(store.place, "missing", [f"those of {max_repeats(config)} layers"])
+        raise InputError(
+            f"{store.place}: {len(store.tensors)} tensors are too few for {max_repeats(config)} layers; is this "
+            "the whole file, and of the model that its config describes?"
+        )
     table = expanded_table(config)
     candidates = {mapping.name: mapping.stored_names(naming) for mapping in table}
     present = {name: tuple(c for c in candidates[name] if c in store.tensors) for name in candidates}

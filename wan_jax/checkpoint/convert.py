@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,8 @@ from wan_jax.checkpoint.load import load_tokenizer
 from wan_jax.checkpoint.tables.mapping import Naming, ParamMapping
 from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
+from wan_jax.fields import path_of
+from wan_jax.runtime.files import check_writable, naming_file
 
 KEEP_DTYPE = ("vae", "image_encoder")  # whose dtype a conversion never changes
 TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja")
@@ -87,11 +90,14 @@ def convert(
     if to not in WRITABLE:
         raise InputError(f"unknown target layout {to!r}; choose one of {', '.join(WRITABLE)}")
     layout = WRITABLE[to]
-    wanted = None if dtype is None else np.dtype(dtype)
+    try:
+        wanted = None if dtype is None else np.dtype(dtype)
+    except TypeError:
+        wanted = np.dtype(object)
     if wanted not in (None, BFLOAT16, np.dtype(np.float32)):
-        raise InputError(f"dtype {wanted} is no dtype for weights; choose bfloat16 or float32")
+        raise InputError(f"dtype {dtype} is no dtype for weights; choose bfloat16 or float32")
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
-    destination = Path(destination)
+    destination = path_of("destination", destination)
     plans = [
         _Plan(part, layout.naming, None if name in KEEP_DTYPE else wanted) for name, part in checkpoint.parts.items()
     ]
@@ -102,7 +108,7 @@ def convert(
     _check_destination(destination, sum(plan.nbytes for plan in plans))
     components = tuple(describe(plan.component, plan.tensors) for plan in plans)
     contents = {component.name: component.as_json() for component in components}
-    with _atomic_folder(destination) as folder:
+    with naming_file(destination), _atomic_folder(destination) as folder:
         for plan in plans:
             name, read_many = plan.component.name, partial(plan.read_many, progress)
             contents[name] |= layout.write_component(folder, name, checkpoint.config, plan.tensors, read_many) or {}
@@ -133,7 +139,8 @@ def verify(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
                 progress(name, done, part.nbytes)
         tensors, checksums = tensors + len(table), checksums + len(part.store.checksums)
     tokenizer = "; ".join(notes) or "the tokenizer fits"
-    return f"verified: {tensors:,} tensors have finite values, {checksums:,} have checksums, which agree; {tokenizer}"
+    agree = f"{checksums:,} agree with their checksums" if checksums else "there are no checksums"
+    return f"verified: {tensors:,} tensors have finite values; {agree}; {tokenizer}"
 
 
 class _Plan:
@@ -172,12 +179,10 @@ class _Plan:
 
 
 def _check_destination(destination: Path, nbytes: int) -> None:
-    if destination.exists() or destination.is_symlink():
+    if os.path.lexists(destination):
         raise InputError(f"{destination}: exists already; choose another name or remove it")
-    parent = destination.parent
-    if not parent.is_dir():
-        raise InputError(f"{parent}: no such folder; create it first")
-    free, needed = shutil.disk_usage(parent).free, nbytes + SPARE_BYTES
+    check_writable(destination, name="destination")
+    free, needed = shutil.disk_usage(destination.parent).free, nbytes + SPARE_BYTES
     if free < needed:
         raise InputError(
             f"{destination}: too little disk: the conversion needs {needed:,} bytes and {free:,} are free; make room "
@@ -192,7 +197,9 @@ def _atomic_folder(destination: Path) -> Iterator[Path]:
     A lock tells a running conversion from what a killed one left behind. Until the block removes the file INCOMPLETE,
     nothing opens the folder.
     """
-    folder = destination.with_name(f".{destination.name}.converting")
+    name = destination.name  # of at most 255 bytes, as the hidden one must be
+    name = name if len(os.fsencode(name)) < 240 else f"{name[:50]}-{zlib.crc32(name.encode()):08x}"
+    folder = destination.with_name(f".{name}.converting")
     folder.mkdir(exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from wan_jax.checkpoint.formats.tensors import one_line
+from wan_jax.checkpoint.formats.tensors import brief
 from wan_jax.errors import InputError
 
 # Weights, configs and tokenizers of every layout; not the pictures and demos beside them.
@@ -20,10 +20,10 @@ def local_checkpoint(path_or_id: str | os.PathLike) -> Path:
     Raises InputError where there is neither such a path nor such a repository, or the hub cannot be reached.
     """
     path, name = Path(os.path.expanduser(path_or_id)), os.fspath(path_or_id)
-    if path.exists():
+    if name and path.exists():
         return path
     if not HUB_ID.fullmatch(name) or name.startswith("."):
-        raise InputError(f"checkpoint {name} does not exist; give a folder, a file, or a hub id (organisation/name)")
+        raise InputError(f"checkpoint {name!r} does not exist; give a folder, a file, or a hub id (organisation/name)")
 
     from huggingface_hub import snapshot_download
 
@@ -53,4 +53,4 @@ def _download(what: str, download: Callable[[], str]) -> Path:
     try:
         return Path(download())
     except Exception as error:  # refused names, the network, the hub: each library below raises its own
-        raise InputError(f"{what} is no local path and could not be downloaded ({one_line(error)})") from error
+        raise InputError(f"{what} is no local path and could not be downloaded ({brief(error)})") from error

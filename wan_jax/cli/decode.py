@@ -24,9 +24,8 @@ def decode(latents_file: str, options: Options) -> list[pathlib.Path]:
 
     from wan_jax.checkpoint import open_checkpoint
     from wan_jax.checkpoint.load import load_models
-    from wan_jax.diffusion.params import DTYPES, check_name
+    from wan_jax.diffusion.params import DTYPES, check_name, read_latents
     from wan_jax.media.codec import Codec
-    from wan_jax.media.latents import read_latents
     from wan_jax.media.video import VideoWriter, check_output, read_metadata
     from wan_jax.parallel.mesh_spec import MeshSpec
     from wan_jax.parallel.placement import Placement

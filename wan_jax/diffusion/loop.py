@@ -15,7 +15,6 @@ from wan_jax.diffusion.segments import Segment, StepInputs
 from wan_jax.diffusion.solvers import StepState
 from wan_jax.diffusion.state import Preview, SamplingState, Snapshot, fingerprint
 from wan_jax.diffusion.step import Expert, PipelineState, compile_step, initial_carry
-from wan_jax.diffusion.step_cache import StepCache
 from wan_jax.errors import InputError
 from wan_jax.parallel import stages
 from wan_jax.runtime.events import Run, StepDone
@@ -95,9 +94,7 @@ def run_segment(
     if isinstance(state.latents, np.ndarray):
         state = expert.placement.put_batch(state)
     if segment.starts_solver and segment.steps.start > 0:
-        state = replace(segment.solver.init(state.latents), cache=state.cache)
-    if segment.thresholds is not None and state.cache is None:
-        state = replace(state, cache=expert.placement.put_batch(StepCache.start(state.latents.shape)))
+        state = segment.solver.init(state.latents)
     videos = tuple(range(len(state.latents))) if videos is None else videos
     started = time.perf_counter()
     step = compile_step(expert, segment, state, conditioning)

@@ -5,8 +5,11 @@ of files of prompts derive from the fields; cli/options.py adds what a run of th
 """
 
 import math
+import os
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
 
 from wan_jax.config import PerExpert, WanConfig
 from wan_jax.diffusion.experts import as_pair, by_expert
@@ -19,6 +22,7 @@ from wan_jax.fields import (
     knob,
     knobs,
     number,
+    path_of,
     rate,
     seed_number,
     text,
@@ -26,7 +30,6 @@ from wan_jax.fields import (
     words,
 )
 from wan_jax.media.image import Picture, check_images, output_size
-from wan_jax.media.latents import read_latents
 
 if TYPE_CHECKING:
     from wan_jax.kernels.attention import AttentionOptions
@@ -95,12 +98,6 @@ class SamplingParams:
         f"{' | '.join(WEIGHTS)}: the kernels of the denoisers' layers; 8 bits are approximate, and half as large",
         default="as_stored",
         metavar="NAME",
-    )
-
-    step_cache: float | None = knob(
-        number,
-        "threshold below which a step reuses the velocity; approximate, such as 0.05 (default: none)",
-        metavar="T",
     )
 
     if TYPE_CHECKING:  # the fields' types are those of resolved values; __post_init__ takes more
@@ -173,8 +170,6 @@ class SamplingParams:
             from wan_jax.kernels.attention import BACKENDS
 
             check_name("attention", self.attention, tuple(BACKENDS))
-        if self.step_cache is not None and not 0 <= self.step_cache < math.inf:
-            raise InputError(f"step_cache {self.step_cache:g}: must be 0 (exact) or above")
         if self.attention_window is not None:
             if self.attention_window < 0:
                 raise InputError(f"attention_window {self.attention_window}: must not be negative")
@@ -192,8 +187,6 @@ class SamplingParams:
         mesh_spec.check(config, prompts=prompts)
         if self.attention_window is not None and mesh_spec.ring > 1:
             raise InputError(f"mesh {mesh_spec}: ring knows no attention_window; use ulysses, or leave the window out")
-        if self.step_cache and mesh_spec.pipeline > 1:
-            raise InputError(f"mesh {mesh_spec}: pipeline knows no step_cache; leave one of them out")
 
     @property
     def attention_options(self) -> "AttentionOptions":
@@ -219,6 +212,34 @@ class SamplingParams:
         """Everything but what the video is made of: prompt, pictures and latents."""
         inputs = ("prompt", "image", "last_image", "initial_latents")
         return {each.name: vars(self)[each.name] for each in knobs(SamplingParams) if each.name not in inputs}
+
+
+def read_latents(latents: Any) -> np.ndarray:
+    """Latents of one video, float32 [C, F', h, w], from an array or a .npy file.
+
+    Raises:
+        InputError: no such file, an array of another kind, or numbers that are not finite.
+    """
+    where = "initial latents"
+    if isinstance(latents, (str, os.PathLike)):
+        path = path_of("latents file", latents)
+        where = f"latents file {path}"
+        if not path.is_file():
+            raise InputError(f"{where} does not exist; give a .npy file of float32 [C, F', h, w]")
+        try:
+            latents = np.load(path, mmap_mode="r", allow_pickle=False)  # reads no more than there is
+            latents.dtype  # noqa: B018 (an archive of arrays has none)
+        except (ValueError, EOFError, OSError, AttributeError, MemoryError, OverflowError):
+            raise InputError(f"{where} is not a .npy array; give float32 [C, F', h, w]") from None
+        if latents.dtype != np.float32 or latents.ndim != 4:
+            raise InputError(f"{where} holds {latents.dtype} of shape {latents.shape}; give float32 [C, F', h, w]")
+    try:
+        latents = np.array(latents, np.float32)  # a copy, which stays as it was checked
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"{where} {latents!r:.60}: give float32 [C, F', h, w]") from None
+    if not np.isfinite(latents).all():
+        raise InputError(f"{where} {'holds' if 'file' in where else 'hold'} NaN or infinity; give finite numbers")
+    return latents
 
 
 def check_name(what: str, name: str, known: tuple[str, ...]) -> None:

@@ -12,7 +12,6 @@ from wan_jax.diffusion.experts import by_expert
 from wan_jax.diffusion.guidance import guidance_by_expert
 from wan_jax.diffusion.schedule import TRAIN_TIMESTEPS, Schedule
 from wan_jax.diffusion.solvers import Solver
-from wan_jax.diffusion.step_cache import thresholds
 from wan_jax.errors import InputError
 
 
@@ -39,7 +38,6 @@ class StepInputs:
     timestep: ArrayLike  # [B] float32
     guidance: ArrayLike  # [B] float32; 1 is no guidance
     coefficients: Any  # the solver's, a pytree of [B] float32
-    threshold: ArrayLike | None = None  # of the step cache, [B] float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +53,6 @@ class Segment:
         timesteps: float32 [len(steps)].
         coefficients: the solver's, a pytree of float32 [len(steps)].
         guidance: scale of each video, float32 [B], or [1] for all of them.
-        thresholds: of the step cache, float32 [len(steps)]; None without.
     """
 
     expert: str
@@ -66,7 +63,6 @@ class Segment:
     timesteps: np.ndarray
     coefficients: Any
     guidance: np.ndarray
-    thresholds: np.ndarray | None = None
 
     @property
     def is_guided(self) -> bool:
@@ -78,15 +74,15 @@ class Segment:
         done = max(0, step - self.steps.start)
         if done == 0:
             return self
-        names = "steps", "timesteps", "coefficients", "thresholds"
-        rest = jax.tree.map(lambda values: values[done:], {name: vars(self)[name] for name in names})
-        return replace(self, starts_solver=False, **rest)
+        timesteps, coefficients = jax.tree.map(lambda values: values[done:], (self.timesteps, self.coefficients))
+        steps = self.steps[done:]
+        return replace(self, steps=steps, starts_solver=False, timesteps=timesteps, coefficients=coefficients)
 
     def inputs(self, steps: np.ndarray) -> StepInputs:
         """The numbers of one call of the step; `steps` [B] counts each video's step from this segment's first."""
-        arrays = self.timesteps, self.coefficients, self.thresholds
-        timestep, coefficients, threshold = jax.tree.map(lambda values: values[steps], arrays)
-        return StepInputs(timestep, np.broadcast_to(self.guidance, steps.shape), coefficients, threshold)
+        arrays = self.timesteps, self.coefficients
+        timestep, coefficients = jax.tree.map(lambda values: values[steps], arrays)
+        return StepInputs(timestep, np.broadcast_to(self.guidance, steps.shape), coefficients)
 
 
 def plan_segments(
@@ -94,7 +90,6 @@ def plan_segments(
     solver: Solver | tuple[Solver, Solver],
     guidance: Any,
     boundary: float | None,
-    step_cache: float | None = None,
 ) -> list[Segment]:
     """What each expert does, in order.
 
@@ -106,7 +101,6 @@ def plan_segments(
         guidance: a scale, or a sequence with one for each video; or either for each expert. An expert whose scales are
             all 1 is evaluated once per step instead of twice.
         boundary: see `plan_steps`.
-        step_cache: threshold; see step_cache.py.
 
     Raises:
         InputError: a boundary, solver or guidance that cannot be used.
@@ -133,7 +127,6 @@ def plan_segments(
                 timesteps=schedule.timesteps[steps.start : steps.stop],
                 coefficients=jax.tree.map(lambda values, part=part: values[part], coefficients),
                 guidance=np.atleast_1d(np.asarray(scales[name], np.float32)),
-                thresholds=thresholds(step_cache, len(steps)),
             )
         )
     return segments

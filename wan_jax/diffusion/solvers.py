@@ -18,7 +18,6 @@ import numpy as np
 from wan_jax.config import PerExpert
 from wan_jax.diffusion.experts import as_pair
 from wan_jax.diffusion.schedule import Schedule
-from wan_jax.diffusion.step_cache import StepCache
 from wan_jax.errors import unknown_name
 
 
@@ -30,7 +29,6 @@ class StepState:
     latents: jax.Array  # what the model sees next; after the last step, the result
     denoised: jax.Array  # x_0 as the model predicted it in the last step; zeros before the first
     history: tuple[jax.Array, ...] = ()  # what the solver remembers beside that
-    cache: StepCache | None = None  # of runs with a step cache
 
     @classmethod
     def start(cls, latents: jax.Array, history: int = 0) -> "StepState":

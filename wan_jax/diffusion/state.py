@@ -13,7 +13,6 @@ import numpy as np
 from wan_jax.diffusion.conditioning import Conditioning
 from wan_jax.diffusion.segments import Segment
 from wan_jax.diffusion.solvers import StepState
-from wan_jax.diffusion.step_cache import StepCache
 from wan_jax.errors import InputError
 from wan_jax.parallel.placement import Placement
 
@@ -39,8 +38,6 @@ class SamplingState:
         """Writes a NumPy archive (.npz)."""
         arrays: dict[str, Any] = {"latents": self.arrays.latents, "denoised": self.arrays.denoised}
         arrays |= {f"history_{index}": array for index, array in enumerate(self.arrays.history)}
-        if self.arrays.cache is not None:
-            arrays |= {f"cache_{name}": array for name, array in vars(self.arrays.cache).items()}
         with open(path, "wb") as file:
             np.savez(file, step=self.step, plan=self.plan, **arrays)
 
@@ -49,17 +46,10 @@ class SamplingState:
         """Reads what `save` wrote. Raises InputError for any other file."""
         try:
             with np.load(path, allow_pickle=False) as file:
-                cache = {name[6:]: file[name] for name in file.files if name.startswith("cache_")}
-                history = tuple(file[f"history_{index}"] for index in range(len(file.files) - 4 - len(cache)))
-                arrays = StepState(file["latents"], file["denoised"], history, StepCache(**cache) if cache else None)
-                state = cls(int(file["step"]), arrays, str(file["plan"]))
-            shape = arrays.latents.shape
-            kinds = {(array.shape, array.dtype) for array in jax.tree.leaves(arrays)}
-            if (
-                state.step < 1
-                or len(shape) != 5
-                or not kinds <= {(each, np.dtype(np.float32)) for each in (shape, shape[:1])}
-            ):
+                history = tuple(file[f"history_{index}"] for index in range(len(file.files) - 4))
+                state = cls(int(file["step"]), StepState(file["latents"], file["denoised"], history), str(file["plan"]))
+            kinds = {(array.ndim, array.shape, array.dtype) for array in jax.tree.leaves(state.arrays)}
+            if state.step < 1 or kinds != {(5, state.arrays.latents.shape, np.dtype(np.float32))}:
                 raise ValueError("its arrays are not those of a run")
             return state
         except (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError, zipfile.BadZipFile) as error:
@@ -78,7 +68,7 @@ def fingerprint(segments: Sequence[Segment], videos: str = "") -> str:
     digest = hashlib.sha256(videos.encode())
     for segment in segments:
         digest.update(repr((segment.expert, segment.steps, segment.solver, segment.starts_solver)).encode())
-        for array in jax.tree.leaves((segment.timesteps, segment.coefficients, segment.guidance, segment.thresholds)):
+        for array in jax.tree.leaves((segment.timesteps, segment.coefficients, segment.guidance)):
             digest.update(np.asarray(array).tobytes())
     return digest.hexdigest()
 

@@ -180,21 +180,16 @@ def _step(graphdef, solver, parameters, cond, uncond, state, conditioning, input
         latents, timestep, _ = lax.optimization_barrier((state.latents, inputs.timestep, is_conditional))
         return denoiser(*conditioning.inputs(latents, timestep), context)
 
-    def guided_velocity() -> jax.Array:
-        if uncond is None:
-            return denoiser(*conditioning.inputs(state.latents, inputs.timestep), cond)
-        if collectives.size(CFG) > 1:
-            conditional, unconditional = lax.all_gather(evaluate(lax.axis_index(CFG) == 0), CFG)
-        else:
-            # A loop of two turns, so that the denoiser is compiled once and its activations exist once.
-            conditional, unconditional = lax.map(evaluate, jnp.array([True, False]))
-        return classifier_free_guidance(conditional, unconditional, inputs.guidance)
-
-    if inputs.threshold is None:
-        return _solve(solver, state, guided_velocity(), inputs, conditioning)
-    forwards = 1 if uncond is None else 2
-    velocity, cache = state.cache.velocity_of(state.latents, inputs.threshold, guided_velocity, forwards)
-    return replace(_solve(solver, state, velocity, inputs, conditioning), cache=cache)
+    if uncond is None:
+        velocity = denoiser(*conditioning.inputs(state.latents, inputs.timestep), cond)
+    elif collectives.size(CFG) > 1:
+        conditional, unconditional = lax.all_gather(evaluate(lax.axis_index(CFG) == 0), CFG)
+        velocity = classifier_free_guidance(conditional, unconditional, inputs.guidance)
+    else:
+        # A loop of two turns, so that the denoiser is compiled once and its activations exist once.
+        conditional, unconditional = lax.map(evaluate, jnp.array([True, False]))
+        velocity = classifier_free_guidance(conditional, unconditional, inputs.guidance)
+    return _solve(solver, state, velocity, inputs, conditioning)
 
 
 def _pipeline_tick(graphdef, solver, parameters, cond, uncond, carry, conditioning, inputs, tick):

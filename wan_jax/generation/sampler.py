@@ -81,8 +81,8 @@ class Sampler:
 
     def denoise(
         self, requests: Sequence[SamplingParams], run: Run, state: SamplingState | None = None
-    ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-        """Resolved requests that may be made together -> float32 latents [B, C, F', h, w], and what each run used.
+    ) -> tuple[np.ndarray, str]:
+        """Resolved requests that may be made together -> float32 latents [B, C, F', h, w], and the attention that ran.
 
         With a `state` the run goes on from there.
         """
@@ -104,9 +104,7 @@ class Sampler:
             guidance = PerExpert(low=list(low), high=list(high))
             if mesh_spec.experts > 1:
                 raise InputError("guidance differs between videos, which experts on devices of their own cannot do")
-        segments = plan_segments(
-            first.make_schedule(), get_solvers(first.solver), guidance, first.boundary, first.step_cache
-        )
+        segments = plan_segments(first.make_schedule(), get_solvers(first.solver), guidance, first.boundary)
         experts = list(dict.fromkeys(segment.expert for segment in segments))
         guided = {segment.expert for segment in segments if segment.is_guided}
         prompts = [request.prompt for request in requests]
@@ -123,7 +121,6 @@ class Sampler:
         begin: list[Any] = [state] if state is not None else [self._initial_latents(requests[each]) for each in batches]
         placements = self.placement.by_expert(list(self.denoisers))
         attention: set[str] = set()
-        saved: dict[int, int] = {}  # forward passes, by video
 
         def get_expert(name: str, index: int = 0) -> Expert:
             running.close()  # frees the expert before this one
@@ -140,9 +137,6 @@ class Sampler:
             if isinstance(event, StepDone):
                 for following in experts[experts.index(event.expert) + 1 :]:
                     self.memory.prefetch(self.denoisers[following])
-                if first.step_cache and event.step == event.total and event.state is not None:
-                    counts = event.state().arrays.cache.saved.astype(int).tolist()
-                    saved.update(zip(event.videos, counts, strict=True))
 
         with (
             run.stage("denoise", (segments[0].total - (state.step if state is not None else 0)) * len(batches)),
@@ -159,10 +153,7 @@ class Sampler:
                 begin = begin if state is not None else self.placement.put_batch(begin)
                 latents = self.placement.gather(denoise(begin.pop(), *common, conditioning, self.preview, *digests))
         check_finite(np.isfinite(latents).all(), "the denoised latents")
-        used = {"attention_used": "+".join(sorted(attention))}
-        return latents, [
-            used | ({"forwards_saved": saved.get(row, 0)} if first.step_cache else {}) for row in range(count)
-        ]
+        return latents, "+".join(sorted(attention))
 
     def _initial_latents(self, requests: Sequence[SamplingParams]) -> jax.Array:
         shape = requests[0].latents_shape(self.config)

@@ -22,9 +22,9 @@ from wan_jax.checkpoint.formats.safetensors import SafetensorsFile
 from wan_jax.checkpoint.formats.tensors import (
     FLOAT8_DTYPES,
     WEIGHT_DTYPES,
-    check_finite,
+    brief,
+    check_finite_weights,
     copy_into,
-    one_line,
     strict_json,
 )
 from wan_jax.checkpoint.hub import local_lora
@@ -132,14 +132,14 @@ class LoraFile:
                 self.store.read_into(name, target)
             else:
                 copy_into(target, self.store.read(name, target.dtype).reshape(target.shape))
-            check_finite(name, target, self.store.place)
+            check_finite_weights(name, target, self.store.place)
 
     def sum_of_diffs(self, change: Change) -> np.ndarray:
         """float32, in PyTorch's layout of the parameter."""
         total = np.zeros(change.mapping.torch_shape, np.float32)
         for name, scale in change.diffs:
             total += np.float32(scale) * self.store.read(name, total.dtype).reshape(total.shape)
-            check_finite(name, total, self.store.place)
+            check_finite_weights(name, total, self.store.place)
         return total
 
     def delta(self, change: Change) -> np.ndarray:
@@ -218,6 +218,8 @@ def open_loras(loras: "Loras", config: WanConfig) -> OpenLoras:
     """
     if isinstance(loras, OpenLoras):
         return loras
+    if not isinstance(loras, list | tuple) or not all(isinstance(lora, Lora | str | os.PathLike) for lora in loras):
+        raise TypeError(f"loras must be a list of Lora or of paths, not {loras!r:.100}")
     asked = tuple(lora if isinstance(lora, Lora) else Lora(os.fspath(lora)) for lora in loras)
     by_expert: dict[str, list[ActiveLora]] = {expert: [] for expert in config.experts}
     files: dict[str, LoraFile] = {}
@@ -446,7 +448,7 @@ def _peft_scale(path: Path, metadata: Mapping[str, str]) -> Callable[[Key, int],
             if not math.isfinite(alpha):
                 raise ValueError(f"{alpha} is not finite")
         except Exception as error:  # values of any type, expressions of any form
-            raise InputError(f"LoRA {path}: its adapter metadata are damaged ({one_line(error)})") from None
+            raise InputError(f"LoRA {path}: its adapter metadata are damaged ({brief(error)})") from None
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
     return scale

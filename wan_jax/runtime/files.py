@@ -39,6 +39,8 @@ def naming_file(path: pathlib.Path) -> Iterator[None]:
     """An OSError becomes an OutputError that says what could not be written."""
     try:
         yield
+    except OutputError:
+        raise
     except OSError as error:
         raise OutputError(f"{path} could not be written ({error.strerror or error})") from error
 

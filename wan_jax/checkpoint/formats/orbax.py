@@ -15,12 +15,12 @@ from wan_jax.checkpoint.formats.tensors import (
     ReadMany,
     TensorInfo,
     TensorStore,
+    brief,
     cast,
-    one_line,
     raw_bytes,
     split_by_bytes,
 )
-from wan_jax.errors import InputError
+from wan_jax.errors import InputError, OutputError
 
 ARRAYS = "state"  # Orbax's own folder in a tree: a database of zarr arrays
 DESCRIPTION = "/zarr.json"  # of each array
@@ -82,8 +82,16 @@ class OrbaxStore(TensorStore):
         try:
             yield
         except Exception as error:  # tensorstore says everything as ValueError, damaged names are another
-            problem = f"not a readable Orbax tree: {what} cannot be read ({one_line(error)})"
+            problem = f"not a readable Orbax tree: {what} cannot be read ({brief(error)})"
             raise InputError(f"{self.place}: {problem}; convert or copy it again") from None
+
+
+@contextlib.contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever Orbax and tensorstore say, such as that the disk is full
+        raise OutputError(f"{folder} could not be written ({brief(error)})") from None
 
 
 def crc32(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
@@ -107,7 +115,9 @@ def write_orbax(folder: Path, tensors: Mapping[str, TensorInfo], read_many: Read
         for group in split_by_bytes(tensors, WRITE_BYTES):
             arrays = dict(zip(group, read_many(list(group)), strict=True))
             checksums |= crc32(arrays)
-            ocp.partial.save(folder, arrays)
+            with _writable(folder):
+                ocp.partial.save(folder, arrays)
             del arrays  # before the next group is read
-        ocp.partial.finalize(folder)
+        with _writable(folder):
+            ocp.partial.finalize(folder)
     return checksums

@@ -19,11 +19,11 @@ from wan_jax.checkpoint.formats.tensors import (
     TensorInfo,
     TensorStore,
     are_sizes,
+    brief,
     cast,
     check_description,
     named_dtypes,
-    new_file,
-    one_line,
+    open_for_reading,
     raw_bytes,
     read_exactly,
     read_into,
@@ -32,6 +32,7 @@ from wan_jax.checkpoint.formats.tensors import (
     visible_files,
 )
 from wan_jax.errors import InputError
+from wan_jax.runtime.files import written_whole
 
 DTYPES = named_dtypes(
     "F64=float64 F32=float32 F16=float16 BF16=bfloat16 F8_E4M3=float8_e4m3fn F8_E5M2=float8_e5m2 "
@@ -54,7 +55,7 @@ class SafetensorsFile(TensorStore):
     def __init__(self, path: Path):
         self.path = Path(path)
         self.place = str(path)
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = open_for_reading(path)
         weakref.finalize(self, os.close, self._descriptor)
         self.tensors, self._offsets = self._read_header()
 
@@ -101,7 +102,7 @@ class SafetensorsFile(TensorStore):
                 raise ValueError("its metadata are not texts")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(
-                f"{self.place}: its safetensors header is damaged ({one_line(error)}); copy it again"
+                f"{self.place}: its safetensors header is damaged ({brief(error)}); copy it again"
             ) from None
 
         tensors: dict[str, TensorInfo] = {}
@@ -197,7 +198,7 @@ def _open_indexed(index: Path) -> SafetensorsFiles:
         names = sorted(set(strict_json(index.read_bytes())["weight_map"].values()))
         bad = [name for name in names if Path(name).name != name]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{index}: not a valid index of shards ({one_line(error)}); download it again") from None
+        raise InputError(f"{index}: not a valid index of shards ({brief(error)}); download it again") from None
     if bad:
         raise InputError(f"{index}: names the file {bad[0]!r} outside its folder; download it again")
     _check_present(index.parent, names)
@@ -242,7 +243,7 @@ def write_safetensors_file(
         offset += info.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    with new_file(path) as partial, open(partial, "wb") as file:
+    with written_whole(path) as partial, open(partial, "wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, array in zip(ordered, read_many(list(ordered)), strict=True):
             check_description(name, array, ordered[name])

@@ -1,6 +1,5 @@
 """What every kind of weight file has in common: named tensors described by a header and read one at a time."""
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from wan_jax.errors import InputError
+from wan_jax.errors import InputError, one_line
 
 # (component, bytes done, bytes in all), called after every tensor. An exception in it aborts the work cleanly.
 Progress = Callable[[str, int, int], None]
@@ -108,26 +107,14 @@ def strict_json(content: bytes) -> dict[str, Any]:
     return result
 
 
-def one_line(error: Exception) -> str:
+def brief(error: Exception) -> str:
     """What an error of a library says, in one line of bounded length."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}"
+    return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
 def visible_files(folder: Path, pattern: str) -> list[Path]:
     """The files that match, sorted; not hidden ones, such as macOS's "._NAME" beside every NAME on foreign disks."""
     return sorted(path for path in folder.glob(pattern) if path.is_file() and not path.name.startswith("."))
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary name, which becomes `path` where the block ends well and vanishes where it does not."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def split_by_bytes(tensors: Mapping[str, TensorInfo], limit: int) -> list[dict[str, TensorInfo]]:
@@ -159,7 +146,7 @@ def cast(array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
     return array if dtype is None or array.dtype == dtype else array.astype(dtype)
 
 
-def check_finite(name: str, array: np.ndarray, place: str) -> None:
+def check_finite_weights(name: str, array: np.ndarray, place: str) -> None:
     """Raises InputError for weights that are NaN or infinite. `array` is float of 16 bits or more.
 
     Their bits are the largest: two maxima of integers are several times faster than isfinite, which bfloat16 lacks.
@@ -186,6 +173,14 @@ def copy_into(target: np.ndarray, source: np.ndarray) -> None:
         np.copyto(target[..., start : start + strip], source[..., start : start + strip])
 
 
+def open_for_reading(path: Path) -> int:
+    """A file's descriptor. Raises InputError."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({brief(error)})") from None
+
+
 def read_exactly(descriptor: int, offset: int, nbytes: int, place: str) -> np.ndarray:
     """Reads `nbytes` at `offset` into fresh memory (uint8 [nbytes])."""
     buffer = np.empty(nbytes, np.uint8)
@@ -201,7 +196,10 @@ def read_into(descriptor: int, offset: int, buffer: np.ndarray, place: str) -> N
     view = buffer.data
     done = 0
     while done < len(buffer):
-        count = os.preadv(descriptor, [view[done:]], offset + done)  # at most 2 GiB a call
+        try:
+            count = os.preadv(descriptor, [view[done:]], offset + done)  # at most 2 GiB a call
+        except OSError as error:
+            raise InputError(f"{place}: cannot be read ({brief(error)}); copy the file again") from None
         if count == 0:
             raise InputError(f"{place}: ends {len(buffer) - done} bytes early while being read; copy the file again")
         done += count

@@ -25,15 +25,16 @@ from wan_jax.checkpoint.formats.tensors import (
     TensorInfo,
     TensorStore,
     are_sizes,
+    brief,
     cast,
     check_description,
     named_dtypes,
-    new_file,
-    one_line,
+    open_for_reading,
     raw_bytes,
     read_exactly,
 )
 from wan_jax.errors import InputError
+from wan_jax.runtime.files import written_whole
 
 STORAGE_DTYPES = named_dtypes(
     "DoubleStorage=float64 FloatStorage=float32 HalfStorage=float16 BFloat16Storage=bfloat16 LongStorage=int64 "
@@ -172,7 +173,7 @@ class TorchPickleFile(TensorStore):
     def __init__(self, path: Path):
         self.path = Path(path)
         self.place = str(path)
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._descriptor = open_for_reading(path)
         weakref.finalize(self, os.close, self._descriptor)
         self._members, pickled = self._read_directory()
         self._tensors = self._describe(pickled)
@@ -221,7 +222,7 @@ class TorchPickleFile(TensorStore):
             raise InputError(f"{self.place}: {refused}") from None
         except Exception as error:  # a damaged archive raises almost anything
             raise InputError(
-                f"{self.place}: truncated or damaged zip archive ({one_line(error)}); copy it again"
+                f"{self.place}: truncated or damaged zip archive ({brief(error)}); copy it again"
             ) from None
         return {
             key.removeprefix("data/"): member for key, member in members.items() if key.startswith("data/")
@@ -239,7 +240,7 @@ class TorchPickleFile(TensorStore):
         except _Refused as refused:
             raise InputError(f"{self.place}: refused: {refused}; weights need no code: use another file") from None
         except Exception as error:  # a damaged pickle raises almost anything
-            raise InputError(f"{self.place}: its pickle is damaged ({one_line(error)}); copy it again") from None
+            raise InputError(f"{self.place}: its pickle is damaged ({brief(error)}); copy it again") from None
         if isinstance(content, dict):
             for key in _WRAPPERS:
                 rest = [value for name, value in content.items() if name != key]
@@ -282,7 +283,7 @@ def write_torch_pickle(path: Path, tensors: Mapping[str, TensorInfo], read_many:
 
     Tensor by tensor, under a temporary name that is then changed.
     """
-    with new_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+    with written_whole(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         archive.writestr(zipfile.ZipInfo("archive/data.pkl"), _pickle_state_dict(tensors))
         archive.writestr(zipfile.ZipInfo("archive/byteorder"), b"little")
         for key, (name, array) in enumerate(zip(tensors, read_many(list(tensors)), strict=True)):

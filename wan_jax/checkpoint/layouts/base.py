@@ -16,7 +16,7 @@ from wan_jax.checkpoint.formats.tensors import (
     ReadMany,
     TensorInfo,
     TensorStore,
-    one_line,
+    brief,
     strict_json,
 )
 from wan_jax.checkpoint.tables import Naming, infer_config
@@ -119,6 +119,8 @@ def assemble(
     Raises:
         InputError: they do not fit together, or are not of this family.
     """
+    if boundary is not None and not 0 <= boundary <= 1:
+        raise InputError(f"{place}: its boundary {boundary:g} between the experts must be 0 to 1; download it again")
     denoisers = {name: model for name, model in models.items() if isinstance(model.config, DenoiserConfig)}
     denoiser = _same_config(place, denoisers)
     conditioning = ""
@@ -184,7 +186,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return strict_json(path.read_bytes())
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({one_line(error)}); download it again") from None
+        raise InputError(f"{path}: not valid JSON ({brief(error)}); download it again") from None
+
+
+KINDS = {int: "a whole number above 0", float: "a finite number", bool: "true or false", str: "a text"}
 
 
 def typed(value: Any, hint: Any) -> Any:
@@ -195,12 +200,12 @@ def typed(value: Any, hint: Any) -> Any:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (UnionType, Union):
         return None if value is None and NoneType in arguments else typed(value, arguments[0])
-    if origin in (tuple, PerExpert):
-        items = value if isinstance(value, list | tuple) else [value]
-        kinds = arguments[:1] * len(items) if origin is PerExpert or arguments[-1] is ... else arguments
-        if isinstance(value, list | tuple) and len(items) == (2 if origin is PerExpert else len(kinds)):
-            result = tuple(map(typed, items, kinds))
-            return PerExpert(*result) if origin is PerExpert else result
+    if origin is PerExpert:
+        return PerExpert(*typed(value, tuple[arguments * 2]))  # type: ignore[misc]
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        if len(kinds) == len(value):
+            return tuple(map(typed, value, kinds))
     elif is_dataclass(hint) and isinstance(value, dict):
         hints = get_type_hints(hint)
         if unknown := value.keys() - hints.keys():
@@ -212,16 +217,15 @@ def typed(value: Any, hint: Any) -> Any:
         return float(value)
     elif hint in (bool, str) and type(value) is hint:
         return value
-    raise ValueError(f"{value!r} is not a {getattr(hint, '__name__', hint)}")
+    raise ValueError(f"{value!r} is not {KINDS.get(hint) or f'of the form {hint}'}")
 
 
 def value_of(path: Path, content: Mapping[str, Any], key: str, hint: Any) -> Any:
     """What a config.json says under a key; None: nothing. Raises InputError for a value of another type."""
     try:
         return typed(content[key], hint) if key in content else None
-    except ValueError:
-        name = hint.__name__ if isinstance(hint, type) else hint
-        raise InputError(f"{path}: {key} is {content[key]!r}, which is not a {name}; download it again") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {key}: {error}; download it again") from None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ from wan_jax.config import (
     VAEConfig,
     WanConfig,
 )
-from wan_jax.errors import InputError
+from wan_jax.errors import InputError, located
 from wan_jax.presets import PRESETS
 
 INDEX = "model_index.json"
@@ -140,7 +140,8 @@ class DiffusersLayout(Layout):
         pipeline = str(index.get("_class_name"))
         if pipeline not in PIPELINES:
             raise another_family(index_path, f"its pipeline is {pipeline}")
-        conditioning = "first_frame" if index.get("expand_timesteps") else PIPELINES[pipeline]
+        takes_frame = value_of(index_path, index, "expand_timesteps", bool | None)
+        conditioning = "first_frame" if takes_frame else PIPELINES[pipeline]
         folders = {folder for folder in CLASSES if _is_present(index_path, index, folder)}
         if "transformer" not in folders:
             raise InputError(f"{index_path}: names no transformer; download the whole checkpoint")
@@ -225,14 +226,15 @@ def _open_model(component: str, folder: Path) -> StoredModel:
     path = folder / "config.json"
     content = read_json(path)
     config: ModelConfig
-    if component == "text_encoder":
-        config = TextEncoderConfig(**UMT5.read(path, content))
-    elif component == "image_encoder":
-        config = ImageEncoderConfig(**CLIP.read(path, content))
-    elif component == "vae":
-        config = _vae_config(path, content)
-    else:
-        config = _denoiser_config(path, content)
+    with located(path):
+        if component == "text_encoder":
+            config = TextEncoderConfig(**UMT5.read(path, content))
+        elif component == "image_encoder":
+            config = ImageEncoderConfig(**CLIP.read(path, content))
+        elif component == "vae":
+            config = _vae_config(path, content)
+        else:
+            config = _denoiser_config(path, content)
     return StoredModel(config, "diffusers", open_safetensors_folder(folder))
 
 
@@ -309,6 +311,8 @@ def _sampling(path: Path, index: Mapping[str, Any], config: WanConfig) -> tuple[
     scheduler = path / "scheduler" / "scheduler_config.json"
     content = read_json(scheduler) if scheduler.is_file() else {}
     shift = value_of(scheduler, content, "flow_shift" if "flow_shift" in content else "shift", float | None)
+    if shift is not None and shift <= 0:
+        raise InputError(f"{scheduler}: flow_shift {shift:g} must be above 0; download it again")
     if config.name == "custom":
         own = dataclasses.replace(
             DEFAULT_SAMPLING, shift=release.shift if shift is None else shift, boundary=release.boundary

@@ -30,7 +30,7 @@ from wan_jax.checkpoint.layouts.base import (
 from wan_jax.checkpoint.tables import expanded_table, infer_config
 from wan_jax.checkpoint.tables.image_encoder import OfficialClipStore, as_official_clip
 from wan_jax.config import DenoiserConfig, ImageEncoderConfig, TextEncoderConfig, VAEConfig, WanConfig
-from wan_jax.errors import InputError
+from wan_jax.errors import InputError, located
 
 EXPERT_FOLDERS = {"high_noise": "high_noise_model", "low_noise": "low_noise_model"}
 TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
@@ -159,7 +159,8 @@ def _with_config(model: StoredModel, path: Path) -> tuple[StoredModel, str | Non
     kind = value_of(path, content, "model_type", str | None)
     if kind is not None and kind not in MODEL_TYPES:
         raise another_family(path, f"model_type is {kind!r}, not one of {', '.join(MODEL_TYPES)}")
-    config = dataclasses.replace(model.config, **fields)
+    with located(path):
+        config = dataclasses.replace(model.config, **fields)
     return dataclasses.replace(model, config=config), None if kind is None else MODEL_TYPES[kind]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from wan_jax.checkpoint.components import bind_component
 from wan_jax.checkpoint.formats.orbax import OrbaxStore, write_orbax
-from wan_jax.checkpoint.formats.tensors import ReadMany, TensorInfo, one_line
+from wan_jax.checkpoint.formats.tensors import ReadMany, TensorInfo, brief
 from wan_jax.checkpoint.layouts.base import Layout, Opened, first_folder, read_json, typed
 from wan_jax.config import WanConfig
 from wan_jax.errors import InputError
@@ -49,7 +49,7 @@ class WanJaxLayout(Layout):
                 raise ValueError(f"{min(foreign)} is no component")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(
-                f"{manifest}: damaged or from another version ({one_line(error)}); convert it again"
+                f"{manifest}: damaged or from another version ({brief(error)}); convert it again"
             ) from None
         parts = {}
         for name, checksums in components.items():

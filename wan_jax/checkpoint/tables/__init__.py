@@ -11,6 +11,7 @@ from wan_jax.checkpoint.tables.mapping import Naming, ParamMapping, Tensors
 from wan_jax.checkpoint.tables.text_encoder import infer_text_encoder, text_encoder_table
 from wan_jax.checkpoint.tables.vae import infer_vae, vae_table
 from wan_jax.config import DenoiserConfig, ImageEncoderConfig, ModelConfig, TextEncoderConfig, VAEConfig
+from wan_jax.errors import located
 
 # By the config's type: the table, the config from the shapes of stored tensors, and regular expressions of tensors that
 # published files hold beside the model's own, which are left out on purpose.
@@ -46,7 +47,8 @@ def max_repeats(config: ModelConfig) -> int:
 
 def infer_config(model: type, place: str, tensors: Tensors, naming: Naming) -> Any:
     """The config, of type `model`, of stored tensors. Raises InputError where they are no such model's."""
-    return _MODELS[model][1](place, tensors, naming)
+    with located(place):
+        return _MODELS[model][1](place, tensors, naming)
 
 
 def is_ignored(config: ModelConfig, stored_name: str) -> bool:

@@ -154,4 +154,4 @@ def present_name(mapping: ParamMapping, tensors: Tensors, naming: Naming) -> str
 
 def count_indices(tensors: Tensors, pattern: str) -> int:
     """One more than the highest index that `pattern` (with one group of digits) finds in the names."""
-    return 1 + max((int(match[1]) for name in tensors if (match := re.match(pattern, name))), default=-1)
+    return 1 + max((int(match[1][:12]) for name in tensors if (match := re.match(pattern, name))), default=-1)
