@@ -1,5 +1,7 @@
 """Checkpoints that PyTorch, diffusers and transformers write and read, bit by bit."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import safetensors.torch
@@ -63,7 +65,8 @@ def saved_by_diffusers(tmp_path_factory):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_opens_what_diffusers_saves(saved_by_diffusers, dtype):
     checkpoint = open_checkpoint(saved_by_diffusers)
-    assert checkpoint.config == trees.CONFIG
+    assert dataclasses.replace(checkpoint.config, sampling=trees.CONFIG.sampling) == trees.CONFIG
+    assert checkpoint.config.sampling.shift == 3.0  # its scheduler's: it is no release
     assert len(list((saved_by_diffusers / "transformer").glob("*.safetensors"))) > 1
     assert_loads(checkpoint, "diffusers", dtype)
 
@@ -99,14 +102,14 @@ def test_diffusers_reads_its_own_weights_back(tmp_path, dtype, through):
 
 
 def test_a_whole_pipeline_for_diffusers(diffusers_tree, tmp_path):
-    """With a real tokenizer: WanPipeline.from_pretrained takes our export, and finds the release's shift in it."""
+    """With a real tokenizer: WanPipeline.from_pretrained takes our export, and finds the tree's own shift in it."""
     from diffusers import WanPipeline
 
     convert(diffusers_tree, tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "back", to="diffusers")
     pipeline = WanPipeline.from_pretrained(tmp_path / "back")
     assert pipeline.config.boundary_ratio == 0.875
-    assert pipeline.scheduler.config.flow_shift == 12.0
+    assert pipeline.scheduler.config.flow_shift == 3.0
     assert pipeline.scheduler.config.use_flow_sigmas
     original = originals.denoiser(3)
     assert_same_state(pipeline.transformer_2.state_dict(), original.state_dict())
@@ -124,7 +127,10 @@ def test_diffusers_trees_come_back_bit_by_bit(tokenizer_folder, tmp_path, name):
     original.save_pretrained(tmp_path / "source")
     checkpoint = open_checkpoint(tmp_path / "source")
     release = {"i2v-14b": "i2v-14b-720p", "flf2v-14b": "flf2v-14b-720p"}.get(name, name)
-    assert checkpoint.config.sampling == PRESETS[release].sampling
+    sampling = checkpoint.config.sampling
+    # No release: the scheduler's shift, and what diffusers does where nothing is said.
+    assert (sampling.shift, sampling.size, sampling.steps, sampling.guidance) == (5.0, (832, 480), 50, (5.0, 5.0))
+    assert sampling.boundary == PRESETS[release].sampling.boundary
     assert checkpoint.config.conditioning == PRESETS[release].conditioning
     assert checkpoint.config.denoiser.image_position_length == {"flf2v-14b": 34}.get(name)
     assert (checkpoint.config.image_encoder is not None) == (name in WITH_CLIP)
