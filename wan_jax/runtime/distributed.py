@@ -173,13 +173,15 @@ def failing_together() -> Iterator[None]:
     if service is None:
         yield
         return
-    over, end = threading.Event(), f"wan_jax/end/{next(_blocks)}"
-    threading.Thread(target=_watch_others, args=(service, over), daemon=True, name="failures").start()
+    over, ending, end = threading.Event(), threading.Event(), f"wan_jax/end/{next(_blocks)}"
+    threading.Thread(target=_watch_others, args=(service, over, ending), daemon=True, name="failures").start()
     try:
         yield
         service.wait_at_barrier(end, 2**31 - 1)  # one that fails ends the others before
         over.set()
     except BaseException as error:
+        while ending.is_set():  # an exchange with one that is gone fails, too; the thread ends the process
+            time.sleep(1)
         over.set()
         _tell_others(service, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
         raise
@@ -206,7 +208,7 @@ def _tell_others(service: Any, reason: str) -> None:
 _blocks, _points = itertools.count(), itertools.count()  # the same in every process, which all do the same
 
 
-def _watch_others(service: Any, over: threading.Event) -> None:
+def _watch_others(service: Any, over: threading.Event, ending: threading.Event) -> None:
     while not over.is_set():
         try:
             reason = service.blocking_key_value_get("wan_jax/failed", 1000)
@@ -216,6 +218,7 @@ def _watch_others(service: Any, over: threading.Event) -> None:
             return  # JAX ends the process where the service is gone
         if over.wait(1.0) or reason.startswith(f"process {jax.process_index()}:"):  # ends by itself
             return
+        ending.set()
         print(f"wan-jax: ended with {reason}", file=sys.stderr, flush=True)
         with contextlib.suppress(RuntimeError):
             service.key_value_set(f"wan_jax/heard/{jax.process_index()}", "")
