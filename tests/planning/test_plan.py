@@ -403,6 +403,10 @@ def test_command(capsys):
         (["--host-memory", "0"], "host memory 0: give GiB"),
         (["--mesh", "auto", "--device-memory", "-3"], "device memory -3: give GiB"),
         (["--mesh", "auto", "--devices", "0"], "devices 0"),
+        (["--mesh", "fsdp7"], "fsdp 7"),
+        (["--mesh", "tensor3"], "tensor 3"),
+        (["--mesh", "pipeline31"], "pipeline 31"),
+        (["--mesh", "fsdp99999999999999999999"], "fsdp 99999999999999999999"),
         (["--mesh", "auto", "--devices", "1000000000"], "devices 1000000000"),
     ],
 )

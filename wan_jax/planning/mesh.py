@@ -221,9 +221,10 @@ def resolve(
         )
     if mesh == "auto":
         return choose_mesh(plan_of, devices, memory)
-    plan = plan_of(MeshSpec.parse(mesh))
-    plan.settings.check_mesh(plan.config, plan.mesh_spec)
-    return plan, None
+    mesh_spec = MeshSpec.parse(mesh)
+    single = plan_of(ONE_DEVICE)
+    single.settings.check_mesh(single.config, mesh_spec)
+    return plan_of(mesh_spec), None
 
 
 def choose_placement(
