@@ -34,7 +34,9 @@ def test_latents_are_copied_when_they_are_checked():
     assert not np.isnan(request.initial_latents).any()
 
 
-@pytest.mark.parametrize("latents", [{}, object(), b"a", 1j, 10**400, ("a", "b")], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "latents", [{}, object(), b"a", 1j, 10**400, ("a", "b")], ids=lambda value: type(value).__name__
+)
 def test_what_is_no_latents(latents):
     with pytest.raises(InputError, match="latents"):
         SamplingParams("a", initial_latents=latents).resolve(A14B)
