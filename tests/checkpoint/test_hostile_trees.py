@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import pathlib
+import resource
 import shutil
 
 import ml_dtypes
@@ -19,7 +20,7 @@ from wan_jax.assets import NANO_WEIGHTS
 from wan_jax.checkpoint import convert, open_checkpoint, verify
 from wan_jax.checkpoint.load import load_tokenizer
 from wan_jax.cli.main import main
-from wan_jax.errors import InputError
+from wan_jax.errors import InputError, OutputError
 from wan_jax.lora import Lora, merge_loras, open_loras
 
 
@@ -359,3 +360,16 @@ def test_destinations_that_cannot_be(name):
 def test_a_destination_with_a_long_name(tmp_path):
     convert(NANO_WEIGHTS, tmp_path / ("猫" * 83 + ".wan"))
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("to", ["orbax", "diffusers"])
+@pytest.mark.parametrize("room", [100, 100_000])
+def test_a_full_disk_leaves_nothing(tmp_path, to, room):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)  # files cannot grow beyond it, as on a full disk
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        with pytest.raises(OutputError, match="could not be written"):
+            convert(NANO_WEIGHTS, tmp_path / "result", to=to)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())

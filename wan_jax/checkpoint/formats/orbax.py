@@ -1,6 +1,10 @@
 """Orbax trees of named arrays, read and written group by group."""
 
 import contextlib
+import gc
+import logging
+import sys
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,10 +92,24 @@ class OrbaxStore(TensorStore):
 
 @contextlib.contextmanager
 def _writable(folder: Path) -> Iterator[None]:
+    """One error instead of the tracebacks that Orbax's threads print, a hundred where the disk is full."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before, hook = [logger.level for logger in loggers], sys.unraisablehook
     try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        sys.unraisablehook = lambda _: None
         yield
-    except Exception as error:  # whatever Orbax and tensorstore say, such as that the disk is full
-        raise OutputError(f"{folder} could not be written ({brief(error)})") from None
+    except Exception as error:  # whatever Orbax and tensorstore say
+        failure = OutputError(f"{folder} could not be written ({brief(error)})")
+        del error
+        time.sleep(1)  # until its other writes end, with what they say and the files that they make
+        gc.collect()
+        raise failure from None
+    finally:
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def crc32(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
