@@ -85,7 +85,7 @@ class TrainerConfig:
     def __post_init__(self):
         counts = ("steps", "accumulation", "metrics_every", "log_every", "save_every", "keep_last", "keep_every")
         check_numbers(self, **dict.fromkeys(counts, "at least 1"), seed="at least 0", ema_decay="between 0 and 1")
-        check_numbers(self, seconds="above 0", later_seconds="at least 0", start_fraction="between 0 and 1")
+        check_numbers(self, seconds="at least 0", later_seconds="at least 0", start_fraction="between 0 and 1")
         if self.seed >= 2**32:
             raise InputError(f"seed {self.seed}: must be below 2**32")
         if self.seconds is None and self.optimizer.warmup_steps >= self.steps:
