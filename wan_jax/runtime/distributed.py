@@ -174,15 +174,18 @@ def failing_together() -> Iterator[None]:
         yield
         return
     over, ending, end = threading.Event(), threading.Event(), f"wan_jax/end/{next(_blocks)}"
-    threading.Thread(target=_watch_others, args=(service, over, ending), daemon=True, name="failures").start()
+    watcher = threading.Thread(target=_watch_others, args=(service, over, ending), daemon=True, name="failures")
+    watcher.start()
     try:
         yield
         service.wait_at_barrier(end, 2**31 - 1)  # one that fails ends the others before
         over.set()
+        watcher.join(5)  # Python aborts where a thread still waits in the service at exit
     except BaseException as error:
         while ending.is_set():  # an exchange with one that is gone fails, too; the thread ends the process
             time.sleep(1)
         over.set()
+        watcher.join(5)
         _tell_others(service, f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
         raise
 
